@@ -1,0 +1,136 @@
+"""What an adapter says about a family, and how its sites are bound to a live model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import Site
+from evoprune.metrics.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAdapter:
+    """Where the prunable matrices of a model family are.
+
+    Attributes:
+        blocks: module path of the list of decoder blocks in the causal language model, such as ``model.layers``.
+        kinds: paths of the prunable linear layers inside a block, in the order in which a forward pass uses them.
+    """
+
+    blocks: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteModule:
+    """A site bound to the module that holds its weight.
+
+    Attributes:
+        site: name, kind, place and shape.
+        module: the linear layer.
+        transposed: the layer stores [in, out], as GPT-2's Conv1D does.
+    """
+
+    site: Site
+    module: nn.Module
+    transposed: bool
+
+    def weight(self) -> Tensor:
+        """[out, in] view of the live weight, in the model's dtype: what is written into it the model uses."""
+        weight = self.module.get_parameter("weight").detach()
+        return weight.T if self.transposed else weight
+
+
+ADAPTERS: Registry[ModelAdapter] = Registry("model family", "evoprune.fitness.adapters")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a dense layer whose weight a site can bind."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def block_list(model: PreTrainedModel, adapter: ModelAdapter) -> list[tuple[str, nn.Module]]:
+    """(module path, block) of each decoder block, in model order."""
+    try:
+        blocks = model.get_submodule(adapter.blocks)
+    except AttributeError:
+        raise InvalidInput(
+            f"{type(model).__name__} has no {adapter.blocks!r}: give a causal language model, "
+            f"as AutoModelForCausalLM loads it"
+        ) from None
+    return [(f"{adapter.blocks}.{index}", block) for index, block in blocks.named_children()]
+
+
+def bind_sites(model: PreTrainedModel, adapter: ModelAdapter) -> list[SiteModule]:
+    """The sites that `adapter` names, block by block.
+
+    Raises:
+        InvalidInput: a block holds weights that the adapter does not name, or two sites share one weight.
+    """
+    blocks = block_list(model, adapter)
+    sites: list[SiteModule] = []
+    owners: dict[int, str] = {}
+    for index, (block_name, block) in enumerate(blocks):
+        modules = dict(block.named_modules())
+        linears = {kind: modules[kind] for kind in adapter.kinds if is_linear(modules.get(kind, block))}
+        refuse_unlisted(model, block_name, block, linears)
+        for kind, linear in linears.items():
+            name = f"{block_name}.{kind}"
+            weight = linear.get_parameter("weight")
+            if not weight.is_floating_point():
+                raise InvalidInput(f"{name} holds {weight.dtype} weights: prune the model before it is quantised")
+            if id(weight) in owners:
+                raise InvalidInput(
+                    f"{name} shares its weight with {owners[id(weight)]}: shared blocks cannot be pruned"
+                )
+            owners[id(weight)] = name
+            transposed = isinstance(linear, Conv1D)
+            out_features, in_features = weight.T.shape if transposed else weight.shape
+            site = Site(name, kind, index, len(blocks), out_features, in_features)
+            sites.append(SiteModule(site, linear, transposed))
+    return sites
+
+
+def refuse_unlisted(model: PreTrainedModel, block_name: str, block: nn.Module, listed: dict[str, nn.Module]) -> None:
+    """Refuse a block with weights of two or more dimensions outside `listed`, norms and embeddings.
+
+    Such weights, above all the fused tensors that hold a layer's experts, would otherwise stay dense unnoticed.
+
+    Raises:
+        InvalidInput: names up to four of the weights.
+    """
+    unlisted = []
+    for path, module in block.named_modules():
+        if path in listed or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower():
+            continue
+        for leaf, parameter in module.named_parameters(prefix=path, recurse=False):
+            if parameter.dim() >= 2:
+                unlisted.append((leaf, parameter))
+    if not unlisted:
+        return
+    shown = ", ".join(f"{leaf} {list(parameter.shape)}" for leaf, parameter in unlisted[:4])
+    if len(unlisted) > 4:
+        shown += f" and {len(unlisted) - 4} more"
+    if any(has_experts(leaf) for leaf, _ in unlisted):
+        raise InvalidInput(f"mixture-of-experts models are not supported yet: {block_name} holds {shown}")
+    raise InvalidInput(
+        f"model family {model.config.model_type!r} is not supported: {block_name} holds {shown}, which no site covers"
+    )
+
+
+def has_experts(path: str) -> bool:
+    """Whether a module or parameter path leads into the experts or the router of a mixture."""
+    return any(part in ("expert", "experts", "router") for part in path.split("."))
+
+
+@torch.no_grad()
+def zero_fraction(sites: list[SiteModule] | tuple[SiteModule, ...]) -> float:
+    """Fraction of the prunable weights that is exactly zero."""
+    zeros = sum(int((bound.weight() == 0).sum()) for bound in sites)
+    return zeros / max(sum(bound.site.weights for bound in sites), 1)

@@ -1,0 +1,28 @@
+"""Phi 1 to 2, whose blocks run attention and MLP side by side, and Phi 3 to 4 with fused projections."""
+
+from evoprune.fitness.adapters.base import ADAPTERS, ModelAdapter
+
+ADAPTERS.add(
+    "phi",
+    ModelAdapter(
+        blocks="model.layers",
+        kinds=(
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.dense",
+            "mlp.fc1",
+            "mlp.fc2",
+        ),
+    ),
+)
+
+# Rows of qkv_proj are q, then k, then v; rows of gate_up_proj are gate, then up. Scores are compared within a row
+# by default, so the fusion changes nothing.
+ADAPTERS.add(
+    "phi3",
+    ModelAdapter(
+        blocks="model.layers",
+        kinds=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    ),
+)

@@ -1,0 +1,213 @@
+"""Writing a pruned model as a checkpoint that plain transformers loads: whole and checked, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from evoprune.fitness.card import WeightCounts, model_card
+from evoprune.fitness.hub import one_line, silence
+from evoprune.fitness.models import LanguageModel
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.files import write_atomically
+
+FORMAT = "evoprune checkpoint 1"
+RECORD = "evoprune.json"
+
+
+def write_checkpoint(
+    language_model: LanguageModel, out_dir: Path | str, *, recipe: Mapping[str, Any], report: Mapping[str, Any]
+) -> Path:
+    """Write the model as it is now: dense safetensors with zeros, tokenizer, `evoprune.json` and a model card.
+
+    The folder is written beside `out_dir`, loaded again by plain transformers, compared weight by weight, and only
+    then renamed. Weights get the dtype of the original files when every one of them survives that exactly, as it does
+    after a mask; else they keep the dtype that the model computes in. Tied weights stay tied.
+
+    Args:
+        language_model: with the pruned weights in place.
+        out_dir: a new or empty folder, or an evoprune checkpoint, which is replaced.
+        recipe: how the model was pruned; goes into `evoprune.json` and the card. JSON values only.
+        report: numbers about it; a mapping in it that has a ``perplexity`` becomes a row of the card's table.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        InvalidInput: `out_dir` cannot be used, or the disk is full or read-only; nothing is left behind.
+        EvopruneError: what was loaded again differs from what was saved; nothing is left behind.
+    """
+    out = check_out_dir(out_dir)
+    model = language_model.model
+    dtype = _exact_dtype(model, language_model.stored_dtype)
+    state = _state_as(model, dtype)
+    with _disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+        try:
+            partial.mkdir()
+            with silence():
+                model.save_pretrained(partial, state_dict=dict(state))
+                language_model.tokenizer.save_pretrained(partial)
+            _state_dtype_in_config(partial / "config.json", dtype)
+            counts = _count(language_model, partial, state)
+            record = {
+                "format": FORMAT,
+                "evoprune": version("evoprune"),
+                "model": language_model.name,
+                "fingerprint": language_model.fingerprint,
+                "recipe": recipe,
+                "report": report,
+            }
+            text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+            write_atomically(partial / RECORD, text)
+            write_atomically(partial / "README.md", model_card(language_model.name, counts, recipe, report))
+            _check_reload(model, partial, state, dtype)
+            _flush(partial)
+            _put_in_place(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def check_out_dir(out_dir: Path | str) -> Path:
+    """The absolute path of a folder that a checkpoint may be written to; worth asking before long work.
+
+    Raises:
+        InvalidInput: it is a file, or holds something else than an evoprune checkpoint.
+    """
+    out = Path(out_dir).expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise InvalidInput(f"{out_dir} is a file: give a new or empty folder for the checkpoint")
+    with _disk_errors(out):
+        if out.is_dir() and any(out.iterdir()) and not _is_checkpoint(out):
+            raise InvalidInput(f"{out_dir} holds other files: give a new or empty folder for the checkpoint")
+    return out
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` holds what `write_checkpoint` writes and no folder beside it."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return (
+        isinstance(record, dict)
+        and record.get("format") == FORMAT
+        and not any(path.is_dir() for path in folder.iterdir())
+    )
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turn what a disk can do to us into one line."""
+    try:
+        yield
+    except Exception as error:
+        # The safetensors and tokenizers libraries report the disk's errors in words of this form only.
+        told = re.search(r"([^:]+) \(os error \d+\)", str(error))
+        if isinstance(error, OSError):
+            reason = error.strerror or one_line(error)
+        elif told is not None:
+            reason = told[1].strip()
+        else:
+            raise
+        raise InvalidInput(f"cannot write {out}: {reason}") from error
+
+
+def _exact_dtype(model: PreTrainedModel, stored: torch.dtype | None) -> torch.dtype:
+    """`stored` if no parameter changes by the cast, else the dtype the model computes in."""
+    if stored is None or stored == model.dtype or not stored.is_floating_point:
+        return model.dtype
+    exact = all(torch.equal(value.to(stored).to(value.dtype), value) for value in model.parameters())
+    return stored if exact else model.dtype
+
+
+def _state_as(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state of `model` with its floating parameters as `dtype`; tensors that share memory still do."""
+    parameters = {id(value): value for value in model.parameters()}
+    cast: dict[int, Tensor] = {}
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in parameters and value.is_floating_point():
+            state[name] = cast.setdefault(id(value), value.detach().to(dtype))
+        else:
+            state[name] = value.detach()
+    return state
+
+
+def _state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
+    """Name in config.json the dtype of the files: transformers would name the one that the model computes in."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_atomically(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _count(language_model: LanguageModel, folder: Path, state: dict[str, Tensor]) -> WeightCounts:
+    parameters = list(language_model.model.parameters())
+    unique = {value.data_ptr(): value for value in state.values()}.values()
+    return WeightCounts(
+        prunable=sum(bound.site.weights for bound in language_model.sites),
+        removed=sum(int((bound.weight() == 0).sum()) for bound in language_model.sites),
+        parameters=sum(value.numel() for value in parameters),
+        zeros=sum(int((value == 0).sum()) for value in parameters),
+        dense_bytes=sum(value.numel() * value.element_size() for value in unique),
+        file_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    )
+
+
+def _check_reload(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Load the folder as a user would and compare every tensor bit for bit.
+
+    Raises:
+        EvopruneError: they differ, or tied weights came apart.
+    """
+    # A model of another author's class is loaded by that class: no file in the folder is run.
+    ours = AutoModelForCausalLM if type(model).__module__.startswith("transformers.") else type(model)
+    with silence():
+        loaded = ours.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    found = loaded.state_dict()
+    for name, value in state.items():
+        if name not in found or not torch.equal(found[name], value.cpu()):
+            raise EvopruneError(f"{name} differs after saving and loading again: the checkpoint was not written")
+    if _is_tied(model) != _is_tied(loaded):
+        raise EvopruneError("tied weights came apart in saving and loading again: the checkpoint was not written")
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.get_parameter("weight") is model.get_input_embeddings().get_parameter("weight")
+
+
+def _flush(folder: Path) -> None:
+    """Bring the files to the disk before the rename makes them count."""
+    for file in folder.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename `partial` to `out`; an older checkpoint there is moved aside first and deleted last."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = partial.with_suffix(".old")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

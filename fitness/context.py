@@ -1,0 +1,71 @@
+"""What a worker has to know to score candidates: a JSON recipe, never live objects."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from evoprune.metrics.records import Group, MaskRule
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """The model, the texts and the measure of one search. Everything here is part of a run's identity.
+
+    Attributes:
+        model: ``reference``, a folder or a Hub id; with `revision` for the latter.
+        dtype, device: as `load_model` takes them.
+        trust_remote_code: the user's own flag.
+        data: source of texts B and C; `calibration` that of text A.
+        seed: draws the windows of texts A and B; text C is fixed.
+        window: tokens in a window of texts B and C.
+        rungs: windows of text B seen up to each rung, increasing: later rungs contain the earlier.
+        heldout_windows: windows of text C; None takes all.
+        calibration_sequences, calibration_window: text A.
+        statistics: names that candidates may read.
+        objective: name of the measure.
+        sparsity, pattern, group: the mask rule.
+        threads: torch threads on a CPU.
+    """
+
+    model: str = "reference"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    data: str = "corpus"
+    seed: int = 0
+    window: int = 256
+    rungs: tuple[int, ...] = (4, 16, 64)
+    heldout_windows: int | None = None
+    calibration: str = "corpus"
+    calibration_sequences: int = 128
+    calibration_window: int = 256
+    statistics: tuple[str, ...] = ()
+    objective: str = "kl"
+    sparsity: float | None = 0.6
+    pattern: tuple[int, int] | None = None
+    group: Group = "row"
+    threads: int = 1
+
+    @property
+    def rule(self) -> MaskRule:
+        """How many weights go."""
+        return MaskRule(self.sparsity, self.pattern, self.group)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EvaluationContext:
+        """The context that `to_json` wrote."""
+        lists = {"rungs", "statistics", "pattern"}
+        known = {field.name for field in fields(cls)}
+        return cls(
+            **{
+                name: tuple(value) if name in lists and value is not None else value
+                for name, value in values.items()
+                if name in known
+            }
+        )

@@ -1,0 +1,123 @@
+"""Held-out quality of a model: loss, perplexity, and KL divergence from the dense model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evoprune.metrics.errors import InvalidCandidate, InvalidInput
+
+# Log-probabilities of this many tokens exist at a time: the logits themselves are the only [tokens, vocabulary] tensor.
+TOKENS_PER_CHUNK = 256
+# exp() of more is no float.
+MAX_LOSS = 700.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a model is worth on a text; every mean is over predicted tokens, all windows being equally long.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats.
+        perplexity: exp(loss).
+        kl: mean KL divergence from the dense to this model's distribution in nats, or None without a dense model.
+        stderr: standard error of `loss` over windows, or None for a single window.
+        tokens: predicted tokens; the first token of a window is not predicted.
+        window_losses: mean loss of each window, for paired comparisons.
+        window_kls: mean KL divergence of each window, or None.
+    """
+
+    loss: float
+    perplexity: float
+    kl: float | None
+    stderr: float | None
+    tokens: int
+    window_losses: tuple[float, ...]
+    window_kls: tuple[float, ...] | None
+
+    def summary(self) -> dict[str, float | int | None]:
+        """The five numbers that reports and JSON output show."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "kl": self.kl,
+            "stderr": self.stderr,
+            "tokens": self.tokens,
+        }
+
+
+@torch.inference_mode()
+def evaluate_language_model(
+    model: PreTrainedModel, windows: Tensor, *, dense: PreTrainedModel | None = None, batch: int = 8
+) -> HeldOut:
+    """Measure a model on windows of tokens.
+
+    Args:
+        model: in eval mode.
+        windows: [n, window] int64 token ids.
+        dense: the model before pruning, with the same vocabulary; adds the KL divergence.
+        batch: windows in a forward pass.
+
+    Raises:
+        InvalidInput: the windows have no token to predict, or the vocabularies differ.
+        InvalidCandidate: the model's output is not finite.
+    """
+    n, window = windows.shape
+    if n < 1 or window < 2:
+        raise InvalidInput(f"windows of shape {[n, window]} hold no token to predict: give [1 or more, 2 or more]")
+    losses, divergences = [], []
+    for chunk in windows.split(max(batch, 1)):
+        loss, divergence = _window_sums(_logits(model, chunk), None if dense is None else _logits(dense, chunk), chunk)
+        losses.append(loss)
+        divergences.append(divergence)
+    predicted = window - 1
+    per_window = torch.cat(losses) / predicted
+    mean = per_window.mean().item()
+    kls = None if dense is None else torch.cat(divergences) / predicted
+    if not (math.isfinite(mean) and (kls is None or bool(kls.isfinite().all()))):
+        raise InvalidCandidate("NONFINITE", "the model's output is not finite on this text")
+    return HeldOut(
+        loss=mean,
+        perplexity=math.exp(min(mean, MAX_LOSS)),
+        kl=None if kls is None else kls.mean().item(),
+        stderr=None if n == 1 else (per_window.std() / math.sqrt(n)).item(),
+        tokens=n * predicted,
+        window_losses=tuple(per_window.tolist()),
+        window_kls=None if kls is None else tuple(kls.tolist()),
+    )
+
+
+def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """[n, window, vocabulary] in the model's dtype, on its device."""
+    device = model.get_input_embeddings().get_parameter("weight").device
+    return model(input_ids=windows.to(device), use_cache=False).logits
+
+
+def _window_sums(logits: Tensor, dense: Tensor | None, windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the predicted tokens of each window: negative log-likelihood and KL divergence, [n] float64 on the CPU.
+
+    Log-probabilities are float32 whatever the model's dtype; sums are float64.
+    """
+    if dense is not None and dense.shape[-1] != logits.shape[-1]:
+        raise InvalidInput(
+            f"the dense model has a vocabulary of {dense.shape[-1]}, this one of {logits.shape[-1]}: "
+            f"KL needs the model that was pruned"
+        )
+    n, window = windows.shape
+    targets = windows.to(logits.device)
+    loss = torch.zeros(n, dtype=torch.float64)
+    divergence = torch.zeros(n, dtype=torch.float64)
+    for row in range(n):
+        for first in range(0, window - 1, TOKENS_PER_CHUNK):
+            last = min(first + TOKENS_PER_CHUNK, window - 1)
+            log_q = torch.log_softmax(logits[row, first:last].float(), dim=-1)
+            picked = log_q.gather(-1, targets[row, first + 1 : last + 1, None])
+            loss[row] -= picked.double().sum().cpu()
+            if dense is not None:
+                log_p = torch.log_softmax(dense[row, first:last].float().to(log_q.device), dim=-1)
+                divergence[row] += (log_p.exp() * (log_p - log_q)).double().sum().cpu()
+    return loss, divergence

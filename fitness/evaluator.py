@@ -1,0 +1,189 @@
+"""Score a candidate with one resident model: write masked weights into it, run forward, measure.
+
+The dense weights of the prunable matrices lie in a memory-mapped file that all workers of a node share. A candidate
+overwrites the model's own copy, so there is no second copy in a worker and no undo log; the next candidate, or `restore`,
+writes from the file again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.objectives import Objective
+from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.teacher import Teacher, WindowLosses, linear_head, window_losses
+from evoprune.metrics.criterion import Criterion
+from evoprune.metrics.errors import AuditFailed, InvalidCandidate
+from evoprune.metrics.interpreter import free_inputs
+from evoprune.metrics.mask import MAX_TIED_ROWS, check_finite, global_masks, mask
+from evoprune.metrics.records import MaskRule, Site
+
+
+class Evaluator:
+    """A dense model that candidates are tried on.
+
+    Args:
+        language_model: its weights are overwritten; `restore` brings them back.
+        dense: safetensors file with the dense [out, in] weight of every site, by site name.
+        statistics: of the dense model.
+        windows: [n, w] token ids of text B.
+        teacher: of the same windows; None if no objective needs it.
+        rule: how many weights go.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        dense: Path,
+        statistics: Statistics,
+        windows: Tensor,
+        teacher: Teacher | None,
+        rule: MaskRule,
+    ) -> None:
+        self.language_model = language_model
+        self.windows = windows
+        self.teacher = teacher
+        self.rule = rule
+        self.statistics = statistics
+        self.head = linear_head(language_model.model, windows[:1, :8].to(language_model.device))
+        self._dense = dense
+        self._checksum = self._resident_checksum()
+
+    @property
+    def sites(self) -> list[Site]:
+        """The prunable matrices, in model order."""
+        return [bound.site for bound in self.language_model.sites]
+
+    def inputs(self, site: Site, needs: frozenset[str]) -> dict[str, Tensor]:
+        """Float32 terminals of a site by name: the free ones and `needs`."""
+        weight = self._dense_weight(site).to(self.language_model.device)
+        return {
+            **free_inputs(site, weight, self.rule.fraction),
+            **self.statistics.site_statistics(site.name, needs, weight.device),
+        }
+
+    def masks(self, criterion: Criterion) -> Iterator[tuple[Site, Tensor]]:
+        """(site, [out, in] bool mask, True = keep) for every site, one at a time unless the group is global.
+
+        Raises:
+            InvalidCandidate: scores that are not finite, tie too often, or need a statistic that is not there.
+        """
+        if self.rule.group == "global" and self.rule.sparsity is not None:
+            scores = [criterion.score(site, self.inputs(site, criterion.needs)) for site in self.sites]
+            yield from zip(self.sites, global_masks(scores, self.rule.sparsity), strict=True)
+            return
+        for site in self.sites:
+            scores_of_site = criterion.score(site, self.inputs(site, criterion.needs))
+            if scores_of_site.shape != (site.out_features, site.in_features):
+                raise InvalidCandidate("TYPE", f"scores of shape {tuple(scores_of_site.shape)} for {site.name}")
+            check_finite(scores_of_site)
+            yield site, mask(scores_of_site, self.rule, max_tied=MAX_TIED_ROWS)
+
+    @torch.no_grad()
+    def apply(self, criterion: Criterion) -> int:
+        """Write the masked weights of every site into the model; the number of weights removed.
+
+        Raises:
+            InvalidCandidate: see `masks`; the model is then partly overwritten, as the next `apply` expects.
+        """
+        bound = {entry.site.name: entry for entry in self.language_model.sites}
+        removed = 0
+        for site, keep in self.masks(criterion):
+            target = bound[site.name].weight()
+            dense = self._dense_weight(site).to(target.device)
+            # A product would keep a NaN and turn removed negative weights into -0.
+            torch.where(keep, dense, torch.zeros((), dtype=dense.dtype, device=dense.device), out=target)
+            removed += site.weights - int(keep.sum())
+        return removed
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the dense weights back.
+
+        Raises:
+            AuditFailed: the restored model differs from the one that was loaded.
+        """
+        for entry in self.language_model.sites:
+            entry.weight().copy_(self._dense_weight(entry.site))
+        if self._resident_checksum() != self._checksum:
+            raise AuditFailed("the restored model differs from the loaded one: memory or the dense weight file changed")
+
+    @contextmanager
+    def applied(self, criterion: Criterion) -> Iterator[int]:
+        """`apply` inside the block, `restore` after it, whatever happens."""
+        try:
+            yield self.apply(criterion)
+        finally:
+            self.restore()
+
+    def losses(self, first: int, last: int) -> WindowLosses:
+        """Losses of the model as it stands on windows `first` to `last` of text B."""
+        teacher = None if self.teacher is None else self.teacher[slice(first, last)]
+        return window_losses(self.language_model.model, self.head, self.windows[first:last], teacher)
+
+    @torch.no_grad()
+    def reconstruction_errors(self) -> Mapping[str, float]:
+        """tr(D H D^T) / tr(W H W^T) of every site, D the difference between the dense and the resident weight."""
+        errors = {}
+        for entry in self.language_model.sites:
+            gram = self.statistics.tensor(entry.site.name, "H", self.language_model.device)
+            dense = self._dense_weight(entry.site).to(gram.device).float()
+            lost = dense - entry.weight().float()
+            above, below = (((m @ gram) * m).sum(dtype=torch.float64).item() for m in (lost, dense))
+            errors[entry.site.name] = above / below if below else 0.0
+        return errors
+
+    def evaluate(
+        self,
+        criterion: Criterion,
+        objective: Objective,
+        rungs: Sequence[int],
+        thresholds: Sequence[float | None],
+    ) -> dict[str, Any]:
+        """Fitness of a criterion, rung by rung until it is cut.
+
+        Args:
+            rungs: windows of text B seen up to each rung, increasing.
+            thresholds: per rung but the last, the largest fitness that goes on; None lets all through.
+
+        Returns:
+            ``rungs`` (the fitness at each rung that ran), ``stderr`` (over the values of the last one), ``removed`` (weights).
+
+        Raises:
+            InvalidCandidate: see `masks`; or NONFINITE, the fitness is.
+        """
+        removed = self.apply(criterion)
+        values = torch.empty(0, dtype=torch.float64)
+        fitness: list[float] = []
+        for rung, last in enumerate(rungs):
+            first = rungs[rung - 1] if rung else 0
+            values = torch.cat([values, objective.measure(self, first, last)])
+            if not torch.isfinite(values).all():
+                raise InvalidCandidate("NONFINITE", "the pruned model's loss is not finite")
+            fitness.append(values.mean().item())
+            threshold = thresholds[rung] if rung < len(thresholds) else None
+            if threshold is not None and fitness[-1] > threshold:
+                break
+        stderr = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
+        return {"rungs": fitness, "stderr": stderr, "removed": removed}
+
+    def _dense_weight(self, site: Site) -> Tensor:
+        # Opened anew each time: a mapping kept open would count every page ever read as this worker's memory.
+        with safe_open(self._dense, framework="pt") as file:
+            return file.get_tensor(site.name)
+
+    def _resident_checksum(self) -> tuple[float, ...]:
+        """Two sums per site that change if any weight does, up to rounding that float64 hides only if nothing changed."""
+        sums: list[float] = []
+        for entry in self.language_model.sites:
+            wide = entry.weight().double()
+            sums += [wide.sum().item(), wide.square().sum().item()]
+        return tuple(sums)

@@ -1,0 +1,61 @@
+"""What a Gram matrix of layer inputs says about single weights: diagonals of the inverse Hessian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evoprune.metrics.errors import EvopruneError
+
+DAMPINGS = (0.01, 0.1, 1.0)
+
+
+def damped(hessian: Tensor, damping: float = DAMPINGS[0]) -> Tensor:
+    """A copy of `hessian` that can be inverted.
+
+    Args:
+        hessian: [in, in], symmetric, non-negative diagonal.
+        damping: fraction of the mean diagonal that is added to the diagonal.
+
+    Dead columns (zero diagonal) get the diagonal 1 before the mean is taken.
+
+    Source: Frantar and Alistarh 2023, arXiv:2301.00774, and its reference code.
+    """
+    result = hessian.clone()
+    diagonal = result.diagonal()
+    diagonal.masked_fill_(diagonal == 0, 1)
+    diagonal += damping * diagonal.mean()
+    return result
+
+
+def damped_cholesky(hessian: Tensor) -> Tensor:
+    """Lower Cholesky factor [in, in] of the damped Hessian, with the least damping of `DAMPINGS` that works.
+
+    Raises:
+        EvopruneError: no damping makes the matrix positive definite.
+    """
+    for damping in DAMPINGS:
+        factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
+        if not failed.item() and bool(factor.diagonal().isfinite().all()):
+            return factor
+    raise EvopruneError(f"the Gram matrix of {hessian.shape[0]} inputs is not positive definite, even damped")
+
+
+def inverse_diagonals(gram: Tensor, tokens_per_sequence: float) -> tuple[Tensor, Tensor]:
+    """The terminals ``Hinv`` and ``Hchol2``, each [1, in] float32.
+
+    Args:
+        gram: H = (1/T) Σ x xᵀ over all tokens, [in, in] float32.
+        tokens_per_sequence: T/S; the Hessian of the layer's squared error per sequence is 2·(T/S)·H.
+
+    Returns:
+        diag((H + λI)⁻¹) and diag(U)², where U is the upper Cholesky factor of (H + λI)⁻¹: SparseGPT's
+        order-dependent version, equal to the first in its first column only.
+
+    Raises:
+        EvopruneError: the matrix is not positive definite, even damped.
+    """
+    wide = gram if gram.device.type == "mps" else gram.to(torch.float64)
+    inverse = torch.cholesky_inverse(damped_cholesky(2 * tokens_per_sequence * wide))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    return inverse.diagonal().float()[None], upper.diagonal().square().float()[None]

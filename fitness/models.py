@@ -1,0 +1,217 @@
+"""Loading a causal language model: safetensors only, no code of others unless the user says so, nothing printed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from evoprune.fitness.adapters import SiteModule, decoder_blocks, list_sites
+from evoprune.fitness.hub import fingerprint, model_folder, one_line, silence, weight_files
+from evoprune.metrics.errors import InvalidInput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model ready for pruning.
+
+    Attributes:
+        model: in eval mode, no parameter asks for gradients.
+        tokenizer: the one saved beside the weights.
+        sites: prunable matrices in model order, bound to `model`.
+        name: what the user typed: ``reference``, a folder, a Hub id.
+        fingerprint: sha256 over config and weights as stored; a part of a run's identity. The dtype is not in it.
+        stored_dtype: dtype of the weights in the files; `model` may compute in another.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: tuple[SiteModule, ...]
+    name: str
+    fingerprint: str
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().get_parameter("weight").device
+
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """(module path, block) of each decoder block, in model order."""
+        return decoder_blocks(self.model)
+
+    @property
+    def context(self) -> int | None:
+        """The longest window the model can read, or None where positions are not bounded."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(
+    name: str = "reference",
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+) -> LanguageModel:
+    """Load a causal language model with its tokenizer and list its prunable sites.
+
+    Args:
+        name: ``reference`` (the embedded model), a local folder, or a Hub id.
+        dtype: float32, bfloat16 or float16; ``auto`` is float32 on a CPU and bfloat16 elsewhere.
+        device: such as ``cpu`` or ``cuda:1``; ``auto`` is the first CUDA device, else the CPU.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run the model's own Python files; nothing else sets this.
+        device_map: spreads a large model over several GPUs, as in transformers; needs accelerate, replaces `device`.
+
+    Raises:
+        InvalidInput: no such model, not readable, weights not in safetensors, family or device not supported.
+    """
+    target = _device(device)
+    chosen = _dtype(dtype, target)
+    if device_map is not None and find_spec("accelerate") is None:
+        raise InvalidInput("device_map needs accelerate: pip install accelerate")
+    folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    config = _config(folder, trust_remote_code)
+    _refuse_unsupported(name, config, trust_remote_code)
+    folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+    weight_files(folder)
+    tokenizer = _tokenizer(folder, trust_remote_code)
+    model = _weights(folder, trust_remote_code, chosen, device_map)
+    if device_map is None:
+        try:
+            model.to(target)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError as error:
+            raise InvalidInput(f"model {name!r} does not fit on {target}: {one_line(error)}") from error
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        raise InvalidInput(f"model {name!r} does not fit on the devices of device_map: part of it went to the disk")
+    known = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if tokenizer.vocab_size > known:
+        raise InvalidInput(
+            f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens, the model only {known}: "
+            f"they do not belong together"
+        )
+    model.eval().requires_grad_(False)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
+    return LanguageModel(model, tokenizer, tuple(list_sites(model)), name, fingerprint(folder), stored)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise InvalidInput(f"no device {device[:80]!r}: give auto, cpu, cuda or cuda:1") from None
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(f"no device {device!r}: this machine shows {torch.cuda.device_count()} CUDA devices")
+    return target
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise InvalidInput(f"no dtype {dtype[:80]!r}: give auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InvalidInput(f"{folder} has no config.json: give a folder that save_pretrained() wrote")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise InvalidInput(f"{file} is damaged: it holds no JSON object")
+    family = facts.get("model_type")
+    known = isinstance(family, str) and family in CONFIG_MAPPING
+    if not known and "auto_map" not in facts:
+        raise InvalidInput(f"{folder}: transformers {version('transformers')} knows no model family {family!r:.80}")
+    if not known and not trust_remote_code:
+        raise InvalidInput(f"{folder} needs its own Python code: pass --trust-remote-code if you trust its author")
+    if facts.get("quantization_config"):
+        raise InvalidInput(f"{folder} is quantised: prune the original model and quantise the result")
+    try:
+        with silence():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever transformers makes of a config that a stranger wrote
+        raise InvalidInput(f"{file} cannot be read: {one_line(error)}") from error
+
+
+def _refuse_unsupported(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Build the model without memory for its weights, to refuse a family before its weights are fetched or read."""
+    try:
+        with silence(), torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InvalidInput(
+            f"model {name!r} of family {config.model_type!r} is no causal language model: {one_line(error)}"
+        ) from error
+    list_sites(empty)
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    # Without any of these files transformers would build an empty tokenizer for some families.
+    if not trust_remote_code and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise InvalidInput(f"{folder} has no tokenizer: copy tokenizer.json there from the original model")
+    try:
+        with silence():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InvalidInput(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
+
+
+def _weights(
+    folder: Path, trust_remote_code: bool, dtype: torch.dtype, device_map: str | dict[str, Any] | None
+) -> PreTrainedModel:
+    def load(attention: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+        )
+
+    try:
+        with silence():
+            try:
+                model, info = load("sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                model, info = load("eager")  # Gemma 2 caps attention logits, which the fused kernel cannot
+    except Exception as error:
+        raise InvalidInput(f"the weights in {folder} cannot be read: {one_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InvalidInput(f"the weights in {folder} are incomplete: {len(missing)} are missing, such as {missing[0]}")
+    mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
+    if mismatched:
+        raise InvalidInput(f"the weights in {folder} do not fit its config.json: {mismatched[0]} has another shape")
+    return model

@@ -1,0 +1,265 @@
+"""Statistics of weight gradients, one gradient per sequence, without ever storing a `.grad`.
+
+Each site gets a tap on its output. When the backward pass reaches the tap it holds the layer's inputs x and the
+gradient dy of its outputs, so the gradient of one sequence is dyᵀ x over that sequence's tokens: added to the sums
+and dropped at once. Several sequences share a forward and a backward pass, and the weights need no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from evoprune.fitness.adapters.base import SiteModule
+from evoprune.fitness.statistics_forward import Results
+from evoprune.metrics.errors import EvopruneError
+
+# fp16 gradients of a mean loss underflow (a fifth of them, at a median of 1e-7); a power of two unscales exactly.
+HALF_LOSS_SCALE = 1024.0
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """What the loss is multiplied by before the backward pass of a model of type `dtype`."""
+    return HALF_LOSS_SCALE if dtype == torch.float16 else 1.0
+
+
+class GradientSums:
+    """Sums over sequences of |g|, g and g², float32 [out, in] per site.
+
+    Args:
+        sites: the sites of the model.
+        names: terminals out of ``G_l2 G_l1 G_mean G_reg``; each costs one float32 copy of the prunable weights.
+        scale: what the loss is multiplied by.
+    """
+
+    def __init__(self, sites: Iterable[SiteModule], names: frozenset[str], scale: float = 1.0) -> None:
+        self._sites = {bound.site.name: bound for bound in sites}
+        self._names = tuple(sorted(names))
+        self._scale = scale
+        self._sums: Results = {name: {} for name in self._sites}
+        self._seen: set[str] = set()
+        self._sequences = 0
+        self._window = 0
+
+    @contextmanager
+    def tapped(self) -> Iterator[None]:
+        """Put a tap on every site; it works where gradients are enabled."""
+        handles = [bound.module.register_forward_hook(partial(self._tap, name)) for name, bound in self._sites.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def expect(self, sequences: int, window: int) -> None:
+        """Announce the batch that the next backward pass belongs to."""
+        self._sequences, self._window = sequences, window
+        self._seen.clear()
+
+    def add(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
+        """Take in one site's part of a backward pass.
+
+        Args:
+            name: the site.
+            inputs: [sequences, window, in] or [sequences * window, in].
+            output_gradient: the same with out for in, times the loss scale.
+        """
+        if name in self._seen:
+            raise EvopruneError(f"{name} runs more than once per forward pass: its gradients cannot be told apart")
+        self._seen.add(name)
+        with torch.no_grad():
+            xs, dys = self._per_sequence(name, inputs), self._per_sequence(name, output_gradient)
+            for x, dy in zip(xs, dys, strict=True):
+                narrow = dy.float() if self._scale == 1 else dy.float() / self._scale
+                self._add_sequence(name, narrow.t() @ x.float())
+
+    def results(self, sequences: int) -> Results:
+        """Site -> terminal -> [out, in] float32. To be called once: the sums are finished in place and given away."""
+        finish: dict[str, Callable[[Tensor], Tensor]] = {
+            "G_l2": Tensor.sqrt_,
+            "G_l1": lambda total: total,
+            "G_mean": lambda total: total.div_(sequences),
+            "G_reg": lambda total: total.div_(sequences).sqrt_(),
+        }
+        found, self._sums = self._sums, {}
+        for name, sums in found.items():
+            for terminal, total in sums.items():
+                if not bool(total.isfinite().all()):
+                    raise EvopruneError(f"{terminal} of {name} is not finite: load the model in bfloat16 or float32")
+                finish[terminal](total)
+            if len(sums) != len(self._names):
+                raise EvopruneError(f"no gradient reached {name}")
+        return found
+
+    def _tap(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        tapped: Tensor = _Tap.apply(output, args[0], partial(self.add, name))
+        return tapped
+
+    def _per_sequence(self, name: str, tensor: Tensor) -> Tensor:
+        rows = self._sequences * self._window
+        batched = tensor.dim() == 3 and tensor.shape[:2] == (self._sequences, self._window)
+        if not batched and not (tensor.dim() == 2 and tensor.shape[0] == rows):
+            raise EvopruneError(f"{name} gets {list(tensor.shape)}, not sequences x tokens x features: no gradients")
+        return tensor.reshape(self._sequences, self._window, tensor.shape[-1])
+
+    def _add_sequence(self, name: str, gradient: Tensor) -> None:
+        sums = self._sums[name]
+        for terminal in self._names:
+            if terminal not in sums:
+                sums[terminal] = torch.zeros_like(gradient)
+            if terminal in ("G_l2", "G_reg"):
+                sums[terminal].addcmul_(gradient, gradient)
+            else:
+                sums[terminal].add_(gradient.abs() if terminal == "G_l1" else gradient)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output that hands the layer's input and the output's gradient to a function."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        # Saved by autograd, not in a closure, so that activation checkpointing drops and recomputes it.
+        ctx.save_for_backward(inputs)
+        ctx.sink = sink
+        # A copy, not an alias: some models go on to change a layer's output in place.
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inputs,) = ctx.saved_tensors
+        ctx.sink(inputs, gradients[0])
+        return gradients[0], None, None
+
+
+def backward_from_loss(logits: Tensor, ids: Tensor, scale: float = 1.0) -> None:
+    """Back-propagate the sum over sequences of each sequence's mean causal cross-entropy, times `scale`.
+
+    Args:
+        logits: [sequences, window, vocabulary], with a graph.
+        ids: int64 [sequences, window]: the inputs, each predicted from those before it.
+        scale: loss scaling.
+
+    The gradient of the cross-entropy is softmax minus one-hot: written out, it needs one float32 tensor of the
+    logits' size where autograd needs three.
+    """
+    window = ids.shape[1]
+    with torch.no_grad():
+        gradient = torch.softmax(logits, dim=-1, dtype=torch.float32)
+        targets = ids[:, 1:, None].to(logits.device)
+        gradient[:, :-1].scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
+        gradient[:, -1] = 0  # the last token predicts nothing
+        gradient.mul_(scale / (window - 1))
+    logits.backward(gradient.to(logits.dtype))
+
+
+@contextmanager
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep only each block's inputs during a forward pass and recompute the rest in the backward pass."""
+    changed: list[tuple[nn.Module, Any]] = []
+    try:
+        for block in blocks:
+            changed.append((block, block.__dict__.get("forward")))
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        yield
+    finally:
+        for block, own in changed:
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
+
+
+def gradient_pass(
+    model: nn.Module,
+    sums: GradientSums,
+    windows: Tensor,
+    batch: int,
+    scale: float,
+    blocks: Sequence[nn.Module],
+    recompute: bool,
+    advance: Callable[[int], None],
+) -> None:
+    """Gradients of the language-model loss, for ``G_l2``, ``G_l1`` and ``G_mean``.
+
+    Args:
+        model: a transformers causal language model in eval mode whose parameters are frozen.
+        sums: takes the gradients in.
+        windows: int64 [n, window] on the device of the embeddings.
+        batch: windows per backward pass.
+        scale: loss scaling.
+        blocks: the decoder blocks from the first that `sums` listens to, to the last of the model.
+        recompute: use activation checkpointing in `blocks`.
+        advance: called with the number of windows done since its last call.
+    """
+    # Frozen weights build no graph: it starts at the inputs of the first block of interest.
+    start = blocks[0].register_forward_pre_hook(
+        lambda block, args, kwargs: _with_gradient(args, kwargs), with_kwargs=True
+    )
+    try:
+        with torch.enable_grad(), sums.tapped(), checkpointed(blocks if recompute else ()):
+            for ids in windows.split(batch):
+                sums.expect(len(ids), ids.shape[1])
+                backward_from_loss(model(input_ids=ids, use_cache=False).logits, ids, scale)
+                advance(len(ids))
+    finally:
+        start.remove()
+
+
+def regional_pass(
+    model: nn.Module,
+    sums: GradientSums,
+    windows: Tensor,
+    batch: int,
+    scale: float,
+    blocks: Sequence[nn.Module],
+    advance: Callable[[int], None],
+) -> None:
+    """Gradients of the norm of each block's output, back-propagated inside that block only, for ``G_reg``.
+
+    Arguments as in `gradient_pass`, but `blocks` are those that `sums` listens to.
+
+    Source: Yang et al. 2025, Wanda++, arXiv:2503.04992 (regional gradient score).
+    """
+    running = False
+
+    def replay(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal running
+        if running:  # the replay calls this hook again
+            return
+        running = True
+        try:
+            with torch.enable_grad():
+                args, kwargs = _with_gradient(args, kwargs)
+                result = block(*args, **kwargs)
+                hidden = result if isinstance(result, Tensor) else result[0]
+                norms = torch.linalg.vector_norm(hidden.float(), dim=(1, 2))  # one per sequence
+                (norms.sum() * scale).backward()
+        finally:
+            running = False
+
+    handles = [block.register_forward_hook(replay, with_kwargs=True) for block in blocks]
+    body = getattr(model, "base_model", model)
+    try:
+        with torch.no_grad(), sums.tapped():
+            for ids in windows.split(batch):
+                sums.expect(len(ids), ids.shape[1])
+                body(input_ids=ids, use_cache=False)
+                advance(len(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_gradient(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, the hidden states replaced by a leaf that wants a gradient."""
+    if args:
+        return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}

@@ -1,0 +1,5 @@
+"""Random scores."""
+
+from evoprune.metrics.criterion import CRITERIA, RandomCriterion
+
+CRITERIA.add("random", RandomCriterion())

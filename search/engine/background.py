@@ -1,0 +1,67 @@
+"""Calls that somebody must make, but nobody should wait for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+LONGEST_PAUSE = 30.0
+
+
+class Background:
+    """Makes calls one after another in a thread of its own; one that raises is made again, later, until it succeeds.
+
+    So calls must be safe to repeat. The thread starts with the first call.
+
+    Args:
+        name: of the thread.
+        capacity: how many calls may wait.
+        on_failure: called with the exception whenever a call raises, in the thread.
+        first_pause: seconds before the first repetition; doubled up to half a minute while failures go on.
+    """
+
+    def __init__(
+        self, name: str, capacity: int, on_failure: Callable[[Exception], None], *, first_pause: float = 1.0
+    ) -> None:
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(capacity)
+        self._on_failure = on_failure
+        self._first_pause = first_pause
+        self._give_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def put(self, call: Callable[[], None]) -> bool:
+        """Queue a call and return at once; False if there is no room for it."""
+        if not self._thread.is_alive() and not self._give_up.is_set():
+            self._thread.start()
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            return False
+        return True
+
+    def close(self, timeout: float) -> bool:
+        """Wait for the calls made so far, then stop. False if `timeout` seconds were not enough for all of them."""
+        if not self._thread.is_alive():
+            return self._calls.empty()
+        try:
+            self._calls.put(None, timeout=timeout)
+            self._thread.join(timeout)
+        except queue.Full:
+            pass
+        in_time = not self._thread.is_alive()
+        self._give_up.set()
+        return in_time
+
+    def _run(self) -> None:
+        while not self._give_up.is_set() and (call := self._calls.get()) is not None:
+            pause = self._first_pause
+            while True:
+                try:
+                    call()
+                    break
+                except Exception as problem:
+                    self._on_failure(problem)
+                if self._give_up.wait(pause):
+                    return
+                pause = min(2 * pause, LONGEST_PAUSE)

@@ -1,0 +1,140 @@
+"""Which worker does which job next, and what becomes of jobs whose worker is lost. Knows no Ray and no clock."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from evoprune.search.engine.executor import Job, Outcome, Status
+
+Loss = Literal["died", "oom", "deadline", "node"]
+"""Why a worker is gone: its process died, the memory monitor killed it, a job overran its deadline, its node left."""
+
+IN_FLIGHT = 2
+"""Jobs given to a worker at a time: while one runs, the next waits beside it, so that the worker never does."""
+PROBATION_PATIENCE = 4.0
+"""By how much a deadline is stretched in probation, where only a job that really hangs should fail."""
+LIMITS: Mapping[Loss, tuple[int, Status]] = {"died": (3, "crash"), "oom": (2, "oom"), "deadline": (1, "timeout")}
+"""How many losses in probation settle a job, and the status it gets. A node's departure is nobody's fault."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What one worker has been given, oldest first; the head is what it runs."""
+
+    jobs: deque[Job] = field(default_factory=deque)
+    on_probation: bool = False
+    head_since: float = 0.0
+
+
+class Dispatcher:
+    """Open jobs and the workers they are on. Every key leaves exactly once, as an outcome.
+
+    When a worker is lost, only the job that it ran can be guilty: that one goes into probation, where it gets a
+    worker to itself; the others are given out again untouched. Only losses in probation count against a job, since
+    any job may be hit by a worker's death that it did not cause.
+    """
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+        self._pending: deque[Job] = deque()
+        self._suspects: deque[Job] = deque()
+        self._lanes: dict[int, _Lane] = {}
+        self._counted: Counter[tuple[str, Loss]] = Counter()
+        self._attempts: Counter[str] = Counter()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Add jobs behind those that wait; one whose key is open is left out."""
+        for job in jobs:
+            if job.key not in self._open:
+                self._open.add(job.key)
+                self._pending.append(job)
+
+    def add_worker(self, worker: int) -> None:
+        """A worker is ready for jobs."""
+        self._lanes[worker] = _Lane()
+
+    def next_job(self, worker: int, now: float) -> Job | None:
+        """The job that `worker` should get now, or None; to be asked again until it is None."""
+        lane = self._lanes[worker]
+        if lane.on_probation:
+            return None
+        if self._suspects:
+            if lane.jobs:
+                return None  # let it run dry: a suspect shares its worker with nobody
+            lane.on_probation = True
+            return self._give(lane, self._suspects.popleft(), now)
+        if self._pending and len(lane.jobs) < IN_FLIGHT:
+            return self._give(lane, self._pending.popleft(), now)
+        return None
+
+    def finish(self, worker: int, outcome: Outcome, now: float) -> Outcome | None:
+        """`worker` answered a job: the outcome to hand on, or None if the key is answered already."""
+        lane = self._lanes[worker]
+        lane.jobs = deque(job for job in lane.jobs if job.key != outcome.key)
+        lane.on_probation, lane.head_since = False, now
+        return self._settle(outcome)
+
+    def lose(self, worker: int, loss: Loss) -> list[Outcome]:
+        """`worker` is gone: requeue what it had, and return the outcomes of jobs that are thereby settled."""
+        lane = self._lanes.pop(worker, None)
+        if lane is None or not lane.jobs:
+            return []
+        head = lane.jobs.popleft()
+        self._pending.extendleft(reversed(lane.jobs))
+        if lane.on_probation and loss in LIMITS:
+            self._counted[head.key, loss] += 1
+            limit, status = LIMITS[loss]
+            if self._counted[head.key, loss] >= limit:
+                settled = self._settle(Outcome(head.key, status, error=_explain(head, loss)))
+                return [settled] if settled is not None else []
+        self._suspects.append(head)
+        return []
+
+    def overdue(self, now: float) -> list[int]:
+        """Workers whose running job has passed its deadline."""
+        return [worker for worker, lane in self._lanes.items() if now > _due(lane)]
+
+    def is_idle(self) -> bool:
+        """Whether some worker has nothing to do at all."""
+        return any(not lane.jobs for lane in self._lanes.values())
+
+    @property
+    def running(self) -> int:
+        """How many jobs are running."""
+        return sum(bool(lane.jobs) for lane in self._lanes.values())
+
+    def _give(self, lane: _Lane, job: Job, now: float) -> Job:
+        if not lane.jobs:
+            lane.head_since = now
+        lane.jobs.append(job)
+        self._attempts[job.key] += 1
+        return job
+
+    def _settle(self, outcome: Outcome) -> Outcome | None:
+        attempts = self._attempts.pop(outcome.key, 0)
+        for loss in LIMITS:
+            self._counted.pop((outcome.key, loss), None)
+        if outcome.key not in self._open:
+            return None
+        self._open.discard(outcome.key)
+        telemetry = {**outcome.telemetry, "attempts": attempts}
+        return Outcome(outcome.key, outcome.status, outcome.values, outcome.error, telemetry)
+
+
+def _due(lane: _Lane) -> float:
+    """When the head of a lane becomes overdue."""
+    if not lane.jobs or lane.jobs[0].deadline is None:
+        return float("inf")
+    return lane.head_since + lane.jobs[0].deadline * (PROBATION_PATIENCE if lane.on_probation else 1.0)
+
+
+def _explain(job: Job, loss: Loss) -> str:
+    """Why a job was given up, for people."""
+    if loss == "deadline":
+        return f"did not finish within {PROBATION_PATIENCE:g} times its deadline of {job.deadline:g} s"
+    if loss == "oom":
+        return f"the memory monitor killed its worker {LIMITS[loss][0]} times while it ran alone"
+    return f"its worker's process died {LIMITS[loss][0]} times while it ran alone"

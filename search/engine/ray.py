@@ -1,0 +1,239 @@
+"""Evaluate on Ray actors, on this machine or on a cluster. The only file that imports ray, and only when it starts.
+
+Ray lives in one thread of its own, the keeper: it connects, feeds the workers, replaces the dead ones and shuts down.
+So the search never waits for Ray, workers never wait for the search, and Ray's processes, which end with the thread
+that started them, end with the executor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.errors import InvalidInput, WorkersFailed
+from evoprune.metrics.files import canonical_json
+from evoprune.search.engine.crew import Crew, last_line
+from evoprune.search.engine.executor import Executor, Job, Notify, Outcome
+from evoprune.search.engine.running import WorkerRecipe
+from evoprune.search.engine.stdout import stdout_kept_clean
+
+OBJECT_STORE_BYTES = 200_000_000
+"""Jobs and outcomes are small and models are shared through memory-mapped files, so Ray's own store stays small."""
+STALL_SECONDS = 600.0
+
+_process_token = secrets.token_hex(32)
+"""Ray reads its token once per process, so all private instances of a process use the same one."""
+
+
+class RayExecutor(Executor):
+    """Keeps `workers` long-lived actors busy, each with a worker of its own; dead ones are replaced.
+
+    Args:
+        factory: `"module:function"` that makes a worker from the context, in the actor.
+        context: JSON data for the factory.
+        workers: how many actors.
+        gpus_per_worker: a fraction of a device or whole devices; 0 is CPU only.
+        threads: torch threads of every worker.
+        address: `local` starts a private instance on this machine; anything else is a running cluster's address.
+            A Ray that this process is connected to already is used as it is.
+        python_path: folders that actors import from first.
+        environment: environment variables of the actors.
+        notify: is told what happens to the workers, from the keeper's thread.
+        stall_seconds: without any worker for this long, `poll` raises `NoCapacity`.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        context: dict[str, Any],
+        *,
+        workers: int = 1,
+        gpus_per_worker: float = 0.0,
+        threads: int = 1,
+        address: str = "local",
+        python_path: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        notify: Notify | None = None,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        if workers < 1:
+            raise InvalidInput(f"--workers is {workers}; it must be at least 1")
+        if not (0 <= gpus_per_worker < 1 or gpus_per_worker in range(1, 1025)):
+            raise InvalidInput(
+                f"--gpus-per-worker is {gpus_per_worker}; it must be below 1 or a whole number"
+            )
+        self.workers = workers
+        self._recipe = WorkerRecipe(factory, context, threads, tuple(python_path), dict(environment or {}))
+        self._options = {"num_cpus": 1, "num_gpus": gpus_per_worker}
+        self._address = address
+        self._notify: Notify = notify or (lambda *_, **__: None)
+        self._stall_seconds = stall_seconds
+        self._unanswered: set[str] = set()
+        self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._failure: BaseException | None = None
+        self._keeper: threading.Thread | None = None
+        self._surroundings = contextlib.ExitStack()
+        self._counters = {"ready": 0, "starting": workers, "running": 0, "deaths": 0}
+
+    def start(self) -> None:
+        """Begin to start Ray and the workers, and return at once.
+
+        From here to `close`, `sys.stdout` leads to stderr: whoever writes results there has kept the real one.
+        """
+        if self._keeper is None:
+            self._surroundings.enter_context(stdout_kept_clean(self._notify))
+            self._surroundings.enter_context(_private_settings(self._address))
+            self._keeper = threading.Thread(target=self._keep, name="ray-keeper", daemon=True)
+            self._keeper.start()
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Queue jobs; see `Executor.submit`. They wait until a worker is ready."""
+        for job in jobs:
+            canonical_json(job.payload)  # what cannot be sent is refused here, not in the keeper's thread
+            if job.key not in self._unanswered:
+                self._unanswered.add(job.key)
+                self._inbox.put(job)
+        self._wake.set()
+
+    def poll(self, timeout: float) -> list[Outcome]:
+        """What has finished; see `Executor.poll`."""
+        if self._keeper is None:
+            raise RuntimeError("start() comes before poll()")
+        if self._closing.is_set():
+            raise RuntimeError("closed")
+        outcomes: list[Outcome] = []
+        with contextlib.suppress(queue.Empty):
+            if self._unanswered or self._failure is not None:
+                outcomes += self._received(self._outbox.get(timeout=timeout))
+            while True:
+                outcomes += self._received(self._outbox.get_nowait())
+        if not outcomes and self._failure is not None:
+            raise self._failure
+        return outcomes
+
+    def counters(self) -> dict[str, int]:
+        """See `Executor.counters`."""
+        return dict(self._counters)
+
+    def close(self) -> None:
+        """Stop the workers, and Ray if this executor started it. Waits for a start-up in progress."""
+        self._closing.set()
+        self._wake.set()
+        if self._keeper is not None:
+            self._keeper.join()
+            self._surroundings.close()
+
+    def _received(self, outcome: Outcome | None) -> list[Outcome]:
+        """The outcome as a list; the keeper's farewell, None, is an empty one."""
+        if outcome is None:
+            self._outbox.put(None)  # every later poll finds it again
+            raise queue.Empty
+        self._unanswered.discard(outcome.key)
+        return [outcome]
+
+    def _keep(self) -> None:
+        """The keeper's thread, from the connection to Ray until `close`."""
+        try:
+            gpus = self._options["num_gpus"]
+            with _connected(self._address, self.workers, gpus) as ray:
+                self._notify("info", "ray_started", logs=_log_folder(ray))
+                crew = Crew(ray, self._recipe, self.workers, self._options, self._notify, self._stall_seconds)
+                try:
+                    while not self._closing.is_set():
+                        self._wake.clear()
+                        crew.submit(self._take_inbox())
+                        for outcome in crew.step(self._wake):
+                            self._outbox.put(outcome)
+                        self._counters = crew.counters()
+                finally:
+                    crew.dismiss()
+        except BaseException as problem:
+            self._failure = problem
+        finally:
+            self._outbox.put(None)
+
+    def _take_inbox(self) -> Iterator[Job]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._inbox.get_nowait()
+
+
+@contextlib.contextmanager
+def _connected(address: str, workers: int, gpus_per_worker: float) -> Iterator[Any]:
+    """Connect to Ray, or start it; yields the module, and undoes what it did.
+
+    Raises:
+        WorkersFailed: Ray is missing, does not start, or cannot be reached.
+        InvalidInput: this machine has too few GPUs.
+    """
+    try:
+        import ray
+    except ImportError as problem:
+        raise WorkersFailed(f"Ray cannot be imported ({problem}); --executor inline works without it") from problem
+    if ray.is_initialized():
+        yield ray
+        return
+    private: dict[str, Any] = {
+        "num_cpus": workers,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(private if address == "local" else {}),
+        )
+    except Exception as problem:
+        place = "on this machine" if address == "local" else f"at {address}"
+        raise WorkersFailed(f"Ray does not start {place}: {last_line(str(problem))}") from problem
+    try:
+        if address == "local":
+            _check_gpus(ray.cluster_resources().get("GPU", 0.0), workers, gpus_per_worker)
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_settings(address: str) -> Iterator[None]:
+    """Environment that a private instance wants: a token of its own, so that none is written to HOME; no reports."""
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0"}
+    known = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}
+    if address == "local" and not known & os.environ.keys():
+        wanted["RAY_AUTH_TOKEN"] = _process_token
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def _check_gpus(present: float, workers: int, gpus_per_worker: float) -> None:
+    """Refuse more workers than the GPUs of this machine can hold; Ray would wait for them forever."""
+    # Ray gives out whole devices, or fractions of one: 0.6 of each of two devices is one worker per device.
+    room = int(present) * int(1 / gpus_per_worker + 1e-9) if 0 < gpus_per_worker < 1 else present
+    needed = workers if 0 < gpus_per_worker < 1 else workers * gpus_per_worker
+    if needed > room:
+        raise InvalidInput(
+            f"{workers} workers with {gpus_per_worker:g} GPUs each do not fit on the {present:g} GPUs here; "
+            "lower --workers or --gpus-per-worker (0 is CPU only)"
+        )
+
+
+def _log_folder(ray: Any) -> str:
+    """Where Ray writes its logs."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    return node.get_logs_dir_path() if node is not None else "on the cluster"

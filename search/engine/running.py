@@ -1,0 +1,117 @@
+"""The worker's side: build a worker from its recipe, run one job, turn whatever happens into an outcome."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evoprune.metrics.errors import InvalidCandidate
+from evoprune.metrics.files import canonical_json
+from evoprune.search.engine.executor import Job, Outcome, Status, Worker
+
+ERROR_BYTES = 4096
+"""How much of a traceback an outcome keeps: its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecipe:
+    """All that it takes to make a worker in another process; plain data.
+
+    Args:
+        factory: `"module:function"`; the function takes the context and returns a worker.
+        context: JSON data.
+        threads: torch threads of the worker, or None to leave them. Sums of floats depend on it, so it is part of a
+            run's identity.
+        python_path: folders to import from, before all others.
+        environment: environment variables to set before the factory is imported.
+    """
+
+    factory: str
+    context: dict[str, Any]
+    threads: int | None = 1
+    python_path: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def build(self) -> Worker:
+        """The worker, made in this process. The thread count and the environment are those of the process."""
+        sys.path[:0] = [folder for folder in self.python_path if folder not in sys.path]
+        os.environ.update(self.environment)
+        module, _, function = self.factory.partition(":")
+        factory = getattr(importlib.import_module(module), function)
+        if self.threads is not None:
+            set_threads(self.threads)
+        return factory(json.loads(canonical_json(self.context)))
+
+
+def get_threads() -> int | None:
+    """How many threads torch has, or None while torch is not loaded."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch is not None else None
+
+
+def set_threads(threads: int) -> None:
+    """Give torch `threads` threads, if it is loaded: a worker that does without torch need not wait for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def run_job(worker: Worker, job: Job) -> Outcome:
+    """Do one job; every `Exception` becomes an outcome.
+
+    The worker gets a copy of the payload, and its values go through JSON, so that an outcome is the same whether the
+    worker lives in this process or in another.
+    """
+    status: Status = "ok"
+    values: dict[str, Any] = {}
+    error = ""
+    telemetry: dict[str, Any] = {"pid": os.getpid()}
+    clock = time.perf_counter()
+    try:
+        values = _plain(worker.handle(job.kind, json.loads(canonical_json(job.payload))))
+    except InvalidCandidate as problem:
+        status, error = "invalid", problem.reason
+        telemetry["detail"] = str(problem)[-ERROR_BYTES:]
+    except Exception as problem:
+        status = "oom" if is_out_of_memory(problem) else "error"
+        error = tail_of_traceback(problem)
+    telemetry["seconds"] = round(time.perf_counter() - clock, 6)
+    telemetry["finished"] = round(time.time(), 3)
+    return Outcome(job.key, status, values, error, telemetry)
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """`values` after a round trip through JSON.
+
+    Raises:
+        InvalidCandidate: a number is NaN or infinite.
+        TypeError: not a dictionary, or not JSON data.
+    """
+    if not isinstance(values, dict):
+        raise TypeError(f"a worker returns a dictionary, not {type(values).__name__}")
+    try:
+        return json.loads(canonical_json(values))
+    except ValueError as problem:
+        raise InvalidCandidate("NONFINITE", "a value is NaN or infinite") from problem
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an exception says that host or device memory ran out. Works without importing torch."""
+    return (
+        isinstance(problem, MemoryError)
+        or type(problem).__name__ == "OutOfMemoryError"
+        or (isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem))
+    )
+
+
+def tail_of_traceback(problem: BaseException) -> str:
+    """The last 4 KiB of an exception's traceback: its end says what happened."""
+    text = "".join(traceback.format_exception(problem)).strip()
+    return text.encode()[-ERROR_BYTES:].decode(errors="ignore")

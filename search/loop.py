@@ -1,0 +1,195 @@
+"""The loop: births in, results applied in the order of their numbers, everything on disk before anyone acts on it.
+
+At most `window` evaluated births wait for their results; applying the oldest frees one more birth. So a birth depends only on
+results at least a window older, whatever the number of workers and whoever finishes first: one seed, one history.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from evoprune.metrics.errors import Interrupted
+from evoprune.metrics.files import canonical_json
+from evoprune.search.engine.executor import Executor, Job, Outcome
+from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.rundir import RunDirectory
+
+COMMIT_EVERY = 16
+
+
+@dataclass(frozen=True)
+class Birth:
+    """A numbered birth.
+
+    Attributes:
+        number: from 0, without gaps.
+        record: what the search wants to remember of it, as JSON values.
+        job: what has to be evaluated; None if it was answered without.
+    """
+
+    number: int
+    record: dict[str, Any]
+    job: Job | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {"number": self.number, "record": self.record, "job": None if self.job is None else self.job.to_json()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Birth:
+        """The birth that `to_json` wrote."""
+        job = values["job"]
+        return cls(values["number"], values["record"], None if job is None else Job.from_json(job))
+
+
+class BirthSearch(Protocol):
+    """A search by numbered births."""
+
+    def next_birth(self) -> Birth:
+        """The next birth, from results applied so far and nothing else."""
+
+    def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
+        """Take in a result, in the order of birth numbers; the line of the history, as JSON values."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that `restore` needs, as JSON values."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state`."""
+
+
+@dataclass
+class Budget:
+    """When to stop.
+
+    Attributes:
+        evaluations: births with a forward pass; None for no limit.
+        expired: asked before each birth; true once the time is over. Births that were begun are then finished.
+        stopping: true once the user wants the search to stop. It stops where it is: finishing births without replacing
+            them would make a resumed search differ from one that was never stopped.
+    """
+
+    evaluations: int | None
+    expired: Callable[[], bool] = lambda: False
+    stopping: Callable[[], bool] = lambda: False
+
+
+class BirthLoop:
+    """Runs a search by births.
+
+    Args:
+        search: decides what is born.
+        executor: evaluates jobs.
+        log: outcomes by job key, on disk; jobs found there are not run again.
+        run: where history and state go.
+        window: evaluated births that may wait for results.
+        on_applied: told each birth, its history line and its outcome, after they are applied.
+        on_poll: called whenever the loop has waited.
+    """
+
+    def __init__(
+        self,
+        search: BirthSearch,
+        executor: Executor,
+        log: EvaluationLog,
+        run: RunDirectory,
+        *,
+        window: int = 16,
+        on_applied: Callable[[Birth, dict[str, Any], Outcome | None], None] = lambda birth, line, outcome: None,
+        on_poll: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.search = search
+        self.evaluations = 0
+        self._executor = executor
+        self._log = log
+        self._run = run
+        self._window = window
+        self._on_applied = on_applied
+        self._on_poll = on_poll
+        self._pending: deque[Birth] = deque()
+        self._waiting = 0
+        self._outcomes: dict[str, Outcome] = {}
+        self._lines: list[str] = []
+        self._applied = 0
+
+    def restore(self) -> bool:
+        """Continue from the run's last committed state; whether there was one."""
+        state = self._run.restore()
+        if state is None:
+            return False
+        self.search.restore(state["search"])
+        self.evaluations = state["evaluations"]
+        self._applied = state["applied"]
+        for values in state["pending"]:
+            self._enqueue(Birth.from_json(values))
+        return True
+
+    def run(self, budget: Budget) -> None:
+        """Births until the budget is spent, all of them applied and committed.
+
+        Raises:
+            Interrupted: `budget.stopping` became true; what was applied is committed, what was finished is logged.
+        """
+        try:
+            while True:
+                while self._waiting < self._window and not self._spent(budget):
+                    birth = self.search.next_birth()
+                    self.evaluations += birth.job is not None
+                    self._enqueue(birth)
+                if not self._pending:
+                    break
+                self._apply_oldest(budget)
+        finally:
+            self.commit()
+
+    def commit(self) -> None:
+        """Put history and state on disk."""
+        state = {
+            "search": self.search.state(),
+            "evaluations": self.evaluations,
+            "applied": self._applied,
+            "pending": [birth.to_json() for birth in self._pending],
+        }
+        self._run.commit(self._lines, state)
+        self._lines = []
+
+    def _spent(self, budget: Budget) -> bool:
+        if budget.evaluations is not None and self.evaluations >= budget.evaluations:
+            return True
+        return budget.expired()
+
+    def _enqueue(self, birth: Birth) -> None:
+        self._pending.append(birth)
+        if birth.job is None:
+            return
+        self._waiting += 1
+        known = self._log.get(birth.job.key)
+        if known is None:
+            self._executor.submit([birth.job])
+        else:
+            self._outcomes[birth.job.key] = known
+
+    def _apply_oldest(self, budget: Budget) -> None:
+        """Apply the oldest birth, after waiting for its result if need be."""
+        birth = self._pending[0]
+        outcome = None
+        if birth.job is not None:
+            while birth.job.key not in self._outcomes:
+                if budget.stopping():
+                    raise Interrupted("stopped by the user; everything finished is saved")
+                for arrived in self._executor.poll(timeout=0.2):
+                    self._log.append(arrived.key, arrived)
+                    self._outcomes[arrived.key] = arrived
+                self._on_poll()
+            outcome = self._outcomes.pop(birth.job.key)
+            self._waiting -= 1
+        self._pending.popleft()
+        line = self.search.apply(birth, outcome)
+        self._lines.append(canonical_json(line))
+        self._applied += 1
+        self._on_applied(birth, line, outcome)
+        if self._applied % COMMIT_EVERY == 0:
+            self.commit()

@@ -1,0 +1,263 @@
+"""Metric search by births: filters, duplicates, racing and the hall of fame around a searcher."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.expression import Expression, from_json
+from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.filters import reject_reason
+from evoprune.metrics.records import MaskRule
+from evoprune.metrics.signature import Probe, rank_signature
+from evoprune.search.archive import Archive
+from evoprune.search.candidate import Candidate
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.loop import Birth
+from evoprune.search.racing import SuccessiveHalving
+from evoprune.search.searchers import Proposal, Searcher
+from evoprune.search.spaces.symbolic import MetricSpace
+
+# Limits on a metric in canonical form, and the looser ones on what breeding hands to the canonicaliser.
+MAX_HEIGHT = 8
+MAX_SIZE = 25
+MAX_HEIGHT_BRED = 16
+MAX_SIZE_BRED = 80
+
+# What an outcome's status is called in the history when it is no verdict on the candidate.
+_STATUS_REASONS = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "error": "ERROR"}
+
+
+class MetricSearch:
+    """Births of metrics, in canonical form, none of them ever evaluated twice.
+
+    Args:
+        space: what candidates are made of.
+        searcher: decides who is born.
+        archive: hall of fame; shared with the searcher.
+        racing: decides how many tokens a candidate gets.
+        probe: real weights and statistics for rank signatures.
+        rule: the mask rule.
+        seed: of the run.
+        prepared: folder that evaluations read.
+        identity: hash of everything that an evaluation depends on beside its candidate.
+        full_ladder: names of seeds that run every rung, because they stand in the result's table.
+        dead: statistics that are zero almost everywhere; expressions that read them are rejected.
+    """
+
+    def __init__(
+        self,
+        space: MetricSpace,
+        searcher: Searcher,
+        archive: Archive,
+        racing: SuccessiveHalving,
+        probe: Probe,
+        rule: MaskRule,
+        *,
+        seed: int,
+        prepared: str,
+        identity: str,
+        full_ladder: frozenset[str] = frozenset(),
+        dead: frozenset[str] = frozenset(),
+    ) -> None:
+        self.archive = archive
+        self.racing = racing
+        self.reasons: Counter[str] = Counter()
+        self.origins: Counter[str] = Counter()
+        self.evolved_parents = 0
+        self.best: Candidate | None = None
+        self.power: Candidate | None = None
+        self.seed_fitness: dict[str, float] = {}
+        self._space = space
+        self._searcher = searcher
+        self._probe = probe
+        self._rule = rule
+        self._seed = seed
+        self._prepared = prepared
+        self._identity = identity
+        self._full_ladder = full_ladder
+        self._dead = dead
+        self._births = 0
+        self._keys: dict[str, int] = {}
+        self._signatures: dict[str, int] = {}
+        self._values: dict[int, float] = {}
+
+    @property
+    def births(self) -> int:
+        """Births so far, with and without a forward pass."""
+        return self._births
+
+    @property
+    def distinct(self) -> int:
+        """Different rank signatures among all births."""
+        return len(self._signatures)
+
+    def next_birth(self) -> Birth:
+        number = self._births
+        self._births += 1
+        rng = random.Random(derived_seed(self._seed, "birth", number))
+        proposal = self._searcher.propose(number, rng)
+        record: dict[str, Any] = {"proposal": _proposal_json(proposal)}
+        if proposal.expression.height > MAX_HEIGHT_BRED or proposal.expression.size > MAX_SIZE_BRED:
+            return Birth(number, {**record, "reason": "LIMIT"}, None)
+        expression = self._space.canonical(proposal.expression)
+        record["expression"] = expression.to_json()
+        reason, same_as = self._reject(expression, number, record)
+        if reason is not None:
+            return Birth(number, {**record, "reason": reason, "same_as": same_as}, None)
+        draws = [rng.random() for _ in range(self.racing.rungs - 1)]
+        record["uniform"] = self.racing.is_uniform(draws)
+        thresholds = self.racing.thresholds(draws)
+        if proposal.origin.removeprefix("seed:") in self._full_ladder:
+            thresholds = [None] * len(thresholds)
+        return Birth(number, record, self.job(expression, thresholds))
+
+    def job(self, expression: Expression, thresholds: Sequence[float | None]) -> Job:
+        """The evaluation of a metric."""
+        payload = {
+            "folder": self._prepared,
+            "criterion": {"expression": expression.to_json()},
+            "thresholds": list(thresholds),
+        }
+        key = content_hash([self._identity, payload["criterion"], payload["thresholds"]])
+        return Job(key, "evaluate", payload)
+
+    def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
+        record = birth.record
+        proposal = _proposal_from(record["proposal"])
+        line: dict[str, Any] = {
+            "birth": birth.number,
+            "origin": proposal.origin,
+            "parents": list(proposal.parents),
+            "island": proposal.island,
+            "expression": None,
+            "signature": record.get("signature"),
+            "reason": record.get("reason"),
+        }
+        if "expression" in record:
+            expression = from_json(record["expression"])
+            line |= {"expression": expression.text, "complexity": expression.complexity}
+        self.origins[proposal.origin.partition(":")[0]] += 1
+        self.evolved_parents += proposal.evolved_parent
+        if outcome is not None:
+            line |= self._take_in(birth, proposal, outcome)
+        else:
+            line["same_as"] = record.get("same_as")
+            same = record.get("same_as")
+            self._searcher.tell(proposal, None, None if same is None else self._values.get(same))
+        if line["reason"] is not None:
+            self.reasons[line["reason"]] += 1
+        return line
+
+    def _take_in(self, birth: Birth, proposal: Proposal, outcome: Outcome) -> dict[str, Any]:
+        """Tell racing, archive and searcher; what the history adds."""
+        if outcome.status != "ok":
+            reason = outcome.error if outcome.status == "invalid" else _STATUS_REASONS[outcome.status]
+            self._searcher.tell(proposal, None, None)
+            return {"reason": reason}
+        rungs = tuple(outcome.values["rungs"])
+        candidate = Candidate(
+            birth=birth.number,
+            expression=from_json(birth.record["expression"]),
+            origin=proposal.origin,
+            parents=proposal.parents,
+            evolved=proposal.evolved,
+            island=proposal.island,
+            rungs=rungs,
+            stderr=outcome.values["stderr"],
+            signature=birth.record["signature"],
+        )
+        self._values[birth.number] = rungs[0]
+        self.racing.observe(rungs, birth.record["uniform"])
+        finished = len(rungs) == self.racing.rungs
+        joined = finished and self.archive.add(candidate)
+        if proposal.origin == "power" and (self.power is None or candidate.fitness > self.power.fitness):
+            self.power = candidate
+        if proposal.origin.startswith("seed:"):
+            self.seed_fitness[proposal.origin.removeprefix("seed:")] = candidate.value
+        if self.best is None or candidate.fitness > self.best.fitness:
+            self.best = candidate
+        self._searcher.tell(proposal, candidate, rungs[0])
+        line: dict[str, Any] = {"rungs": list(rungs), "stderr": candidate.stderr, "front": joined}
+        return line if finished else {**line, "reason": f"CUT_F{len(rungs) - 1}"}
+
+    def _reject(self, expression: Expression, number: int, record: dict[str, Any]) -> tuple[str | None, int | None]:
+        """(reason, birth that is equivalent) of a candidate that needs no forward pass; notes key and signature."""
+        key = self._space.key(expression)
+        if key in self._keys:
+            return "DUP_KEY", self._keys[key]
+        self._keys[key] = number
+        reason = reject_reason(
+            expression, allowed_terminals=self._space.terminals, max_height=MAX_HEIGHT, max_size=MAX_SIZE
+        )
+        if reason is None and expression.terminals & self._dead:
+            reason = "STAT_DEAD"
+        if reason is not None:
+            return reason, None
+        signature = rank_signature(expression, self._probe, self._rule)
+        if signature.reason is not None:
+            return signature.reason, None
+        record["signature"] = signature.digest
+        if signature.digest in self._signatures:
+            return "DUP_SIG", self._signatures[signature.digest]
+        self._signatures[signature.digest] = number
+        return None, None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "births": self._births,
+            "keys": self._keys,
+            "signatures": self._signatures,
+            "values": {str(birth): value for birth, value in self._values.items()},
+            "reasons": dict(self.reasons),
+            "origins": dict(self.origins),
+            "evolved_parents": self.evolved_parents,
+            "best": None if self.best is None else self.best.to_json(),
+            "power": None if self.power is None else self.power.to_json(),
+            "seed_fitness": self.seed_fitness,
+            "archive": self.archive.state(),
+            "racing": self.racing.state(),
+            "searcher": self._searcher.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._births = state["births"]
+        self._keys = state["keys"]
+        self._signatures = state["signatures"]
+        self._values = {int(birth): value for birth, value in state["values"].items()}
+        self.reasons = Counter(state["reasons"])
+        self.origins = Counter(state["origins"])
+        self.evolved_parents = state["evolved_parents"]
+        self.best = None if state["best"] is None else Candidate.from_json(state["best"])
+        self.power = None if state["power"] is None else Candidate.from_json(state["power"])
+        self.seed_fitness = state["seed_fitness"]
+        self.archive.restore(state["archive"])
+        self.racing.restore(state["racing"])
+        self._searcher.restore(state["searcher"])
+
+
+def _proposal_json(proposal: Proposal) -> dict[str, Any]:
+    return {
+        "expression": proposal.expression.to_json(),
+        "origin": proposal.origin,
+        "parents": list(proposal.parents),
+        "evolved": proposal.evolved,
+        "evolved_parent": proposal.evolved_parent,
+        "island": proposal.island,
+        "token": None if proposal.token is None else list(proposal.token),
+    }
+
+
+def _proposal_from(values: Mapping[str, Any]) -> Proposal:
+    token = values["token"]
+    return Proposal(
+        from_json(values["expression"]),
+        values["origin"],
+        tuple(values["parents"]),
+        values["evolved"],
+        values["evolved_parent"],
+        values["island"],
+        None if token is None else (token[0], token[1]),
+    )

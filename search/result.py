@@ -1,0 +1,41 @@
+"""Numbers of a result: means and standard errors over windows of held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def summary(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """The five numbers that stand for a model on a text.
+
+    Args:
+        losses: ``nll`` and ``kl`` by window, in nats per token, and ``tokens``, the number of predictions.
+
+    Returns:
+        loss, perplexity, kl, stderr (of the loss, over windows) and tokens.
+    """
+    nll, kl = losses["nll"], losses["kl"]
+    loss = math.fsum(nll) / len(nll)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "kl": math.fsum(kl) / len(kl),
+        "stderr": standard_error(nll),
+        "tokens": losses["tokens"],
+    }
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
+    """Mean of loss(first) - loss(second) over the same windows, and its standard error."""
+    differences = [a - b for a, b in zip(first["nll"], second["nll"], strict=True)]
+    return {"loss": math.fsum(differences) / len(differences), "stderr": standard_error(differences)}

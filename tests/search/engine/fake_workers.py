@@ -1,0 +1,68 @@
+"""Workers for the tests. Actors import this module by name, from the folder that `python_path` gives them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from evoprune.metrics.errors import InvalidCandidate, InvalidInput
+
+
+class FakeWorker:
+    """Answers from its arguments alone; some kinds misbehave."""
+
+    def __init__(self, context: dict[str, Any]) -> None:
+        self.context = context
+
+    def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        return getattr(self, kind)(payload)
+
+    def square(self, payload: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(payload.get("seconds", 0.0))
+        return {"fitness": payload["x"] ** 2 + self.context.get("offset", 0), "pair": (1, 2)}
+
+    def where(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS"), "home": os.environ.get("FAKE")}
+
+    def invalid(self, payload: dict[str, Any]) -> dict[str, Any]:
+        raise InvalidCandidate("TIES", "every row")
+
+    def nan(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"fitness": float("nan")}
+
+    def broken(self, payload: dict[str, Any]) -> dict[str, Any]:
+        raise ZeroDivisionError("as ordered")
+
+    def not_json(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"fitness": object()}
+
+    def memory(self, payload: dict[str, Any]) -> dict[str, Any]:
+        raise MemoryError("as ordered")
+
+    def spoil(self, payload: dict[str, Any]) -> dict[str, Any]:
+        payload["x"] = "spoilt"
+        return {}
+
+    def poison(self, payload: dict[str, Any]) -> dict[str, Any]:
+        os._exit(13)
+
+    def die_once(self, payload: dict[str, Any]) -> dict[str, Any]:
+        marker = Path(payload["marker"])
+        if marker.exists():
+            return {"fitness": 0}
+        marker.touch()
+        os._exit(13)
+
+    def leave(self, payload: dict[str, Any]) -> dict[str, Any]:
+        sys.exit(3)
+
+
+def build(context: dict[str, Any]) -> FakeWorker:
+    if context.get("refuse"):
+        raise InvalidInput("no model at /nowhere")
+    if context.get("fall"):
+        os._exit(11)
+    return FakeWorker(context)

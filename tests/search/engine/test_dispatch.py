@@ -1,0 +1,129 @@
+"""Who gets which job, and what becomes of jobs whose worker is lost."""
+
+from __future__ import annotations
+
+import random
+
+from evoprune.search.engine.dispatch import Dispatcher, Loss
+from evoprune.search.engine.executor import Job, Outcome
+
+
+def job(key: str, deadline: float | None = None) -> Job:
+    return Job(key, "k", {}, deadline)
+
+
+def crew(*keys: str, workers: int = 1) -> Dispatcher:
+    dispatcher = Dispatcher()
+    dispatcher.submit([job(key) for key in keys])
+    for worker in range(workers):
+        dispatcher.add_worker(worker)
+    return dispatcher
+
+
+def take_all(dispatcher: Dispatcher, worker: int, now: float = 0.0) -> list[str]:
+    keys = []
+    while (given := dispatcher.next_job(worker, now)) is not None:
+        keys.append(given.key)
+    return keys
+
+
+def test_two_jobs_are_in_flight_per_worker() -> None:
+    dispatcher = crew("a", "b", "c")
+    assert take_all(dispatcher, 0) == ["a", "b"]
+    assert dispatcher.finish(0, Outcome("a", "ok"), 0.0) is not None
+    assert take_all(dispatcher, 0) == ["c"]
+
+
+def test_only_the_running_job_is_suspected_when_a_worker_dies() -> None:
+    dispatcher = crew("a", "b", "c")
+    take_all(dispatcher, 0)
+    assert dispatcher.lose(0, "died") == []
+    dispatcher.add_worker(1)
+    assert take_all(dispatcher, 1) == ["a"]  # alone
+    assert dispatcher.finish(1, Outcome("a", "ok"), 0.0) is not None
+    assert take_all(dispatcher, 1) == ["b", "c"]
+
+
+def test_a_suspect_waits_until_a_worker_has_run_dry() -> None:
+    dispatcher = crew("a", "b", "c", "d", "e", workers=2)
+    take_all(dispatcher, 0)
+    assert take_all(dispatcher, 1) == ["c", "d"]
+    dispatcher.lose(0, "died")
+    dispatcher.finish(1, Outcome("c", "ok"), 0.0)
+    assert take_all(dispatcher, 1) == []
+    dispatcher.finish(1, Outcome("d", "ok"), 0.0)
+    assert take_all(dispatcher, 1) == ["a"]
+
+
+def settle(loss: Loss, deaths: int) -> list[Outcome]:
+    """What comes out when a job is lost `deaths` times in probation."""
+    dispatcher = Dispatcher()
+    dispatcher.submit([job("a", 1.0)])
+    settled = []
+    for worker in range(deaths + 1):
+        dispatcher.add_worker(worker)
+        assert take_all(dispatcher, worker) == ["a"]
+        settled += dispatcher.lose(worker, loss)
+    return settled
+
+
+def test_three_deaths_in_probation_are_a_crash() -> None:
+    assert settle("died", 2) == []
+    (outcome,) = settle("died", 3)
+    assert (outcome.status, outcome.telemetry["attempts"]) == ("crash", 4)
+
+
+def test_memory_kills_and_deadlines_have_their_own_limits() -> None:
+    assert settle("oom", 1) == []
+    assert settle("oom", 2)[0].status == "oom"
+    assert settle("deadline", 1)[0].status == "timeout"
+
+
+def test_a_lost_node_is_nobodys_fault() -> None:
+    assert settle("node", 20) == []
+
+
+def test_deadlines_count_from_the_start_of_the_job_and_are_longer_in_probation() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.submit([job("a", 1.0), job("b", 1.0)])
+    dispatcher.add_worker(0)
+    take_all(dispatcher, 0, now=10.0)
+    assert dispatcher.overdue(10.9) == []
+    assert dispatcher.overdue(11.1) == [0]
+    dispatcher.finish(0, Outcome("a", "ok"), 11.1)
+    assert dispatcher.overdue(12.0) == []
+    assert dispatcher.overdue(12.2) == [0]
+    dispatcher.lose(0, "deadline")
+    dispatcher.add_worker(1)
+    take_all(dispatcher, 1, now=20.0)
+    assert dispatcher.overdue(23.9) == []
+    assert dispatcher.overdue(24.1) == [1]
+
+
+def test_every_key_leaves_exactly_once_whatever_happens() -> None:
+    for seed in range(200):
+        chance = random.Random(seed)
+        keys = [f"k{number}" for number in range(30)]
+        poison = set(chance.sample(keys, 2))
+        dispatcher, alive, fresh, left = crew(*keys, workers=3), [0, 1, 2], 3, []
+        in_flight: dict[int, list[str]] = {worker: [] for worker in alive}
+        for _ in range(10_000):
+            if len(left) == len(keys):
+                break
+            worker = chance.choice(alive)
+            in_flight[worker] += take_all(dispatcher, worker)
+            if not in_flight[worker]:
+                continue
+            if in_flight[worker][0] in poison or chance.random() < 0.1:
+                left += dispatcher.lose(worker, "died")
+                alive.remove(worker)
+                alive.append(fresh)
+                dispatcher.add_worker(fresh)
+                in_flight[fresh] = []
+                fresh += 1
+            else:
+                outcome = dispatcher.finish(worker, Outcome(in_flight[worker].pop(0), "ok"), 0.0)
+                assert outcome is not None
+                left.append(outcome)
+        assert sorted(outcome.key for outcome in left) == sorted(keys)
+        assert poison <= {outcome.key for outcome in left if outcome.status == "crash"}

@@ -1,0 +1,218 @@
+"""The Ray executor: the same outcomes as in process, each exactly once, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evoprune.metrics.errors import InvalidInput, WorkersFailed
+from evoprune.search.engine.executor import Job, Outcome, evaluate
+from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.engine.ray import RayExecutor
+
+pytestmark = pytest.mark.ray
+HERE = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_ray() -> Iterator[None]:
+    """One private instance for the whole module; executors use what is there and leave it alone."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(
+            address="local",
+            num_cpus=3,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100_000_000,
+            logging_level="ERROR",
+        )
+        yield
+        ray.shutdown()
+
+
+MakeExecutor = Callable[..., RayExecutor]
+
+
+@pytest.fixture
+def make() -> Iterator[MakeExecutor]:
+    """Makes started executors and closes them."""
+    made: list[RayExecutor] = []
+
+    def start(workers: int = 1, *, notify: Any = None, **context: object) -> RayExecutor:
+        executor = RayExecutor(
+            "fake_workers:build", dict(context), workers=workers, python_path=[HERE], threads=2, notify=notify
+        )
+        executor.start()
+        made.append(executor)
+        return executor
+
+    yield start
+    for executor in made:
+        executor.close()
+
+
+def essence(outcomes: list[Outcome]) -> list[tuple[object, ...]]:
+    """Outcomes without what depends on time and place."""
+    return [(outcome.key, outcome.status, outcome.values, outcome.error[-30:]) for outcome in outcomes]
+
+
+def mixed_jobs(count: int) -> list[Job]:
+    kinds = {3: "invalid", 5: "nan", 7: "broken"}
+    return [Job(f"k{x}", kinds.get(x % 11, "square"), {"x": x}) for x in range(count)]
+
+
+def test_outcomes_are_those_of_the_inline_executor_for_any_number_of_workers(make: MakeExecutor) -> None:
+    jobs = mixed_jobs(250)
+    inline = InlineExecutor("fake_workers:build", {"offset": 2}, python_path=[HERE], threads=None)
+    inline.start()
+    expected = essence(evaluate(inline, jobs))
+    for workers in (1, 2):
+        executor = make(workers, offset=2)
+        assert essence(evaluate(executor, jobs)) == expected
+        executor.close()
+
+
+def test_start_and_submit_do_not_wait_for_workers(make: MakeExecutor) -> None:
+    begin = time.monotonic()
+    executor = make()
+    executor.submit([Job("k", "square", {"x": 1})])
+    assert time.monotonic() - begin < 0.5
+    assert executor.counters()["starting"] == 1
+    assert evaluate(executor, [Job("k", "square", {"x": 1})])[0].values["fitness"] == 1
+    assert executor.poll(10.0) == []  # nothing is open, so there is nothing to wait for
+
+
+def test_workers_get_their_threads_and_answer_from_their_own_process(make: MakeExecutor) -> None:
+    (outcome,) = evaluate(make(), [Job("k", "where", {})])
+    assert outcome.values["threads"] == "2"
+    assert outcome.values["pid"] == outcome.telemetry["pid"] != os.getpid()
+    assert (outcome.telemetry["worker"], outcome.telemetry["attempts"]) == (0, 1)
+
+
+def test_killed_workers_cost_no_outcome_and_condemn_nobody(make: MakeExecutor) -> None:
+    ready: list[int] = []
+    executor = make(2, notify=lambda _, event, **fields: event == "worker_ready" and ready.append(fields["pid"]))
+    jobs = [Job(f"k{x}", "square", {"x": x, "seconds": 0.01}) for x in range(200)]
+    counts: dict[str, int] = {}
+
+    def kill_sometimes(outcome: Outcome) -> None:
+        counts[outcome.key] = counts.get(outcome.key, 0) + 1
+        if len(counts) in (20, 100):
+            os.kill(ready.pop(0), signal.SIGKILL)
+
+    outcomes = evaluate(executor, jobs, kill_sometimes)
+    assert set(counts.values()) == {1}
+    assert [outcome.values["fitness"] for outcome in outcomes] == [x**2 for x in range(200)]
+    assert executor.counters()["deaths"] == 2
+
+
+def test_a_poison_job_crashes_and_the_others_do_not(make: MakeExecutor) -> None:
+    jobs = mixed_jobs(40)
+    jobs.insert(7, Job("poison", "poison", {}))
+    outcomes = evaluate(make(2), jobs)
+    assert [outcome.key for outcome in outcomes if outcome.status == "crash"] == ["poison"]
+    assert outcomes[7].telemetry["attempts"] == 4
+    assert sum(outcome.status == "ok" for outcome in outcomes) == sum(job.kind == "square" for job in jobs)
+
+
+def test_a_job_that_hangs_times_out(make: MakeExecutor) -> None:
+    hanging = Job("hang", "square", {"x": 1, "seconds": 600}, deadline=0.2)
+    slow, other = evaluate(make(), [hanging, Job("k", "square", {"x": 3}, deadline=60)])
+    assert slow.status == "timeout"
+    assert other.values["fitness"] == 9
+
+
+def test_when_no_worker_can_start_its_error_arrives(make: MakeExecutor) -> None:
+    executor = make(2, refuse=True)
+    with pytest.raises(WorkersFailed, match="no worker can start: InvalidInput: no model at /nowhere") as caught:
+        evaluate(executor, mixed_jobs(3))
+    assert caught.value.exit_code == 3
+    assert "Traceback" in str(caught.value.__cause__)
+
+
+def test_when_every_worker_dies_on_its_way_up_that_is_said_too(
+    make: MakeExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evoprune.search.engine.crew.DEATHS_BEFORE_READY", 2)
+    with pytest.raises(WorkersFailed, match="no worker can start"):
+        evaluate(make(1, fall=True), mixed_jobs(1))
+
+
+def test_a_factory_that_is_not_there_is_an_error_not_a_wait() -> None:
+    executor = RayExecutor("no_such_module:build", {})
+    executor.start()
+    try:
+        with pytest.raises(WorkersFailed, match="no_such_module"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+
+
+def test_senseless_sizes_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="--workers is 0"):
+        RayExecutor("fake_workers:build", {}, workers=0)
+    with pytest.raises(InvalidInput, match="--gpus-per-worker is 1.5"):
+        RayExecutor("fake_workers:build", {}, gpus_per_worker=1.5)
+
+
+OWN_INSTANCE = """
+import os, sys
+from evoprune.search.engine.executor import Job, evaluate
+from evoprune.search.engine.ray import RayExecutor
+if __name__ == "__main__":
+    out = sys.stdout
+    executor = RayExecutor("fake_workers:build", {}, python_path=[sys.argv[1]])
+    executor.start()
+    outcomes = evaluate(executor, [Job("p", "die_once", {"marker": sys.argv[2]}), Job("k", "square", {"x": 5})])
+    print("chatter")
+    executor.close()
+    assert sys.stdout is out and "RAY_AUTH_TOKEN" not in os.environ
+    print([(outcome.status, outcome.telemetry["attempts"]) for outcome in outcomes])
+"""
+
+
+def test_an_instance_of_its_own_leaves_stdout_home_and_processes_clean(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(OWN_INSTANCE)
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(program), HERE, str(tmp_path / "marker")],
+        env={**environment, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[('ok', 2), ('ok', 1)]\n"
+    assert "raylet" not in done.stderr
+    assert "chatter" in done.stderr
+    assert list(home.rglob("*auth*")) == []
+    give_up = time.monotonic() + 10
+    while (left := processes_with_home(home)) and time.monotonic() < give_up:
+        time.sleep(0.2)
+    assert left == []
+
+
+def processes_with_home(home: Path) -> list[str]:
+    """The processes that were started with this HOME and still live."""
+    psutil = pytest.importorskip("psutil")
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("HOME") == str(home):
+                found.append(" ".join(process.cmdline()))
+    return found
