@@ -42,15 +42,14 @@ def model_card(name: str, counts: WeightCounts, recipe: Mapping[str, Any], repor
         recipe: how the model was pruned.
         report: mappings in it that have a ``perplexity``, at any depth, become rows; plain values become a list.
     """
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
-    original = name if on_hub or name == "reference" else Path(name).name
+    original = public_name(name)
     results = list(_results(report, ()))
     facts = [(key, value) for key, value in report.items() if isinstance(value, (str, int, float))]
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        *([f"base_model: {name}"] if on_hub else []),
+        *([f"base_model: {original}"] if "/" in original else []),
         "tags: [pruned, sparse, evoprune]",
         "---",
         "",
@@ -100,6 +99,12 @@ def model_card(name: str, counts: WeightCounts, recipe: Mapping[str, Any], repor
         "The licence of the original model applies.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def public_name(name: str) -> str:
+    """A model's Hub id as it is, a local folder by its last part: nobody else's business where it lies."""
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    return name if on_hub else Path(name).name
 
 
 def _results(report: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any]]]:

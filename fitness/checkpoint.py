@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from evoprune.fitness.card import WeightCounts, model_card
+from evoprune.fitness.card import WeightCounts, model_card, public_name
 from evoprune.fitness.hub import one_line, silence
 from evoprune.fitness.models import LanguageModel
 from evoprune.metrics.errors import EvopruneError, InvalidInput
@@ -66,7 +66,7 @@ def write_checkpoint(
             record = {
                 "format": FORMAT,
                 "evoprune": version("evoprune"),
-                "model": language_model.name,
+                "model": public_name(language_model.name),
                 "fingerprint": language_model.fingerprint,
                 "recipe": recipe,
                 "report": report,

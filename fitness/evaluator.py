@@ -23,7 +23,7 @@ from evoprune.fitness.teacher import Teacher, WindowLosses, linear_head, window_
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import AuditFailed, InvalidCandidate
 from evoprune.metrics.interpreter import free_inputs
-from evoprune.metrics.mask import MAX_TIED_ROWS, check_finite, global_masks, mask
+from evoprune.metrics.mask import check_finite, global_masks, mask
 from evoprune.metrics.records import MaskRule, Site
 
 
@@ -70,8 +70,11 @@ class Evaluator:
             **self.statistics.site_statistics(site.name, needs, weight.device),
         }
 
-    def masks(self, criterion: Criterion) -> Iterator[tuple[Site, Tensor]]:
+    def masks(self, criterion: Criterion, max_tied: float | None = None) -> Iterator[tuple[Site, Tensor]]:
         """(site, [out, in] bool mask, True = keep) for every site, one at a time unless the group is global.
+
+        Args:
+            max_tied: as `mask` takes it.
 
         Raises:
             InvalidCandidate: scores that are not finite, tie too often, or need a statistic that is not there.
@@ -85,10 +88,10 @@ class Evaluator:
             if scores_of_site.shape != (site.out_features, site.in_features):
                 raise InvalidCandidate("TYPE", f"scores of shape {tuple(scores_of_site.shape)} for {site.name}")
             check_finite(scores_of_site)
-            yield site, mask(scores_of_site, self.rule, max_tied=MAX_TIED_ROWS)
+            yield site, mask(scores_of_site, self.rule, max_tied=max_tied)
 
     @torch.no_grad()
-    def apply(self, criterion: Criterion) -> int:
+    def apply(self, criterion: Criterion, max_tied: float | None = None) -> int:
         """Write the masked weights of every site into the model; the number of weights removed.
 
         Raises:
@@ -96,7 +99,7 @@ class Evaluator:
         """
         bound = {entry.site.name: entry for entry in self.language_model.sites}
         removed = 0
-        for site, keep in self.masks(criterion):
+        for site, keep in self.masks(criterion, max_tied):
             target = bound[site.name].weight()
             dense = self._dense_weight(site).to(target.device)
             # A product would keep a NaN and turn removed negative weights into -0.
@@ -147,12 +150,14 @@ class Evaluator:
         objective: Objective,
         rungs: Sequence[int],
         thresholds: Sequence[float | None],
+        max_tied: float | None = None,
     ) -> dict[str, Any]:
         """Fitness of a criterion, rung by rung until it is cut.
 
         Args:
             rungs: windows of text B seen up to each rung, increasing.
             thresholds: per rung but the last, the largest fitness that goes on; None lets all through.
+            max_tied: as `mask` takes it.
 
         Returns:
             ``rungs`` (the fitness at each rung that ran), ``stderr`` (over the values of the last one), ``removed`` (weights).
@@ -160,7 +165,7 @@ class Evaluator:
         Raises:
             InvalidCandidate: see `masks`; or NONFINITE, the fitness is.
         """
-        removed = self.apply(criterion)
+        removed = self.apply(criterion, max_tied)
         values = torch.empty(0, dtype=torch.float64)
         fitness: list[float] = []
         for rung, last in enumerate(rungs):

@@ -63,6 +63,15 @@ class LanguageModel:
         """The longest window the model can read, or None where positions are not bounded."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
+    def check_window(self, window: int) -> None:
+        """Refuse windows that the model cannot read.
+
+        Raises:
+            InvalidInput: `window` is longer than `context`.
+        """
+        if self.context is not None and window > self.context:
+            raise InvalidInput(f"window {window} is too long: model {self.name!r} reads at most {self.context} tokens")
+
 
 def load_model(
     name: str = "reference",

@@ -27,8 +27,9 @@ from evoprune.fitness.text import token_windows
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import free_inputs
+from evoprune.metrics.mask import check_pattern
 from evoprune.metrics.records import Site
-from evoprune.metrics.signature import Probe
+from evoprune.metrics.probe import Probe, spread_sites
 from evoprune.metrics.terminals import STATISTICS
 
 FORMAT = "evoprune-prepared/1"
@@ -168,8 +169,6 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
     Raises:
         InvalidInput: a pattern whose M does not divide a width; a window longer than the model's context.
     """
-    from evoprune.metrics.mask import check_pattern
-
     if context.pattern is not None:
         for bound in language_model.sites:
             check_pattern(context.pattern, bound.site.in_features, bound.site.name)
@@ -204,15 +203,16 @@ def _dense_file(language_model: LanguageModel) -> Path:
 def _build_probe(
     language_model: LanguageModel, statistics: Statistics, needs: frozenset[str], context: EvaluationContext
 ) -> Probe:
-    terminals = needs & STATISTICS
+    chosen = {site.name for site in spread_sites([bound.site for bound in language_model.sites])}
     sites = [
         (
             bound.site,
             {
                 **free_inputs(bound.site, bound.weight().cpu(), context.rule.fraction),
-                **statistics.site_statistics(bound.site.name, terminals),
+                **statistics.site_statistics(bound.site.name, needs & STATISTICS),
             },
         )
-        for bound in Probe.choose(language_model.sites, key=lambda bound: bound.site)
+        for bound in language_model.sites
+        if bound.site.name in chosen
     ]
     return Probe.build(sites)

@@ -193,7 +193,8 @@ def _run_passes(
     """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics."""
     ids = windows.to(language_model.device)
     plan = _plan(language_model, stored)
-    done, leaders = 0, {}
+    done = 0
+    leaders: dict[str, str] = {}
 
     def advance(sequences: int) -> None:
         nonlocal done

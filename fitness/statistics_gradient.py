@@ -22,6 +22,8 @@ from evoprune.metrics.errors import EvopruneError
 
 # fp16 gradients of a mean loss underflow (a fifth of them, at a median of 1e-7); a power of two unscales exactly.
 HALF_LOSS_SCALE = 1024.0
+# Tokens whose softmax is computed at once.
+LOGIT_ROWS = 256
 
 
 def loss_scale(dtype: torch.dtype) -> float:
@@ -40,9 +42,9 @@ class GradientSums:
 
     def __init__(self, sites: Iterable[SiteModule], names: frozenset[str], scale: float = 1.0) -> None:
         self._sites = {bound.site.name: bound for bound in sites}
-        self._names = tuple(sorted(names))
         self._scale = scale
-        self._sums: Results = {name: {} for name in self._sites}
+        # All at once: between the activations of the first pass they would leave the heap full of holes.
+        self._sums: Results = {name: _zeros(bound, names) for name, bound in self._sites.items()}
         self._seen: set[str] = set()
         self._sequences = 0
         self._window = 0
@@ -89,12 +91,12 @@ class GradientSums:
         }
         found, self._sums = self._sums, {}
         for name, sums in found.items():
+            if name not in self._seen:
+                raise EvopruneError(f"no gradient reaches {name}")
             for terminal, total in sums.items():
                 if not bool(total.isfinite().all()):
                     raise EvopruneError(f"{terminal} of {name} is not finite: load the model in bfloat16 or float32")
                 finish[terminal](total)
-            if len(sums) != len(self._names):
-                raise EvopruneError(f"no gradient reached {name}")
         return found
 
     def _tap(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -111,14 +113,16 @@ class GradientSums:
         return tensor.reshape(self._sequences, self._window, tensor.shape[-1])
 
     def _add_sequence(self, name: str, gradient: Tensor) -> None:
-        sums = self._sums[name]
-        for terminal in self._names:
-            if terminal not in sums:
-                sums[terminal] = torch.zeros_like(gradient)
+        for terminal, total in self._sums[name].items():
             if terminal in ("G_l2", "G_reg"):
-                sums[terminal].addcmul_(gradient, gradient)
+                total.addcmul_(gradient, gradient)
             else:
-                sums[terminal].add_(gradient.abs() if terminal == "G_l1" else gradient)
+                total.add_(gradient.abs() if terminal == "G_l1" else gradient)
+
+
+def _zeros(bound: SiteModule, names: Iterable[str]) -> dict[str, Tensor]:
+    shape, device = (bound.site.out_features, bound.site.in_features), bound.weight().device
+    return {name: torch.zeros(shape, device=device) for name in sorted(names)}
 
 
 class _Tap(torch.autograd.Function):
@@ -143,21 +147,20 @@ def backward_from_loss(logits: Tensor, ids: Tensor, scale: float = 1.0) -> None:
     """Back-propagate the sum over sequences of each sequence's mean causal cross-entropy, times `scale`.
 
     Args:
-        logits: [sequences, window, vocabulary], with a graph.
+        logits: [sequences, window, vocabulary], with a graph. Destroyed: their gradient, softmax minus one-hot, is
+            written over them, where autograd would need three more tensors of this size.
         ids: int64 [sequences, window]: the inputs, each predicted from those before it.
         scale: loss scaling.
-
-    The gradient of the cross-entropy is softmax minus one-hot: written out, it needs one float32 tensor of the
-    logits' size where autograd needs three.
     """
-    window = ids.shape[1]
-    with torch.no_grad():
-        gradient = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        targets = ids[:, 1:, None].to(logits.device)
-        gradient[:, :-1].scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=torch.float32))
-        gradient[:, -1] = 0  # the last token predicts nothing
-        gradient.mul_(scale / (window - 1))
-    logits.backward(gradient.to(logits.dtype))
+    gradient = logits.detach()  # the same memory; autograd objects if a layer still needs what was there
+    targets = ids[:, 1:, None].to(logits.device)
+    step = max(1, LOGIT_ROWS // len(ids))
+    for rows, target in zip(gradient[:, :-1].split(step, dim=1), targets.split(step, dim=1), strict=True):
+        surplus = torch.softmax(rows, dim=-1, dtype=torch.float32)
+        surplus.scatter_add_(-1, target, torch.full_like(target, -1, dtype=torch.float32))
+        rows.copy_(surplus.mul_(scale / targets.shape[1]))
+    gradient[:, -1] = 0  # the last token predicts nothing
+    logits.backward(gradient)
 
 
 @contextmanager

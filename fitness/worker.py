@@ -31,7 +31,7 @@ class MetricWorker:
 
     Jobs (kind and payload):
         prepare: nothing; returns the prepared folder.
-        evaluate: ``folder``, ``criterion``, ``thresholds``; returns fitness by rung.
+        evaluate: ``folder``, ``criterion``, ``thresholds``, ``max_tied``; returns fitness by rung.
         heldout: ``folder``, ``criterion`` (None: the dense model); returns losses on text C, by window.
         agreement: ``folder``, ``criterion``, ``others``; returns how far masks agree, by site.
 
@@ -82,6 +82,7 @@ class MetricWorker:
             OBJECTIVES[self.context.objective],
             self.context.rungs,
             payload["thresholds"],
+            payload["max_tied"],
         )
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:

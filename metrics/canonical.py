@@ -1,8 +1,8 @@
 """The canonical form of a metric: one expression for many that rank the weights of a group alike.
 
-`normal_form` rewrites what has the same value; this file strips what changes the value but not the ranking. In float32
-a stripped function may have tied scores that now differ, so evaluate and export the canonical form, not the form that was
-born. Source: symbolic pruning metrics, sections 3.2 and 3.3.
+`normal_form` rewrites what has the same value; this file strips what changes the value but not the ranking. In
+float32 a stripped function may have tied scores that now differ, so evaluate and export the canonical form, not the
+form that was born. Source: symbolic pruning metrics, sections 3.2 and 3.3.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from evoprune.metrics.analysis import varies
 from evoprune.metrics.errors import InvalidExpression
-from evoprune.metrics.expression import CONSTANT, Expression, terminal, within_limits
+from evoprune.metrics.expression import CONSTANT, MAX_TEXT, Expression, terminal, within_limits
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.normal_form import EVEN, normal
 from evoprune.metrics.products import (
@@ -49,9 +49,10 @@ _SCOPES: dict[Group, frozenset[str]] = {
 def canonicalise(expression: Expression, group: Group) -> Expression:
     """The canonical form of `expression` as a score whose weights are compared within `group` (N:M: ``row``).
 
-    It ranks the weights as `expression` does, in real arithmetic and as long as no value reaches a bound of the language.
-    Factors that may be zero for a whole row or matrix, such as ``Y_l2`` or ``depth``, are taken to be positive: where
-    one is zero, `expression` would tie everything. A score that is constant within its group becomes 0.
+    It ranks the weights as `expression` does, in real arithmetic and as long as no value reaches a bound of the
+    language. Factors that may be zero for a whole row or matrix, such as ``Y_l2`` or ``depth``, are taken to be
+    positive: where one is zero, `expression` would tie everything. A score that is constant within its group becomes
+    0.
     """
     seen: list[Expression] = []
     current = expression
@@ -61,9 +62,10 @@ def canonicalise(expression: Expression, group: Group) -> Expression:
     # Usually a fixpoint; should rules ever chase each other, any member of the cycle leads to the same one.
     result = min(seen[seen.index(current) :], key=order)
     try:
-        return within_limits(result)
+        within_limits(result)
     except InvalidExpression:
         return expression
+    return result if len(result.text) <= MAX_TEXT else expression
 
 
 def metric_key(expression: Expression, group: Group) -> str:
@@ -86,7 +88,7 @@ def _ranked(expression: Expression, group: Group) -> Expression:
             return ZERO
         product = factorise(expression)
         sign = 1.0 if product.coefficient > 0 else -1.0
-        _, rest = split(product, lambda base: fixed(base) and not product.factors[base][1])
+        _, rest = split(product, lambda base, signed: fixed(base) and not signed)
         powers = _rescaled(rest.factors)
         expression = build(Product(sign, powers))
         if len(powers) == 1:
@@ -101,7 +103,8 @@ def _ranked(expression: Expression, group: Group) -> Expression:
 def _rescaled(factors: Powers) -> Powers:
     """All exponents times one positive number, which keeps the order of the products.
 
-    The exponent of the weights becomes 1, or 2 where that is shorter to write; without weights, that of the first factor does.
+    The exponent of the weights becomes 1, or 2 where that is shorter to write; without weights, that of the first
+    factor does.
     """
     odd = [exponent for exponent, signed in factors.values() if signed]
     # A signed factor can be written with an exponent of at least 1 only.

@@ -33,7 +33,6 @@ class MetricExport:
         rule: what the exported mask removes unless told otherwise. What scores are compared within is the metric's own
             `group`; to export another choice, replace that.
         title: one line for people.
-        canonical: canonical text, when a canonicaliser made one; else the expression's own.
         provenance: plain data: model, statistics, fitness, versions, cost, lineage.
         results: plain data: fitness per rung, held-out table, baselines of the same run.
         equivalent_to: names or texts of metrics that give the same masks.
@@ -42,7 +41,6 @@ class MetricExport:
     metric: Metric
     rule: MaskRule = field(default_factory=lambda: MaskRule(sparsity=0.5))
     title: str = "symbolic pruning metric"
-    canonical: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
     equivalent_to: tuple[str, ...] = ()
@@ -64,7 +62,6 @@ class MetricExport:
             self.rule,
             self.selftest,
             title=self.title,
-            canonical=self.canonical or self.metric.expression.text,
             provenance=self.provenance,
             results=self.results,
             equivalent_to=self.equivalent_to,

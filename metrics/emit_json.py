@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evoprune.metrics.canonical import canonicalise
 from evoprune.metrics.criterion import Metric
 from evoprune.metrics.emit_formula import latex, to_text
 from evoprune.metrics.emit_python import FORMAT
@@ -22,7 +23,6 @@ def json_document(
     selftest: SelfTest,
     *,
     title: str,
-    canonical: str,
     provenance: Mapping[str, Any],
     results: Mapping[str, Any],
     equivalent_to: Sequence[str],
@@ -39,7 +39,7 @@ def json_document(
         "title": title,
         "group": metric.group,
         "expr": expression.to_json(),
-        "canonical": canonical,
+        "canonical": canonicalise(expression, metric.group).text,
         "text": to_text(expression),
         "latex": latex(expression),
         "requires": list(arguments(expression)),

@@ -108,10 +108,14 @@ def _constants(metric: Metric, needs_tiny: bool) -> str:
         f'GROUP = "{metric.group}"',
         f'FORMAT = "{FORMAT}"',
         'SEAL = ""',
-        f"BOUND = {BOUND!r}",
-        *([f"TINY = {TINY!r}"] if needs_tiny else []),
+        f"BOUND = {_number(BOUND)}",
+        *([f"TINY = {_number(TINY)}"] if needs_tiny else []),
     ]
     return "\n" + "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return repr(value).replace("e+", "e")
 
 
 def _literal(text: str) -> str:
@@ -155,7 +159,7 @@ def _selftest(expression: Expression, test: SelfTest) -> str:
     statistics = "".join(f'\n        "{name}": {drawn(name)},' for name in names)
     fraction = f"sparsity={test.rule.fraction!r}, " if "sparsity" in expression.terminals else ""
     options = f"sparsity={test.rule.sparsity!r}" if test.rule.pattern is None else f"nm={test.rule.pattern!r}"
-    samples = "".join(f"\n        {sample!r}," for sample in test.samples)
+    samples = "".join(f"\n        {_number(sample)}," for sample in test.samples)
     return f'''def _selftest(source=None):
     """Whether this file still computes what it did when it was exported, and, given its own text, is unchanged."""
     W = {drawn("W")}
@@ -178,6 +182,6 @@ def _selftest(expression: Expression, test: SelfTest) -> str:
 
 
 if __name__ == "__main__":
-    with open(__file__, encoding="utf-8") as stream:  # noqa: PTH123
+    with open(__file__, encoding="utf-8") as stream:
         sys.exit(0 if _selftest(stream.read()) else 1)
 '''.replace("{\n    }", "{}")

@@ -222,7 +222,11 @@ def from_json(value: Any) -> Expression:
         InvalidExpression: not of that form, too deep, too large, or wrong arguments.
         UnknownName: a name that is no terminal and no operator.
     """
-    return within_limits(_from_lists(value, 0))
+    try:
+        return within_limits(_from_lists(value, 0))
+    except (RecursionError, ValueError):
+        # Only from printing what is wrong: lists nested thousands deep, numbers of thousands of digits.
+        raise InvalidExpression('not of the language: write ["mul", ["abs", "W"], "X_l2"], names and numbers') from None
 
 
 def within_limits(expression: Expression) -> Expression:

@@ -30,13 +30,14 @@ def mask(scores: Tensor, rule: MaskRule, *, max_tied: float | None = None) -> Te
         scores: [out, in] float32, low = removed first.
         rule: how many go. With group ``row`` each row loses floor(sparsity * in), with ``layer`` the matrix loses
             floor(sparsity * out * in); with a pattern N:M every M consecutive columns of a row keep N.
-        max_tied: largest allowed fraction of rows whose last removed and first kept scores are equal; None allows all.
+        max_tied: largest allowed fraction of rows whose last removed and first kept scores are equal (group ``layer``: of
+            weights whose score equals both); None allows all.
 
     Returns:
         [out, in] bool, True = keep.
 
     Raises:
-        InvalidCandidate: NONFINITE, a score is NaN or infinite; TIES, more than `max_tied` of the rows tie.
+        InvalidCandidate: NONFINITE, a score is NaN or infinite; TIES, more than `max_tied` tie.
         InvalidInput: the width is no multiple of M, or the group is ``global`` (see `global_masks`).
     """
     check_finite(scores)
@@ -49,8 +50,11 @@ def mask(scores: Tensor, rule: MaskRule, *, max_tied: float | None = None) -> Te
         rows = scores if rule.group == "row" else scores.reshape(1, -1)
         keep, tied = _keep_largest(rows, removed_count(rule.sparsity, rows.shape[1]))
         keep = keep.view(scores.shape)
+        if tied and rule.group == "layer":
+            # With a single group only the number of weights at the cut tells one chance tie from a metric that does not decide.
+            tied = (scores == scores[keep].min()).double().mean().item()
     if max_tied is not None and tied > max_tied:
-        raise InvalidCandidate("TIES", f"{tied:.0%} of the rows tie at the cut")
+        raise InvalidCandidate("TIES", f"{tied:.0%} tie at the cut")
     return keep
 
 

@@ -1,8 +1,9 @@
 """The normal form of an expression: the same value in real arithmetic, written in one of fewer ways.
 
-Works bottom-up: each rule gets arguments that are normal already. Every rule is exact in real arithmetic under the guards of
-the operators, as long as no intermediate value reaches the bound of 1e30; what would need more than that (the log of a
-product, a quotient of quotients as one divisor) is left alone. Source: symbolic pruning metrics, section 3.3.
+Works bottom-up: each rule gets arguments that are normal already. Every rule is exact in real arithmetic under the
+guards of the operators, as long as no intermediate value reaches the bound of 1e30; what would need more than that
+(the log of a product, a quotient of quotients as one divisor) is left alone. Source: symbolic pruning metrics,
+section 3.3.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def normal(expression: Expression) -> Expression:
 
 def _folded(node: Expression) -> Expression:
     """The value of an operator on constants, by its own function; `node` itself where that cannot be written."""
-    tensors = [torch.full((1, 1), arg.value) for arg in node.args]
+    tensors = [torch.full((1, 1), arg.value) for arg in node.args if arg.value is not None]
     value = float(node.operator.function(*tensors, *([] if node.value is None else [node.value])))
     # The digits that float32 holds.
     return constant(float(f"{value:.8g}")) if printable(value) else node
@@ -118,8 +119,7 @@ def _reduction(head: str, arg: Expression) -> Expression:
     linear, even = what in ("sum", "mean"), what in ("l2", "std")
     if what == "l2":
         arg = unsigned(arg)
-    product = factorise(arg)
-    outside, rest = split(product, lambda base: fixed(base) and (linear or even or not product.factors[base][1]))
+    outside, rest = split(factorise(arg), lambda base, signed: fixed(base) and (linear or even or not signed))
     size = abs(rest.coefficient)
     sign = 1.0 if even or rest.coefficient > 0 else -1.0
     taken: Product | None = Product(size * sign if linear else size, outside.factors)
@@ -153,7 +153,7 @@ def _normaliser(head: str, arg: Expression) -> Expression:
         before = inner
         if inner.head in undone:
             inner = inner.args[0]
-        _, rest = split(factorise(inner), lambda base: fixed(base) and base.positive)
+        _, rest = split(factorise(inner), lambda base, _: fixed(base) and base.positive)
         sign = 1.0 if rest.coefficient > 0 else -1.0
         if sign < 0 and head.startswith("zsn"):
             flipped, sign = -flipped, 1.0

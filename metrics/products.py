@@ -1,9 +1,10 @@
 """Power products: every normal expression is a coefficient times powers of factors, and this file reads and writes it.
 
-A factor is a normal expression t with an exponent a > 0 and stands for abs(t)^a, or for sign(t) * abs(t)^a if it is signed. All of
-``mul div neg abs sqr sqrt powc`` are products of factors, exactly so in real arithmetic, with two exceptions that the
-guards of the language force: a divisor y stays whole, as the factor ``div(1,y)``, and a negative power of t is a power of
-the factor ``powc(t,-1)``. Neither may cancel against t, because both stay finite where t is zero.
+A factor is a normal expression t with an exponent a > 0 and stands for abs(t)^a, or for sign(t) * abs(t)^a if it is
+signed. All of ``mul div neg abs sqr sqrt powc`` are products of factors, exactly so in real arithmetic, with two
+exceptions that the guards of the language force: a divisor y stays whole, as the factor ``div(1,y)``, and a negative
+power of t is a power of the factor ``powc(t,-1)``. Neither may cancel against t, because both stay finite where t is
+zero.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Product(NamedTuple):
 
 @lru_cache(CACHE)
 def snap(value: float) -> float:
-    """`value` without the rounding noise of the arithmetic that made it: a small fraction if it is one, else 12 digits."""
+    """`value` without the rounding noise of arithmetic: a small fraction if it is one, else 12 digits."""
     for denominator in _DENOMINATORS:
         whole = round(value * denominator)
         if whole and abs(value * denominator - whole) < 1e-11 * abs(whole):
@@ -216,9 +217,9 @@ def without(product: Product, common: Powers) -> Product:
     return Product(product.coefficient, rest)
 
 
-def split(product: Product, outside: Callable[[Expression], bool]) -> tuple[Product, Product]:
-    """The factors for which `outside` holds, with coefficient 1, and the rest with the coefficient."""
-    out = {base: power for base, power in product.factors.items() if outside(base)}
+def split(product: Product, outside: Callable[[Expression, bool], bool]) -> tuple[Product, Product]:
+    """The factors for which `outside(base, signed)` holds, with coefficient 1, and the rest with the coefficient."""
+    out = {base: power for base, power in product.factors.items() if outside(base, power[1])}
     rest = {base: power for base, power in product.factors.items() if base not in out}
     return Product(1.0, out), Product(product.coefficient, rest)
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 from evoprune.fitness.prepare import Prepared
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport, latex
-from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput
+from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
@@ -21,6 +21,7 @@ from evoprune.search.archive import Archive
 from evoprune.search.candidate import Candidate
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.engine.board import Board
+from evoprune.search.engine.board_storage import check_storage
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
@@ -165,13 +166,15 @@ class MetricRun:
         self._progress.phase("loading the model; collecting statistics and teacher (cached for the next run)")
         job = Job(f"prepare-{self._run.run_id}", "prepare", {})
         executor.submit([job])
-        while True:
+        arrived: list[Outcome] = []
+        while not arrived:
             if stopping():
                 raise Interrupted("stopped by the user before the search began")
-            arrived = executor.poll(0.2)
+            try:
+                arrived = executor.poll(0.2)
+            except WorkersFailed as error:
+                raise _input_at_fault(error) from error
             self._progress.update()
-            if arrived:
-                break
         (outcome,) = arrived
         if outcome.status != "ok":
             raise _failure(outcome)
@@ -438,11 +441,14 @@ def start_metric_search(
         Interrupted: SIGINT or SIGTERM; `error.run` is the folder to resume.
         InvalidInput: the configuration, the model or the data is not usable.
     """
+    resources = resources or Resources()
     SEARCHERS[config.searcher.name]
+    if resources.storage is not None:
+        check_storage(resources.storage)
     identity = {"versions": versions(), "git": git_commit(), "argv": list(argv)}
     run = RunDirectory.create("metric", config.model_dump(mode="json"), identity, run_dir=run_dir)
     with closing(run):
-        _session(run, config, resources or Resources(), stream)
+        _session(run, config, resources, stream)
     return run
 
 
@@ -458,6 +464,7 @@ def resume_metric_search(
         return run
     config = validated(run.config)
     run.lock()
+    run.events("info", "resumed")
     with closing(run):
         _session(run, config, resources or Resources(), stream)
     return run
@@ -524,12 +531,24 @@ def _described(candidate: Candidate) -> dict[str, Any]:
 
 
 def _failure(outcome: Outcome) -> EvopruneError:
-    """What a failed job of the set-up says, in one line where the worker gave one."""
-    last = outcome.error.strip().splitlines()[-1] if outcome.error.strip() else outcome.status
-    kind, _, message = last.partition(": ")
-    if kind.rpartition(".")[2] in ("InvalidInput", "UnknownName", "InvalidExpression"):
-        return InvalidInput(message)
-    return EvopruneError(f"the worker failed: {outcome.error.strip() or outcome.status}")
+    """What a failed job of the set-up says: one line if the input is at fault."""
+    message = _invalid_input(outcome.error)
+    return InvalidInput(message) if message else EvopruneError(f"the worker failed: {outcome.error or outcome.status}")
+
+
+def _input_at_fault(error: WorkersFailed) -> EvopruneError:
+    """`error`, or the wrong input that kept the workers from starting."""
+    message = _invalid_input(f"{error}\n{error.__cause__ or ''}")
+    return InvalidInput(message) if message else error
+
+
+def _invalid_input(traceback: str) -> str | None:
+    """The message of the `InvalidInput` that ended a worker's work, from its traceback."""
+    for line in reversed(traceback.strip().splitlines()):
+        kind, colon, message = line.strip().partition(": ")
+        if colon and kind.rpartition(".")[2] in ("InvalidInput", "UnknownName", "InvalidExpression"):
+            return message
+    return None
 
 
 def _gpus(asked: float | None) -> float:

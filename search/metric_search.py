@@ -10,8 +10,10 @@ from typing import Any
 from evoprune.metrics.expression import Expression, from_json
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.filters import reject_reason
+from evoprune.metrics.mask import MAX_TIED_ROWS
+from evoprune.metrics.probe import Probe
 from evoprune.metrics.records import MaskRule
-from evoprune.metrics.signature import Probe, rank_signature
+from evoprune.metrics.signature import rank_signature
 from evoprune.search.archive import Archive
 from evoprune.search.candidate import Candidate
 from evoprune.search.engine.executor import Job, Outcome
@@ -20,9 +22,7 @@ from evoprune.search.racing import SuccessiveHalving
 from evoprune.search.searchers import Proposal, Searcher
 from evoprune.search.spaces.symbolic import MetricSpace
 
-# Limits on a metric in canonical form, and the looser ones on what breeding hands to the canonicaliser.
-MAX_HEIGHT = 8
-MAX_SIZE = 25
+# What breeding may hand to the canonicaliser; the limits on canonical forms are those of the birth filters.
 MAX_HEIGHT_BRED = 16
 MAX_SIZE_BRED = 80
 
@@ -104,7 +104,8 @@ class MetricSearch:
             return Birth(number, {**record, "reason": "LIMIT"}, None)
         expression = self._space.canonical(proposal.expression)
         record["expression"] = expression.to_json()
-        reason, same_as = self._reject(expression, number, record)
+        given = proposal.origin.startswith("seed:")
+        reason, same_as = self._reject(expression, number, record, given)
         if reason is not None:
             return Birth(number, {**record, "reason": reason, "same_as": same_as}, None)
         draws = [rng.random() for _ in range(self.racing.rungs - 1)]
@@ -112,15 +113,16 @@ class MetricSearch:
         thresholds = self.racing.thresholds(draws)
         if proposal.origin.removeprefix("seed:") in self._full_ladder:
             thresholds = [None] * len(thresholds)
-        return Birth(number, record, self.job(expression, thresholds))
+        return Birth(number, record, self._job(expression, thresholds, None if given else MAX_TIED_ROWS))
 
-    def job(self, expression: Expression, thresholds: Sequence[float | None]) -> Job:
-        """The evaluation of a metric."""
+    def _job(self, expression: Expression, thresholds: Sequence[float | None], max_tied: float | None) -> Job:
         payload = {
             "folder": self._prepared,
             "criterion": {"expression": expression.to_json()},
             "thresholds": list(thresholds),
+            "max_tied": max_tied,
         }
+        # Not the folder, which is a path of this machine.
         key = content_hash([self._identity, payload["criterion"], payload["thresholds"]])
         return Job(key, "evaluate", payload)
 
@@ -183,21 +185,22 @@ class MetricSearch:
         line: dict[str, Any] = {"rungs": list(rungs), "stderr": candidate.stderr, "front": joined}
         return line if finished else {**line, "reason": f"CUT_F{len(rungs) - 1}"}
 
-    def _reject(self, expression: Expression, number: int, record: dict[str, Any]) -> tuple[str | None, int | None]:
+    def _reject(
+        self, expression: Expression, number: int, record: dict[str, Any], given: bool
+    ) -> tuple[str | None, int | None]:
         """(reason, birth that is equivalent) of a candidate that needs no forward pass; notes key and signature."""
         key = self._space.key(expression)
         if key in self._keys:
             return "DUP_KEY", self._keys[key]
         self._keys[key] = number
-        reason = reject_reason(
-            expression, allowed_terminals=self._space.terminals, max_height=MAX_HEIGHT, max_size=MAX_SIZE
-        )
+        reason = reject_reason(expression, allowed_terminals=self._space.terminals, group=self._rule.group)
         if reason is None and expression.terminals & self._dead:
             reason = "STAT_DEAD"
         if reason is not None:
             return reason, None
         signature = rank_signature(expression, self._probe, self._rule)
-        if signature.reason is not None:
+        # A given metric runs even if half-precision weights tie in it, as magnitudes do.
+        if signature.reason is not None and not (given and signature.reason == "TIES"):
             return signature.reason, None
         record["signature"] = signature.digest
         if signature.digest in self._signatures:

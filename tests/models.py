@@ -15,7 +15,7 @@ SEPARATOR = "<|endoftext|>"
 VOCABULARY = 257  # the separator and every byte
 HIDDEN, INNER, LAYERS = 32, 48, 2
 
-_COMMON = {
+_COMMON: dict[str, object] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,

@@ -1,0 +1,76 @@
+"""evoprune: search for the best way to prune a neural network.
+
+    import evoprune
+
+    run = evoprune.search_metric("path/or/hub-id", sparsity=0.6, evaluations=300)
+    run.best["expression"]
+    run.export("metric.py")
+    evoprune.prune("path/or/hub-id", metric="metric.py", sparsity=0.6, out="pruned")
+    evoprune.evaluate("pruned", dense="path/or/hub-id").perplexity
+
+Importing evoprune loads nothing heavy: torch and transformers come with the first call that needs them, Ray and Optuna
+with the first search.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evoprune.api import Evaluation, Pruned, collect_statistics, evaluate, load_model, prune
+    from evoprune.runs import Run, list_runs, resume, search_metric
+
+    __version__: str
+
+# Which module has what this package offers by name.
+_HOMES = {
+    "Evaluation": "evoprune.api",
+    "Pruned": "evoprune.api",
+    "Run": "evoprune.runs",
+    "collect_statistics": "evoprune.api",
+    "evaluate": "evoprune.api",
+    "list_runs": "evoprune.runs",
+    "load_model": "evoprune.api",
+    "prune": "evoprune.api",
+    "resume": "evoprune.runs",
+    "search_metric": "evoprune.runs",
+}
+
+__all__ = [
+    "Evaluation",
+    "Pruned",
+    "Run",
+    "__version__",
+    "collect_statistics",
+    "evaluate",
+    "list_runs",
+    "load_model",
+    "prune",
+    "resume",
+    "search_metric",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for."""
+    if name == "__version__":
+        return _version()
+    if name not in _HOMES:
+        raise AttributeError(f"module 'evoprune' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """The installed version; a copy of the sources that was never installed has no metadata."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("evoprune")
+    except PackageNotFoundError:
+        return "0+unknown"

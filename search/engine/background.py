@@ -27,6 +27,7 @@ class Background:
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(capacity)
         self._on_failure = on_failure
         self._first_pause = first_pause
+        self._hurry = threading.Event()
         self._give_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -44,6 +45,7 @@ class Background:
         """Wait for the calls made so far, then stop. False if `timeout` seconds were not enough for all of them."""
         if not self._thread.is_alive():
             return self._calls.empty()
+        self._hurry.set()
         try:
             self._calls.put(None, timeout=timeout)
             self._thread.join(timeout)
@@ -62,6 +64,7 @@ class Background:
                     break
                 except Exception as problem:
                     self._on_failure(problem)
-                if self._give_up.wait(pause):
+                self._hurry.wait(pause)  # while closing there is no time for long pauses
+                if self._give_up.wait(self._first_pause if self._hurry.is_set() else 0.0):
                     return
                 pause = min(2 * pause, LONGEST_PAUSE)

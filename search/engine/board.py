@@ -133,7 +133,11 @@ class Board:
             self._failed(problem)
 
     def _put(self, call: Callable[[], None]) -> None:
-        if not self._lost and not self._background.put(call):
+        def call_and_recover() -> None:
+            call()
+            self._in_trouble = False
+
+        if not self._lost and not self._background.put(call_and_recover):
             self._lost = True  # what follows would get the wrong numbers
 
     def _failed(self, problem: Exception) -> None:
@@ -146,7 +150,6 @@ class Board:
     def _open(self) -> _Studies:
         if self._studies is None:
             self._studies = _Studies(self._storage(), self._name, self._descriptors)
-            self._in_trouble = False
         return self._studies
 
     def _storage(self) -> BaseStorage:

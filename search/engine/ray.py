@@ -65,9 +65,7 @@ class RayExecutor(Executor):
         if workers < 1:
             raise InvalidInput(f"--workers is {workers}; it must be at least 1")
         if not (0 <= gpus_per_worker < 1 or gpus_per_worker in range(1, 1025)):
-            raise InvalidInput(
-                f"--gpus-per-worker is {gpus_per_worker}; it must be below 1 or a whole number"
-            )
+            raise InvalidInput(f"--gpus-per-worker is {gpus_per_worker}; it must be below 1 or a whole number")
         self.workers = workers
         self._recipe = WorkerRecipe(factory, context, threads, tuple(python_path), dict(environment or {}))
         self._options = {"num_cpus": 1, "num_gpus": gpus_per_worker}

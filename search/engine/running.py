@@ -72,7 +72,7 @@ def run_job(worker: Worker, job: Job) -> Outcome:
     status: Status = "ok"
     values: dict[str, Any] = {}
     error = ""
-    telemetry: dict[str, Any] = {"pid": os.getpid()}
+    telemetry: dict[str, Any] = {"pid": os.getpid(), "started": round(time.time(), 3)}
     clock = time.perf_counter()
     try:
         values = _plain(worker.handle(job.kind, json.loads(canonical_json(job.payload))))

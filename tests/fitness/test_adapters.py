@@ -166,22 +166,24 @@ def test_a_known_family_with_more_layers_than_its_adapter_lists_is_refused() -> 
 def test_blocks_that_share_weights_are_refused() -> None:
     model = tiny_model()
     first, second = (block for _, block in decoder_blocks(model))
-    second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    shared = first.get_parameter("mlp.up_proj.weight")
+    second.get_submodule("mlp.up_proj").register_parameter("weight", shared)
     with pytest.raises(InvalidInput, match=r"layers\.1\.mlp\.up_proj shares its weight with .*layers\.0"):
         list_sites(model)
 
 
 def test_quantised_weights_are_refused() -> None:
     model = tiny_model()
-    linear = decoder_blocks(model)[0][1].mlp.up_proj
-    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    linear = decoder_blocks(model)[0][1].get_submodule("mlp.up_proj")
+    quantised = nn.Parameter(linear.get_parameter("weight").to(torch.int8), requires_grad=False)
+    linear.register_parameter("weight", quantised)
     with pytest.raises(InvalidInput, match="before it is quantised"):
         list_sites(model)
 
 
 def test_a_model_without_decoder_blocks_is_refused() -> None:
     model = tiny_model("gpt_neox")
-    model.gpt_neox.layers = nn.ModuleList()
+    model.get_submodule("gpt_neox").add_module("layers", nn.ModuleList())
     with pytest.raises(InvalidInput, match=r"'gpt_neox' is not supported: no list of decoder blocks.*llama"):
         list_sites(model)
 

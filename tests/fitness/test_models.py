@@ -55,6 +55,13 @@ def test_every_family_loads_silently(family: str, tmp_path: Path, capfd: pytest.
     assert len(loaded.sites) == len(loaded.blocks()) * len({bound.site.kind for bound in loaded.sites})
 
 
+def test_windows_beyond_the_positions_are_refused(saved: Path) -> None:
+    loaded = load_model(str(saved))
+    loaded.check_window(64)
+    with pytest.raises(InvalidInput, match="reads at most 64 tokens"):
+        loaded.check_window(65)
+
+
 def test_half_precision_files_compute_in_float32(tmp_path: Path) -> None:
     tiny_model().half().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

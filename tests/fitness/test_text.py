@@ -73,7 +73,7 @@ def test_windows_of_different_sides_and_sizes_are_disjoint(source: str) -> None:
     seen: dict[str, set[str]] = {}
     for side, window in (("A", 64), ("B", 48), ("C", 100)):
         for row in token_windows(TOKENIZER, source, side, window=window):
-            seen.setdefault(side, set()).update(TOKENIZER.decode(row).split("\n")[1:-1])
+            seen.setdefault(side, set()).update(str(TOKENIZER.decode(row)).split("\n")[1:-1])
     for one, other in combinations(SIDES, 2):
         assert not seen[one] & seen[other]
 

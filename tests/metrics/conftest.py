@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -14,21 +15,19 @@ from evoprune.metrics.operators import OPERATORS
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.metrics.types import Type
 
+FREQUENT = ["mul", "mul", "add", "div", "powc", "abs", "sqrt"]
 EXPONENTS = (0.25, 1 / 3, 0.5, 2 / 3, 1.0, 1.5, 2.0, 3.0)
 
 
 def random_tree(draw: random.Random, slot: Type = Type.MAT, height: int = 4) -> Expression:
     """A random expression that fits `slot`, of at most the given height; every operator and terminal can occur."""
-    roll = draw.random()
-    if height == 0 or roll < 0.15:
+    if height == 0 or draw.random() < 0.15:
         if draw.random() < 0.1:
             return constant(round(draw.choice((-1, 1)) * 10 ** draw.uniform(-2, 2), 3))
-        names = sorted(name for name, leaf in TERMINALS.items() if leaf.type.fits(slot))
         if slot is Type.MAT and draw.random() < 0.5:
             return terminal("W")
-        return terminal(draw.choice(names))
-    heads = [name for name in OPERATORS if _result(name).fits(slot) or OPERATORS[name].kind in ("elementwise", "power")]
-    head = draw.choice(heads) if draw.random() < 0.5 else draw.choice(["mul", "mul", "add", "div", "powc", "abs", "sqrt"])
+        return terminal(draw.choice(_leaves(slot)))
+    head = draw.choice(_heads(slot) if draw.random() < 0.5 else FREQUENT)
     operator = OPERATORS[head]
     inner = slot if operator.kind in ("elementwise", "power") else Type.MAT
     args = [random_tree(draw, inner, height - 1) for _ in range(operator.arity)]
@@ -38,9 +37,16 @@ def random_tree(draw: random.Random, slot: Type = Type.MAT, height: int = 4) -> 
     return call(head, *args, exponent=exponent)
 
 
-def _result(head: str) -> Type:
-    kinds = {"reduce_row": Type.OUTVEC, "reduce_column": Type.INVEC, "reduce_all": Type.SCAL}
-    return kinds.get(OPERATORS[head].kind, Type.MAT)
+@cache
+def _leaves(slot: Type) -> list[str]:
+    return sorted(name for name, leaf in TERMINALS.items() if leaf.type.fits(slot))
+
+
+@cache
+def _heads(slot: Type) -> list[str]:
+    results = {"reduce_row": Type.OUTVEC, "reduce_column": Type.INVEC, "reduce_all": Type.SCAL, "normaliser": Type.MAT}
+    # Elementwise operators give what they are given.
+    return [head for head in OPERATORS if results.get(OPERATORS[head].kind, slot).fits(slot)]
 
 
 def random_inputs(seed: int, out_features: int = 16, in_features: int = 48) -> dict[str, Tensor]:

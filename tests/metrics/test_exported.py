@@ -96,7 +96,7 @@ def test_a_released_pruner_zero_tree_is_loaded(tmp_path: Path) -> None:
         ("powc(X_l2, 0.75)", "powc(X_l2, 0.8)"),
         ('GROUP = "layer"', 'GROUP = "row"'),
         ("if exponent > 0:", "if exponent >= 0:"),
-        ("BOUND = 1e+30", "BOUND = 1e+31"),
+        ("BOUND = 1e30", "BOUND = 1e31"),
         ("stable=True", "stable=False"),
         ("a search", "b search"),
     ],

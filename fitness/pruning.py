@@ -1,0 +1,145 @@
+"""Prune the model in memory: score every matrix, mask it, and write what a compressor makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.compressors import COMPRESSORS, compress
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.statistics import Statistics
+from evoprune.metrics.criterion import Criterion
+from evoprune.metrics.errors import InvalidCandidate, InvalidInput
+from evoprune.metrics.interpreter import free_inputs
+from evoprune.metrics.mask import check_finite, check_pattern, global_masks, mask
+from evoprune.metrics.records import MaskRule
+from evoprune.metrics.terminals import STATISTICS
+
+# What the relative output error of a layer is measured with, the better one first.
+_OF_ERROR = ("H", "X_ss")
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedLayer:
+    """What became of one matrix.
+
+    Attributes:
+        name: module path.
+        shape: (out, in).
+        removed: weights that the mask removed.
+        error: relative output error, 0 = lossless and 1 = the layer deleted; None without statistics of its inputs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    removed: int
+    error: float | None
+
+    @property
+    def weights(self) -> int:
+        """How many weights it had."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return self.removed / self.weights
+
+
+def needed_statistics(criterion: Criterion, compressor: str) -> frozenset[str]:
+    """Names of the statistics without which `prune_model` cannot run; often none.
+
+    Raises:
+        UnknownName: no such compressor.
+    """
+    return (criterion.needs & STATISTICS) | COMPRESSORS[compressor].needs
+
+
+def check_rule(language_model: LanguageModel, rule: MaskRule) -> None:
+    """Refuse a pattern that the model's widths cannot take; worth asking before statistics are collected.
+
+    Raises:
+        InvalidInput: M does not divide a width; names the matrix.
+    """
+    if rule.pattern is not None:
+        for bound in language_model.sites:
+            check_pattern(rule.pattern, bound.site.in_features, bound.site.name)
+
+
+@torch.no_grad()
+def prune_model(
+    language_model: LanguageModel,
+    criterion: Criterion,
+    rule: MaskRule,
+    *,
+    statistics: Statistics | None = None,
+    compressor: str = "mask",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PrunedLayer, ...]:
+    """Replace the weights of every prunable matrix by pruned ones, in place.
+
+    Args:
+        language_model: dense, or pruned before: its weights are scored as they are.
+        criterion: gives the scores, low = removed first.
+        rule: how many weights go, and what their scores are compared within.
+        statistics: at least `needed_statistics`; None if those are none.
+        compressor: what happens to the weights that stay.
+        progress: called with (done, total) in matrices.
+
+    Returns:
+        One entry per matrix, in model order.
+
+    Raises:
+        InvalidInput: the widths do not fit the pattern, or the criterion gives scores that cannot become a mask. The
+            model may then be pruned in part: load it again.
+    """
+    check_rule(language_model, rule)
+    layers = []
+    for bound, keep in _masks(language_model, criterion, rule, statistics):
+        site, weight = bound.site, bound.weight()
+        names = set(COMPRESSORS[compressor].needs)
+        if statistics is not None:
+            names.update([name for name in _OF_ERROR if name in statistics.names][:1])
+        given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
+        result = compress(compressor, weight.float(), keep, given)
+        weight.copy_(result.weight)
+        removed = site.weights - int(result.mask.sum())
+        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
+        progress(len(layers), len(language_model.sites))
+    return tuple(layers)
+
+
+def _masks(
+    language_model: LanguageModel, criterion: Criterion, rule: MaskRule, statistics: Statistics | None
+) -> Iterator[tuple[SiteModule, Tensor]]:
+    """([out, in] bool, True = keep) of every matrix, one at a time unless scores are compared across all of them."""
+    if rule.group == "global" and rule.sparsity is not None:
+        scores = [_scores(bound, criterion, rule, statistics) for bound in language_model.sites]
+        yield from zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True)
+        return
+    for bound in language_model.sites:
+        yield bound, mask(_scores(bound, criterion, rule, statistics), rule)
+
+
+def _scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:
+    """[out, in] float32, all finite.
+
+    Raises:
+        InvalidInput: the criterion cannot score this matrix.
+    """
+    site, weight = bound.site, bound.weight()
+    inputs = free_inputs(site, weight, rule.fraction)
+    if statistics is not None:
+        inputs |= statistics.site_statistics(site.name, criterion.needs, weight.device)
+    try:
+        scores = criterion.score(site, inputs)
+        if scores.shape != weight.shape:
+            raise InvalidCandidate("TYPE", f"scores of shape {list(scores.shape)} for weights {list(weight.shape)}")
+        check_finite(scores)
+    except InvalidCandidate as error:
+        raise InvalidInput(f"this metric cannot prune {site.name}: {error}") from None
+    return scores

@@ -1,0 +1,355 @@
+"""What can be done with a model in Python: load it, collect statistics, prune it, evaluate it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evoprune.fitness.adapters import zero_fraction
+from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
+from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
+from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.pruning import PrunedLayer, check_rule, needed_statistics, prune_model
+from evoprune.fitness.statistics import Statistics, statistics_for
+from evoprune.fitness.text import token_windows
+from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.exported import load_metric
+from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
+from evoprune.search.config import DEFAULT_STATISTICS
+
+__all__ = ["Evaluation", "Pruned", "collect_statistics", "evaluate", "load_model", "prune"]
+
+Progress = Callable[[str, int, int], None]
+"""Told what runs, how much of it is done and how much there is."""
+
+WINDOW = 256
+HELD_OUT_TOKENS = 65_536
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Shows nothing."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model and what was done to it.
+
+    Attributes:
+        language_model: with the pruned weights in memory.
+        criterion: the name of the criterion, or its expression.
+        rule: how many weights went, and what their scores were compared within.
+        compressor: what happened to the weights that stayed.
+        layers: one entry per matrix, in model order.
+        out: folder of the checkpoint; None if none was asked for.
+    """
+
+    language_model: LanguageModel
+    criterion: str
+    rule: MaskRule
+    compressor: str
+    layers: tuple[PrunedLayer, ...]
+    out: Path | None = None
+
+    @property
+    def removed(self) -> int:
+        """Weights removed."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def prunable(self) -> int:
+        """Weights that could have been removed: those of the linear layers inside decoder blocks."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that was removed."""
+        return self.removed / max(self.prunable, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` prints."""
+        return {
+            "out": None if self.out is None else str(self.out),
+            "sparsity": self.sparsity,
+            "removed": self.removed,
+            "prunable": self.prunable,
+            "pattern": str(self.rule) if self.rule.pattern else None,
+            "criterion": self.criterion,
+            "compressor": self.compressor,
+            "layers": [
+                {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
+                for layer in self.layers
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on held-out text.
+
+    Attributes:
+        model: as it was named.
+        held_out: loss, perplexity, KL divergence and their standard errors, also by window.
+        window: tokens in a window.
+        sparsity: fraction of the prunable weights that is exactly zero.
+        data: the text, as it was named.
+    """
+
+    model: str
+    held_out: HeldOut
+    window: int
+    sparsity: float
+    data: str
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return self.held_out.perplexity
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, in nats per predicted token."""
+        return self.held_out.loss
+
+    @property
+    def kl(self) -> float | None:
+        """KL divergence from the dense model in nats per token; None without a dense model."""
+        return self.held_out.kl
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune eval --json` prints."""
+        return {
+            "model": self.model,
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "kl": self.kl,
+            "tokens": self.held_out.tokens,
+            "window": self.window,
+            "sparsity": self.sparsity,
+            "data": self.data,
+        }
+
+
+def collect_statistics(
+    model: str | LanguageModel = "reference",
+    names: Iterable[str] = DEFAULT_STATISTICS,
+    *,
+    calibration: str = "corpus",
+    calibration_sequences: int = 128,
+    calibration_window: int | None = None,
+    seed: int = 0,
+    progress: Progress = _silent,
+    **loading: Any,
+) -> Statistics:
+    """The statistics that metrics read, collected on text A and kept in the cache for the next time.
+
+    Args:
+        model: `reference`, a folder, a Hub id, or a loaded model.
+        names: statistics such as ``X_l2`` or ``G_l2``; ``H`` is the full Gram matrix of a layer's inputs.
+        calibration: `corpus`, a file, a folder, or a data set; its side A is read.
+        calibration_sequences: windows of text.
+        calibration_window: tokens in each; None takes 256, or the model's context if that is shorter.
+        seed: draws the windows.
+        progress: told how far it is, in sequences over all passes; not called if the cache has them.
+        loading: further arguments of `load_model`, where `model` is a name.
+
+    Returns:
+        A set with `tensor(site name, statistic)`, and the `folder` where it is.
+
+    Raises:
+        InvalidInput: no such model, text or statistic, or too little text.
+    """
+    language_model = _loaded(model, loading)
+    window = _window(language_model, calibration_window)
+    windows = token_windows(
+        language_model.tokenizer, calibration, "A", window=window, count=calibration_sequences, seed=seed
+    )
+    wanted = sorted(names)
+    what = f"{', '.join(wanted)} on {len(windows)} × {window} tokens"
+    provenance = {"source": calibration, "side": "A", "seed": seed}
+    return statistics_for(
+        language_model,
+        windows,
+        wanted,
+        provenance=provenance,
+        progress=lambda done, total: progress(f"collecting {what}", done, total),
+    )
+
+
+def prune(
+    model: str | LanguageModel = "reference",
+    *,
+    metric: str | Criterion = "wanda",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    group: str | None = None,
+    compressor: str = "mask",
+    out: str | Path | None = None,
+    calibration: str = "corpus",
+    calibration_sequences: int = 128,
+    calibration_window: int | None = None,
+    seed: int = 0,
+    progress: Progress = _silent,
+    **loading: Any,
+) -> Pruned:
+    """Remove the weights that a criterion scores lowest, and write a checkpoint if asked to.
+
+    Args:
+        model: `reference`, a folder, a Hub id, or a loaded model, whose weights are then overwritten.
+        metric: a name of the criteria, an expression such as ``mul(abs(W),X_l2)``, an exported ``.json`` or ``.py``
+            (read, never executed), or a criterion.
+        sparsity: fraction of the prunable weights to remove, in [0, 1); 0.5 unless `pattern` is given.
+        pattern: ``N:M``, N kept of every M consecutive inputs.
+        group: compare scores within a ``row``, a ``layer`` or the ``global`` model; None takes the criterion's own.
+        compressor: what happens to the weights that stay; ``mask`` leaves them as they are.
+        out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing.
+        calibration, calibration_sequences, calibration_window, seed: text A; see `collect_statistics`. Not read if the
+            criterion needs no statistics.
+        progress: told what runs and how far it is.
+        loading: further arguments of `load_model`, where `model` is a name.
+
+    Raises:
+        InvalidInput: something of the above does not exist or does not fit; no checkpoint is written.
+    """
+    criterion = load_metric(metric) if isinstance(metric, str) else metric
+    rule = mask_rule(criterion, sparsity, pattern, group)
+    needs = needed_statistics(criterion, compressor)
+    if out is not None:
+        check_out_dir(out)
+    language_model = _loaded(model, loading, progress)
+    check_rule(language_model, rule)
+    statistics = None
+    if needs:
+        statistics = collect_statistics(
+            language_model,
+            needs,
+            calibration=calibration,
+            calibration_sequences=calibration_sequences,
+            calibration_window=calibration_window,
+            seed=seed,
+            progress=progress,
+        )
+    layers = prune_model(
+        language_model,
+        criterion,
+        rule,
+        statistics=statistics,
+        compressor=compressor,
+        progress=lambda done, total: progress("pruning matrices", done, total),
+    )
+    pruned = Pruned(language_model, _label(metric, criterion), rule, compressor, layers)
+    if out is None:
+        return pruned
+    progress("writing the checkpoint", 0, 1)
+    recipe = {
+        "criterion": pruned.criterion,
+        "source": criterion.source,
+        "sparsity": rule.sparsity,
+        "pattern": pruned.to_json()["pattern"],
+        "group": rule.group,
+        "compressor": compressor,
+        "calibration": None
+        if statistics is None
+        else {
+            "text": calibration,
+            "side": "A",
+            "sequences": statistics.manifest["sequences"],
+            "window": statistics.manifest["window"],
+            "seed": seed,
+            "statistics": sorted(needs),
+        },
+    }
+    report = {name: value for name, value in pruned.to_json().items() if name in ("removed", "prunable", "layers")}
+    folder = write_checkpoint(language_model, out, recipe=recipe, report=report)
+    progress("writing the checkpoint", 1, 1)
+    return Pruned(language_model, pruned.criterion, rule, compressor, layers, folder)
+
+
+def evaluate(
+    model: str | LanguageModel = "reference",
+    *,
+    dense: str | LanguageModel | None = None,
+    data: str = "corpus",
+    window: int | None = None,
+    tokens: int | None = None,
+    progress: Progress = _silent,
+    **loading: Any,
+) -> Evaluation:
+    """Perplexity of a model on text C, and its KL divergence from the dense model.
+
+    Args:
+        model: `reference`, a folder, a Hub id, or a loaded model.
+        dense: the model before pruning; None leaves out the KL divergence.
+        data: `corpus`, a file, a folder, or a data set; its side C is read.
+        window: tokens in a window; None takes 256, or the model's context if that is shorter.
+        tokens: how much text; None takes up to 65,536 tokens of what there is.
+        progress: told what runs.
+        loading: further arguments of `load_model`, where a model is given by name.
+
+    Raises:
+        InvalidInput: no such model or text, or too little text.
+    """
+    language_model = _loaded(model, loading, progress)
+    width = _window(language_model, window)
+    count = None if tokens is None else tokens // width
+    if count == 0:
+        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
+    windows = token_windows(language_model.tokenizer, data, "C", window=width, count=count)
+    if tokens is None:
+        windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
+    reference = None if dense is None else _loaded(dense, loading, progress).model
+    held_out = _held_out(language_model, windows, reference, progress)
+    return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data)
+
+
+def mask_rule(criterion: Criterion, sparsity: float | None, pattern: str | None, group: str | None) -> MaskRule:
+    """What `prune` removes: half of the weights unless told otherwise, compared within the criterion's own group.
+
+    Raises:
+        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group.
+    """
+    if sparsity is not None and pattern is not None:
+        raise InvalidInput("give a sparsity or a pattern, not both")
+    chosen = next((known for known in GROUPS if known == group), None)
+    if group is not None and chosen is None:
+        raise InvalidInput(f"no group {group[:80]!r}; the groups are {', '.join(GROUPS)}")
+    if pattern is not None:
+        return MaskRule(None, parse_pattern(pattern), "row")
+    return MaskRule(0.5 if sparsity is None else sparsity, None, chosen or criterion.group)
+
+
+def _loaded(model: str | LanguageModel, loading: dict[str, Any], progress: Progress = _silent) -> LanguageModel:
+    if isinstance(model, LanguageModel):
+        return model
+    progress(f"loading {model}", 0, 1)
+    language_model = load_model(model, **loading)
+    progress(f"loading {model}", 1, 1)
+    return language_model
+
+
+def _window(language_model: LanguageModel, window: int | None) -> int:
+    """The window that was asked for, or the default that the model can read."""
+    if window is not None:
+        language_model.check_window(window)
+        return window
+    return min(WINDOW, language_model.context or WINDOW)
+
+
+def _held_out(language_model: LanguageModel, windows: Tensor, dense: Any, progress: Progress) -> HeldOut:
+    progress(f"measuring on {windows.numel():,} tokens", 0, 1)
+    held_out = evaluate_language_model(language_model.model, windows, dense=dense)
+    progress(f"measuring on {windows.numel():,} tokens", 1, 1)
+    return held_out
+
+
+def _label(metric: str | Criterion, criterion: Criterion) -> str:
+    """How a checkpoint and the JSON name a criterion: what defines it, never the path of a file."""
+    if isinstance(metric, str) and metric.strip() in CRITERIA:
+        return metric.strip()
+    if isinstance(criterion, Metric):
+        return criterion.expression.text
+    return str(getattr(criterion, "tree", type(criterion).__name__))

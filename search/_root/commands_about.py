@@ -1,0 +1,56 @@
+"""Commands about evoprune itself: `list` and `doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from evoprune.console import Output
+from evoprune.options import Json
+
+Kind = Literal[
+    "criteria", "operators", "terminals", "allocators", "compressors", "objectives", "spaces", "searchers", "recoveries"
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("list", rich_help_panel="About")(list_kind)
+    app.command("doctor", rich_help_panel="About")(doctor)
+
+
+def list_kind(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="what to list", show_choices=True)],
+    as_json: Json = False,
+) -> None:
+    """List criteria, operators, terminals, compressors, objectives, spaces, searchers, allocators or recoveries."""
+    from evoprune.listing import rows_of
+
+    with Output(as_json) as output:
+        rows = rows_of(kind)
+        if as_json:
+            output.json(rows)
+        elif rows:
+            from evoprune.search.tables import plain_table
+
+            output.show(plain_table(rows))
+        else:
+            output.tell(f"no {kind} yet: they land with the searches that use them")
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check what works here: versions, devices, Ray, storage, the embedded model, extras."""
+    from evoprune.checks import all_checks
+
+    with Output(as_json) as output:
+        checks = list(all_checks())
+        healthy = all(check.status != "broken" for check in checks)
+        if as_json:
+            output.json({"ok": healthy, "checks": [check.to_json() for check in checks]})
+        else:
+            from evoprune.search.tables import checks_table
+
+            output.show(checks_table([check.to_json() for check in checks]))
+    if not healthy:
+        raise typer.Exit(1)

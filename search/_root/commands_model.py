@@ -1,0 +1,270 @@
+"""Commands about one model: `prune`, `eval`, `stats`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from evoprune.console import Output
+from evoprune.metrics.errors import InvalidInput
+from evoprune.options import (
+    MODEL,
+    OUTPUT,
+    TARGET,
+    TEXT,
+    CalibrationSequences,
+    CalibrationText,
+    CalibrationWindow,
+    Device,
+    Dtype,
+    Json,
+    ModelArgument,
+    Pattern,
+    PruneGroup,
+    PruneSparsity,
+    Revision,
+    Seed,
+    TrustRemoteCode,
+    option,
+)
+
+NOT_LANDED = "has not landed yet"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("prune", rich_help_panel="Models")(prune)
+    app.command("eval", rich_help_panel="Models")(evaluate)
+    app.command("stats", rich_help_panel="Models")(stats)
+
+
+def prune(
+    model: ModelArgument,
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="DIR", help="the checkpoint, new or empty", rich_help_panel=OUTPUT),
+    ],
+    metric: Annotated[
+        str,
+        typer.Option(
+            "--metric",
+            metavar="M",
+            help="a listed criterion, an expression such as mul(abs(W),X_l2), or an exported .json or .py",
+            rich_help_panel=TARGET,
+        ),
+    ] = "wanda",
+    sparsity: PruneSparsity = None,
+    pattern: Pattern = None,
+    group: PruneGroup = None,
+    compressor: Annotated[
+        str, typer.Option("--compressor", metavar="C", help="what the other weights become", rich_help_panel=TARGET)
+    ] = "mask",
+    allocation: Annotated[
+        Path | None, option("--allocation", metavar="A", help=f"sparsity per layer; {NOT_LANDED}", panel=TARGET)
+    ] = None,
+    shape: Annotated[
+        Path | None, option("--shape", metavar="F", help=f"heads and neurons to keep; {NOT_LANDED}", panel=TARGET)
+    ] = None,
+    recovery: Annotated[
+        str | None, option("--recovery", metavar="R", help=f"training after pruning; {NOT_LANDED}", panel=TARGET)
+    ] = None,
+    form: Annotated[
+        Literal["auto", "plain", "padded", "compact", "masked"],
+        typer.Option("--form", help="of the checkpoint; a mask is always plain", rich_help_panel=OUTPUT),
+    ] = "auto",
+    calibration: CalibrationText = None,
+    calibration_sequences: CalibrationSequences = None,
+    calibration_window: CalibrationWindow = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Remove the weights that a criterion scores lowest, and write a checkpoint that plain transformers loads."""
+    with Output(as_json) as output:
+        for name, given in (("--allocation", allocation), ("--shape", shape), ("--recovery", recovery)):
+            if given is not None:
+                raise InvalidInput(f"{name} {NOT_LANDED}; prune with --sparsity or --pattern")
+        if form not in ("auto", "plain"):
+            raise InvalidInput(f"--form {form} {NOT_LANDED}: a mask keeps every shape, so give --form plain")
+        if sparsity is not None and not 0 < sparsity < 1:
+            raise InvalidInput(
+                f"sparsity {sparsity:g} is not between 0 and 1: give the fraction to remove, such as 0.5"
+            )
+        check_writable(out)
+        from evoprune import api
+        from evoprune.search.tables import layers_table
+
+        pruned = api.prune(
+            model,
+            metric=metric,
+            sparsity=sparsity,
+            pattern=pattern,
+            group=group,
+            compressor=compressor,
+            out=out,
+            seed=seed,
+            progress=output.step,
+            **_calibration(calibration, calibration_sequences, calibration_window),
+            **_loading(dtype, device, revision, trust_remote_code),
+        )
+        document = pruned.to_json()
+        if as_json:
+            output.json(document)
+        else:
+            output.tell(layers_table(document), f"try it: evoprune eval {document['out']} --dense {model}")
+            output.line(document["out"])
+
+
+def evaluate(
+    model: ModelArgument,
+    dense: Annotated[
+        str | None,
+        option("--dense", metavar="MODEL", help="the model before pruning, for the KL", panel=TEXT),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="TEXT",
+            help="`corpus` (embedded), a file, a folder, or a data set; its side C is read",
+            rich_help_panel=TEXT,
+        ),
+    ] = "corpus",
+    window: Annotated[
+        int | None, option("--window", metavar="N", help="tokens in a window", panel=TEXT, default=256)
+    ] = None,
+    tokens: Annotated[
+        int | None, option("--tokens", metavar="N", help="how much text", panel=TEXT, default="65536, or all there is")
+    ] = None,
+    tasks: Annotated[
+        str | None, option("--tasks", metavar="NAMES", help=f"zero-shot tasks; {NOT_LANDED}", panel=TEXT)
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure perplexity on held-out text, and KL divergence from the dense model with --dense."""
+    with Output(as_json) as output:
+        if tasks is not None:
+            raise InvalidInput(f"--tasks {NOT_LANDED}; perplexity and KL need no option")
+        from evoprune import api
+        from evoprune.search.tables import evaluation_table
+
+        evaluation = api.evaluate(
+            model,
+            dense=dense,
+            data=data,
+            window=window,
+            tokens=tokens,
+            progress=output.step,
+            **_loading(dtype, device, revision, trust_remote_code),
+        )
+        if as_json:
+            output.json(evaluation.to_json())
+        else:
+            output.show(evaluation_table(evaluation.to_json(), evaluation.held_out.stderr, dense))
+
+
+def stats(
+    model: ModelArgument,
+    metric: Annotated[
+        str | None, option("--metric", metavar="M", help="collect what this metric reads", panel=MODEL)
+    ] = None,
+    statistics: Annotated[
+        str | None,
+        option(
+            "--statistics",
+            metavar="NAMES",
+            help="collect these, separated by commas; `evoprune list terminals` shows them",
+            panel=MODEL,
+            default="what a search reads",
+        ),
+    ] = None,
+    calibration: CalibrationText = None,
+    calibration_sequences: CalibrationSequences = None,
+    calibration_window: CalibrationWindow = None,
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Collect calibration statistics, keep them in the cache, and print where they are."""
+    with Output(as_json) as output:
+        from evoprune import api
+        from evoprune.metrics.exported import load_metric
+
+        if metric is not None and statistics is not None:
+            raise InvalidInput("give --metric or --statistics, not both")
+        names: dict[str, Any] = {}
+        if metric is not None:
+            names["names"] = load_metric(metric).needs
+        elif statistics is not None:
+            names["names"] = [name.strip() for name in statistics.split(",") if name.strip()]
+        found = api.collect_statistics(
+            model,
+            seed=seed,
+            progress=output.step,
+            **names,
+            **_calibration(calibration, calibration_sequences, calibration_window),
+            **_loading(dtype, device, revision, trust_remote_code),
+        )
+        size = sum(file.stat().st_size for file in found.folder.iterdir())
+        manifest = found.manifest
+        if as_json:
+            output.json(
+                {
+                    "folder": str(found.folder),
+                    "model": model,
+                    "statistics": sorted(found.names),
+                    "sequences": manifest["sequences"],
+                    "window": manifest["window"],
+                    "data": calibration or "corpus",
+                    "seed": seed,
+                    "bytes": size,
+                }
+            )
+        else:
+            output.tell(
+                f"{', '.join(sorted(found.names))} of {len(found.sites)} matrices, from {manifest['sequences']} × "
+                f"{manifest['window']} tokens of {calibration or 'corpus'}; {size / 2**20:.1f} MiB"
+            )
+            output.line(str(found.folder))
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse, before long work, a folder that cannot be made.
+
+    Raises:
+        InvalidInput: what is there is no folder, or not ours to write to.
+    """
+    import os
+
+    existing = folder.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InvalidInput(f"cannot write {folder}: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise InvalidInput(f"cannot write {folder}: {existing} is read-only; give a folder that can be written")
+
+
+def _calibration(text: str | None, sequences: int | None, window: int | None) -> dict[str, Any]:
+    """What was given of these options, by the names of the Python API."""
+    named = {"calibration": text, "calibration_sequences": sequences, "calibration_window": window}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _loading(dtype: str | None, device: str | None, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """What was given of these options, as `load_model` takes them."""
+    named = {"dtype": dtype, "device": device, "revision": revision}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    return given | {"trust_remote_code": trust_remote_code}

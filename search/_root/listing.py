@@ -1,0 +1,119 @@
+"""What `evoprune list KIND` lists: one plain record per plug-in, as the registries have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.metrics.criterion import CRITERIA, Metric
+from evoprune.metrics.emit import to_text
+from evoprune.metrics.operators import OPERATORS
+from evoprune.metrics.terminals import TERMINALS
+from evoprune.search.searchers import SEARCHERS
+from evoprune.search.spaces import SPACES
+
+Row = dict[str, Any]
+
+
+def rows_of(kind: str) -> list[Row]:
+    """The plug-ins of a kind, by name; none for kinds that have not landed yet."""
+    return _KINDS[kind]()
+
+
+def _criteria() -> list[Row]:
+    rows = []
+    for name in CRITERIA:
+        criterion = CRITERIA[name]
+        expression = criterion.expression if isinstance(criterion, Metric) else None
+        rows.append(
+            {
+                "name": name,
+                "group": criterion.group,
+                "needs": sorted(criterion.needs),
+                "expression": None if expression is None else expression.text,
+                "formula": None if expression is None else to_text(expression),
+                "source": criterion.source,
+            }
+        )
+    return rows
+
+
+def _operators() -> list[Row]:
+    rows = []
+    for name in OPERATORS:
+        operator = OPERATORS[name]
+        arguments = ["x", "y", "z"][: operator.arity] + ["number"] * (operator.kind == "power")
+        rows.append(
+            {
+                "name": name,
+                "use": f"{name}({','.join(arguments)})",
+                "kind": operator.kind,
+                "arity": operator.arity,
+                "scope": operator.scope,
+                "complexity": operator.weight,
+            }
+        )
+    return rows
+
+
+def _terminals() -> list[Row]:
+    return [
+        {"name": name, "varies_with": terminal.type.name.lower(), "pass": terminal.cost, "meaning": terminal.meaning}
+        for name, terminal in TERMINALS.items()
+    ]
+
+
+def _compressors() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "needs": sorted(COMPRESSORS[name].needs),
+            "keeps_mask": COMPRESSORS[name].keeps_mask,
+            "what": _first_line(type(COMPRESSORS[name])),
+        }
+        for name in COMPRESSORS
+    ]
+
+
+def _objectives() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "role": OBJECTIVES[name].role,
+            "unit": OBJECTIVES[name].unit,
+            "needs": sorted(OBJECTIVES[name].needs),
+            "what": _first_line(type(OBJECTIVES[name])),
+        }
+        for name in OBJECTIVES
+    ]
+
+
+def _searchers() -> list[Row]:
+    return [{"name": name, "what": _first_line(SEARCHERS[name])} for name in SEARCHERS]
+
+
+def _spaces() -> list[Row]:
+    return [{"name": name, "what": _first_line(SPACES[name])} for name in SPACES]
+
+
+def _none_yet() -> list[Row]:
+    return []
+
+
+_KINDS: Mapping[str, Callable[[], list[Row]]] = {
+    "criteria": _criteria,
+    "operators": _operators,
+    "terminals": _terminals,
+    "allocators": _none_yet,
+    "compressors": _compressors,
+    "objectives": _objectives,
+    "spaces": _spaces,
+    "searchers": _searchers,
+    "recoveries": _none_yet,
+}
+
+
+def _first_line(documented: object) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]

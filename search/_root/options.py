@@ -1,0 +1,129 @@
+"""Options that several commands share. Their defaults are those of the configuration and of the Python API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+TARGET, BUDGET, TEXT, SEARCH, MODEL, WORKERS, CONFIG, OUTPUT = (
+    "Target", "Budget", "Text", "Search", "Model", "Workers", "Configuration", "Output",
+)  # fmt: skip
+
+
+def option(*names: str, help: str, panel: str, default: object = None, **more: Any) -> Any:
+    """A typer option whose own default is None, so that what was not given can be told; `default` is for the help."""
+    shown = "" if default is None else f" [dim]\\[default: {default}][/dim]"
+    return typer.Option(*names, help=help + shown, rich_help_panel=panel, show_default=False, **more)
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="`reference` (embedded), a local folder, or a Hub id")
+]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="`reference` (embedded), a local folder, or a Hub id [dim]\\[default: reference][/dim]",
+        show_default=False,
+    ),
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or id, or `latest`")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document to stdout", rich_help_panel=OUTPUT)]
+
+# Target
+Sparsity = Annotated[
+    float | None,
+    option("--sparsity", help="fraction of weights to remove, in (0, 1)", panel=TARGET, default="0.6"),
+]
+PruneSparsity = Annotated[
+    float | None,
+    option("--sparsity", help="fraction of weights to remove, in (0, 1)", panel=TARGET, default="0.5"),
+]
+Pattern = Annotated[
+    str | None, option("--pattern", metavar="N:M", help="keep N of every M consecutive inputs", panel=TARGET)
+]
+SearchGroup = Annotated[
+    Literal["row", "layer", "global"] | None,
+    option("--group", help="compare scores within a row, a layer, or the whole model", panel=TARGET, default="row"),
+]
+PruneGroup = Annotated[
+    Literal["row", "layer", "global"] | None,
+    option(
+        "--group",
+        help="compare scores within a row, a layer, or the whole model",
+        panel=TARGET,
+        default="the criterion's own",
+    ),
+]
+
+# Model
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    option("--dtype", help="of the forward pass; auto is float32 on a CPU, else bfloat16", panel=MODEL, default="auto"),
+]
+Device = Annotated[
+    str | None,
+    option("--device", help="cpu, cuda, cuda:1; auto takes a GPU if any", panel=MODEL, default="auto"),
+]
+Revision = Annotated[
+    str | None, option("--revision", metavar="R", help="branch, tag or commit of a Hub id", panel=MODEL)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along", rich_help_panel=MODEL)
+]
+
+# Text
+CalibrationText = Annotated[
+    str | None,
+    option("--calibration", metavar="TEXT", help="text of the statistics (its side A)", panel=TEXT, default="corpus"),
+]
+CalibrationSequences = Annotated[
+    int | None,
+    option("--calibration-sequences", metavar="N", help="windows of it", panel=TEXT, default=128),
+]
+CalibrationWindow = Annotated[
+    int | None, option("--calibration-window", metavar="N", help="tokens in each", panel=TEXT, default=256)
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="draws the windows of text", rich_help_panel=TEXT)]
+
+# Workers
+ExecutorOption = Annotated[
+    Literal["ray", "inline"],
+    typer.Option("--executor", help="worker processes, or this process (for debugging)", rich_help_panel=WORKERS),
+]
+Workers = Annotated[
+    int | None,
+    option("--workers", metavar="N", help="worker processes", panel=WORKERS, default="one per core, or per GPU"),
+]
+GpusPerWorker = Annotated[
+    float | None,
+    option(
+        "--gpus-per-worker",
+        min=0,
+        help="GPUs of each, or a fraction of one",
+        panel=WORKERS,
+        default="1 if there is one",
+    ),
+]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", metavar="A", help="Ray cluster; local starts a private instance", rich_help_panel=WORKERS
+    ),
+]
+Storage = Annotated[
+    str | None,
+    option("--storage", metavar="URL", help="database of the Optuna study", panel=WORKERS, default="in the run"),
+]
+
+# Configuration
+RunDir = Annotated[
+    Path | None,
+    option("--run-dir", metavar="DIR", help="the run's folder, new or empty", panel=OUTPUT, default="one below runs/"),
+]
+Settings = Annotated[
+    list[str] | None,
+    option("--set", metavar="KEY.SUB=VALUE", help="any option by its key; repeatable", panel=CONFIG),
+]

@@ -1,0 +1,270 @@
+"""What a report says, read from a run's folder: no figures, no markup, nothing computed twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.expression import Expression, from_json, parse
+from evoprune.search.archive import CLASSES
+from evoprune.search.config import MetricSearchConfig, validated
+from evoprune.search.racing import kendall_tau
+from evoprune.search.rundir import RunDirectory
+
+# Outcomes that depend on the machine; another run of the same seed need not repeat them.
+MACHINE_REASONS = ("TIMEOUT", "OOM", "WORKER_LOST", "ERROR")
+
+ROOT_ORIGINS = ("seed", "random", "power")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A candidate with a fitness.
+
+    Attributes:
+        birth: its number.
+        expression: in canonical form.
+        origin: how it came about: ``seed:NAME``, ``random``, ``crossover``, ``mutate:NAME``, ``tune``, ``power``.
+        parents: births it was made from.
+        rungs: fitness on text B at each rung that it ran, lower is better.
+        stderr: of the last of them.
+        number: how many candidates had been evaluated with it, 0 where the history does not tell.
+    """
+
+    birth: int
+    expression: Expression
+    origin: str
+    parents: tuple[int, ...]
+    rungs: tuple[float, ...]
+    stderr: float
+    number: int = 0
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], number: int = 0) -> Entry:
+        """The candidate of a line of the history, of the search's state or of the result."""
+        written = values["expression"]
+        return cls(
+            birth=values["birth"],
+            # The state writes nested lists; a lone terminal is text in both forms.
+            expression=parse(written) if isinstance(written, str) else from_json(written),
+            origin=values["origin"],
+            parents=tuple(values["parents"]),
+            rungs=tuple(values["rungs"]),
+            stderr=values["stderr"],
+            number=number,
+        )
+
+    @property
+    def fitness(self) -> float:
+        """At the highest rung that it ran."""
+        return self.rungs[-1]
+
+    @property
+    def family(self) -> str:
+        """The origin, with all seeds taken as one."""
+        return "seed" if self.origin.startswith("seed:") else self.origin
+
+    @property
+    def needs(self) -> str:
+        """The dearest pass over data that it needs: data-free, forward, backward or second-order."""
+        costs = self.expression.costs
+        if costs & {"hessian", "local"}:
+            return "second-order"
+        if "backward" in costs:
+            return "backward"
+        return "forward" if costs else "data-free"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A row of the held-out table.
+
+    Attributes:
+        name: ``dense``, ``winner`` or a baseline's name.
+        expression: its text; empty for the dense model; a name where it is no expression.
+        heldout: loss, perplexity, kl, stderr and tokens, on text C.
+        difference: loss of the winner minus loss of this one, over the same windows, and its standard error.
+    """
+
+    name: str
+    expression: str
+    heldout: Mapping[str, float]
+    difference: Mapping[str, float] | None = None
+
+
+class ReportData:
+    """A metric search's run as a report reads it.
+
+    Args:
+        run: finished or not.
+
+    Raises:
+        InvalidInput: not a metric search, or its files are damaged.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        if run.kind != "metric":
+            raise InvalidInput(f"run {run.run_id} is a search of kind {run.kind!r}; reports exist for metric searches")
+        self.run = run
+        self.identity = run.identity
+        self.state = run.state
+        self.seconds = run.seconds
+        self.config: MetricSearchConfig = validated(run.config)
+        self.result: dict[str, Any] | None = run.result
+        self._committed: dict[str, Any] = (run.peek() or {}).get("search", {})
+        self.lines: list[dict[str, Any]] = list(run.history())
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """Every candidate with a fitness, in the order of birth."""
+        entries, number = [], 0
+        for line in self.lines:
+            number += _evaluated(line)
+            if line.get("rungs"):
+                entries.append(Entry.from_values(line, number))
+        return entries
+
+    @cached_property
+    def by_birth(self) -> dict[int, Entry]:
+        """The same by number of birth."""
+        return {entry.birth: entry for entry in self.entries}
+
+    @property
+    def n_rungs(self) -> int:
+        """Length of the ladder."""
+        return len(self.config.racing.rungs)
+
+    @property
+    def rung_tokens(self) -> list[int]:
+        """Tokens of text B that were read up to each rung."""
+        return [windows * self.config.data.window for windows in self.config.racing.rungs]
+
+    @cached_property
+    def finalists(self) -> list[Entry]:
+        """Candidates that were measured at the top rung."""
+        return [entry for entry in self.entries if len(entry.rungs) == self.n_rungs]
+
+    @cached_property
+    def best(self) -> Entry | None:
+        """The winner; so far, if the run is not finished."""
+        if self.result is not None:
+            return self._entry(self.result["best"])
+        return min(self.front or self.entries, key=lambda entry: (-len(entry.rungs), entry.fitness), default=None)
+
+    @cached_property
+    def front(self) -> list[Entry]:
+        """Candidates that no other beats in both fitness and complexity, simplest first."""
+        members = self.result["front"] if self.result is not None else self._archive("any")
+        return [self._entry(member) for member in members]
+
+    @cached_property
+    def classes(self) -> dict[str, Entry | None]:
+        """The best candidate by what it needs at most, in the order of `CLASSES`."""
+        if self.result is not None:
+            found = self.result["classes"]
+            return {name: found[name] and self._entry(found[name]) for name in CLASSES}
+        fronts = {name: map(self._entry, self._archive(name)) for name in CLASSES}
+        return {name: min(members, key=lambda entry: entry.fitness, default=None) for name, members in fronts.items()}
+
+    @cached_property
+    def levels(self) -> dict[str, float]:
+        """Fitness at the top rung of the named seeds that got there, and of the tuned power product."""
+        levels = {
+            entry.origin.removeprefix("seed:"): entry.fitness for entry in self.finalists if entry.family == "seed"
+        }
+        power = [entry.fitness for entry in self.finalists if entry.origin == "power"]
+        return {**levels, **({"power": min(power)} if power else {})}
+
+    @cached_property
+    def contenders(self) -> list[Contender]:
+        """The held-out table, best loss first after the dense model; empty before the run is finished."""
+        if self.result is None:
+            return []
+        rows = [Contender("winner", self.result["best"]["expression"], self.result["best"]["heldout"])]
+        rows += [
+            Contender(row["name"], row["expression"], row["heldout"], row["winner_minus_this"])
+            for row in self.result["baselines"]
+        ]
+        rows.sort(key=lambda row: row.heldout["loss"])
+        return [Contender("dense", "", self.result["dense"]["heldout"]), *rows]
+
+    def contender(self, name: str) -> Contender | None:
+        """The row of that name."""
+        return next((row for row in self.contenders if row.name == name), None)
+
+    # How the search went
+
+    @property
+    def n_births(self) -> int:
+        """Births that were applied."""
+        return self.result["births"] if self.result is not None else len(self.lines)
+
+    @property
+    def n_evaluations(self) -> int:
+        """Births that cost a forward pass."""
+        return self.result["evaluations"] if self.result is not None else sum(map(_evaluated, self.lines))
+
+    @property
+    def n_removed(self) -> int | None:
+        """Weights that the winner's masks remove; None where the result does not say."""
+        return None if self.result is None else self.result.get("removed")
+
+    @property
+    def n_distinct(self) -> int:
+        """Different rank signatures."""
+        if self.result is not None:
+            return self.result["distinct"]
+        return len({line["signature"] for line in self.lines if line.get("signature")})
+
+    @property
+    def n_evolved_parent(self) -> int:
+        """Births with a parent that was itself bred or tuned."""
+        source = self.result if self.result is not None else self._committed
+        return source.get("evolved_parents", 0)
+
+    @cached_property
+    def reasons(self) -> list[tuple[str, bool, int]]:
+        """(reason code, whether it took a forward pass, births), commonest first; all cuts of the race are ``CUT``."""
+        found = Counter(
+            ("CUT" if line["reason"].startswith("CUT") else line["reason"], _evaluated(line))
+            for line in self.lines
+            if line.get("reason")
+        )
+        return [
+            (code, forward, n) for (code, forward), n in sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        ]
+
+    @property
+    def n_machine_outcomes(self) -> int:
+        """Evaluations that ended in a way that depends on the machine."""
+        return sum(n for code, _, n in self.reasons if code in MACHINE_REASONS)
+
+    @cached_property
+    def correlations(self) -> list[tuple[float | None, int]]:
+        """Per pair of neighbouring rungs, Kendall's tau over candidates promoted at random, and how many they are."""
+        if self.result is not None:
+            return [(row["tau"], row["n"]) for row in self.result["rung_correlations"]]
+        kept = self._committed.get("racing", {}).get("pairs", [[] for _ in range(self.n_rungs - 1)])
+        pairs = [[(first, second) for first, second in found] for found in kept]
+        return [(kendall_tau(found) if len(found) > 1 else None, len(found)) for found in pairs]
+
+    @cached_property
+    def agreement(self) -> dict[str, dict[str, float]]:
+        """By criterion, then site: intersection over union of what it and the winner prune; empty if not measured."""
+        return {} if self.result is None else self.result.get("agreement", {})
+
+    def _archive(self, name: str) -> list[Any]:
+        return self._committed.get("archive", {}).get(name, [])
+
+    def _entry(self, values: Mapping[str, Any]) -> Entry:
+        """The candidate as the history has it, else as these values have it."""
+        return self.by_birth.get(values["birth"]) or Entry.from_values(values)
+
+
+def _evaluated(line: Mapping[str, Any]) -> bool:
+    """Whether a birth cost a forward pass; one that was answered without says what it is the same as, or null."""
+    return "same_as" not in line

@@ -1,0 +1,141 @@
+"""Figures of results: held-out losses with error bars, and how far masks agree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evoprune.search.report import canvas
+from evoprune.search.report.data import Contender, ReportData
+from evoprune.search.report.names import label
+from evoprune.search.report.numbers import compact
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = {"winner": canvas.WINNER, "power": canvas.POWER, "dense": canvas.INK}
+_MARKERS = {"winner": "D", "power": "s"}
+
+
+def baselines(data: ReportData) -> Figure | None:
+    """Held-out loss of every contender, and its distance from the winner, each with its standard error."""
+    rows = [row for row in data.contenders if row.name != "dense"]
+    dense = data.contender("dense")
+    if dense is None:
+        return None
+    figure = canvas.new_figure(0.85 + 0.27 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    floor = dense.heldout["loss"]
+    _points(left, rows, [(row.heldout["loss"], row.heldout["stderr"]) for row in rows], least=floor)
+    left.axvline(floor, color=canvas.INK, linewidth=1, linestyle=(0, (1, 1.5)))
+    left.annotate(
+        "dense",
+        (floor, 1),
+        (0, 3),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+    )
+    left.set_xlabel("loss on text C, nats per token")
+    right.axvline(0, color=canvas.WINNER, linewidth=0.8)
+    differences = [row.difference or {"loss": 0.0, "stderr": 0.0} for row in rows]
+    _points(right, rows, [(-difference["loss"], difference["stderr"]) for difference in differences], least=0)
+    right.set_xlabel("loss above the winner's, on the same windows")
+    left.set_yticks(range(len(rows)), [label(row.name) for row in rows])
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        canvas.plain_numbers(axes.xaxis)
+    return figure
+
+
+def agreement(data: ReportData) -> Figure | None:
+    """Per kind of layer and block, intersection over union of what the winner and another criterion prune."""
+    if not data.agreement:
+        return None
+    from matplotlib import colormaps
+
+    # Wanda first: the file has the names in alphabetical order.
+    names = sorted(data.agreement, key=lambda name: name != "wanda")
+    kinds = list(dict.fromkeys(split_site(site)[0] for site in data.agreement[names[0]]))
+    blocks = sorted({split_site(site)[1] for site in data.agreement[names[0]]})
+    smallest = min(value for values in data.agreement.values() for value in values.values())
+    cells = {
+        name: {split_site(site): value for site, value in values.items()} for name, values in data.agreement.items()
+    }
+    figure = canvas.new_figure(1.0 + 0.29 * len(kinds))
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        table = [[cells[name].get((kind, block), float("nan")) for block in blocks] for kind in kinds]
+        # A mesh of shapes, as an image would be a data URL inside the page; few colours, or the bar becomes one too.
+        image = axes.pcolormesh(table, cmap=colormaps["Blues"].resampled(32), vmin=int(10 * smallest) / 10, vmax=1)
+        axes.set_aspect("auto")
+        axes.invert_yaxis()
+        axes.set_title(f"winner and {label(name)}")
+        axes.set_xlabel("block")
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        step = -(-len(blocks) // 16)
+        axes.set_xticks(
+            [place + 0.5 for place in range(0, len(blocks), step)], [str(block) for block in blocks[::step]]
+        )
+        axes.set_yticks([row + 0.5 for row in range(len(kinds))], kinds)
+        if len(blocks) <= 10:
+            _write_cells(axes, table, halfway=(1 + smallest) / 2)
+    bar = figure.colorbar(image, ax=list(panels), fraction=0.035, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label("agreement (IoU)")
+    canvas.plain_numbers(bar.ax.yaxis)
+    return figure
+
+
+def split_site(name: str) -> tuple[str, int]:
+    """(kind, block) of a site's name: ``model.layers.3.mlp.down_proj`` is ``mlp.down_proj`` of block 3."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (match[2], int(match[1])) if match else (name, 0)
+
+
+def _points(axes: Axes, rows: Sequence[Contender], values: Sequence[tuple[float, float]], least: float) -> None:
+    """Dots with error bars, one row each; those far out stand at the edge as arrows with their number.
+
+    Args:
+        values: (mean, standard error) of each row.
+        least: another value to show, at the left.
+    """
+    means = sorted(mean for mean, _ in values)
+    centre = means[(len(means) - 1) // 2]
+    # Random and magnitude are often so bad that to their scale all others are one dot.
+    reach = 3 * max(centre - min(least, means[0]), 2 * max(error for mean, error in values if mean <= centre))
+    near = [(mean, error) for mean, error in values if mean <= centre + reach]
+    low = min(least, *(mean - error for mean, error in near))
+    high = max(mean + error for mean, error in near)
+    span = (high - low) or 1e-3
+    axes.set_xlim(low - 0.06 * span, high + (0.06 if len(near) == len(values) else 0.2) * span)
+    for place, (row, (mean, error)) in enumerate(zip(rows, values, strict=True)):
+        colour = _COLOURS.get(row.name, canvas.MUTED)
+        if mean > centre + reach:
+            axes.annotate(
+                f"{compact(mean)} →",
+                (1, place),
+                xycoords=("axes fraction", "data"),
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=colour,
+            )
+        else:
+            marker = _MARKERS.get(row.name, "o")
+            axes.errorbar(mean, place, xerr=error, fmt=marker, color=colour, markersize=5, capsize=2.5, elinewidth=1.2)
+
+
+def _write_cells(axes: Axes, table: list[list[float]], halfway: float) -> None:
+    for row, values in enumerate(table):
+        for column, value in enumerate(values):
+            if value == value:  # not NaN: a kind that a block does not have
+                colour = "white" if value > halfway else canvas.INK
+                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)

@@ -1,0 +1,223 @@
+"""Results as tables for people: on a terminal, in a log, in a notebook."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from evoprune.search.progress import clock
+
+_STATUS_STYLES = {
+    "ok": "green", "absent": "yellow", "broken": "bold red",
+    "running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red",
+}  # fmt: skip
+WINNER = "evolved winner"
+POWER = "power (tuned)"
+
+
+def heldout_table(result: Mapping[str, Any]) -> Table:
+    """Everyone on held-out text, the lowest loss first."""
+    rows = sorted(_rows(result), key=lambda row: row["heldout"]["loss"])
+    tokens = result["best"]["heldout"]["tokens"]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{result['model']} at {_target(result)}, held-out text",
+        title_style="bold",
+        title_justify="left",
+        caption=f"{tokens:,} predicted tokens of {result['data']} (text C), windows of {result['window']}. "
+        "Loss and KL from the dense model in nats per token, ± standard error over windows. "
+        "The last column is the loss minus the winner's, ± paired standard error.",
+        caption_justify="left",
+    )
+    table.add_column("", no_wrap=True)
+    for name in ("perplexity", "loss", "KL", "minus winner"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        heldout, difference = row["heldout"], row["difference"]
+        table.add_row(
+            row["name"],
+            f"{heldout['perplexity']:,.2f}",
+            f"{heldout['loss']:.4f} ± {heldout['stderr']:.4f}",
+            "" if row["name"] == "dense" else f"{heldout['kl']:.4f}",
+            "" if difference is None else f"{-difference['loss']:+.4f} ± {difference['stderr']:.4f}",
+            style={WINNER: "bold green", "dense": "dim"}.get(row["name"], ""),
+        )
+    return table
+
+
+def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {"name": "dense", "heldout": result["dense"]["heldout"], "difference": None}
+    yield {"name": WINNER, "heldout": result["best"]["heldout"], "difference": None}
+    for row in result["baselines"]:
+        name = POWER if row["name"] == "power" else row["name"]
+        yield {"name": name, "heldout": row["heldout"], "difference": row.get("winner_minus_this")}
+
+
+def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+    """A finished run: the table, the winner, how it was found, and where its files are."""
+    from evoprune.metrics.emit import to_text
+    from evoprune.metrics.expression import parse
+
+    best = result["best"]
+    births = max(result["births"], 1)
+    evolved = result["evolved_parents"]
+    winner = _facts(
+        {
+            "winner": Text(best["expression"], style="bold green"),
+            "formula": Text(to_text(parse(best["expression"]))),
+            "fitness": f"{best['fitness']:.5f} ({result['objective']} on text B, "
+            f"{result['rung_tokens'][len(best['rungs']) - 1]:,} tokens), complexity {best['complexity']}",
+            "search": f"{result['evaluations']} evaluations of {result['births']} births, "
+            f"{result['distinct']} different rankings, seed {result['seed']}",
+            "ancestry": f"{evolved} of {result['births']} births ({evolved / births:.0%}) had an evolved parent",
+        }
+    )
+    quoted = shlex.quote(str(run))
+    files = {"python": run / "export" / "metric.py", "report": run / "report.html"}
+    places = {name: str(path) for name, path in files.items() if path.exists()}
+    places |= {
+        "show": f"evoprune show {quoted}",
+        "use": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(files['python']))} "
+        f"{_option(result['target'])} --out DIR",
+    }
+    return [Padding(heldout_table(result), (1, 0, 1, 0)), winner, Text(), _facts(places)]
+
+
+def unfinished_view(document: Mapping[str, Any], config: Mapping[str, Any], run: Path) -> list[RenderableType]:
+    """A run without a result: how far it is, and how to go on."""
+    best = document["best"]
+    facts: dict[str, RenderableType] = {
+        "run": document["run"],
+        "state": Text(document["state"], style=_STATUS_STYLES[document["state"]]),
+        "model": f"{config['model']['name']}, seed {document['seed']}",
+        "evaluations": f"{document['evaluations']} of {config['evaluations']} in {clock(document['seconds'])}",
+    }
+    if best is not None:
+        facts["best"] = Text(f"{best['fitness']:.5g}  {best['expression']}", style="green")
+        facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
+    quoted = shlex.quote(str(run))
+    if document["state"] == "running":
+        facts["follow"] = f"evoprune show {quoted} --follow"
+    else:
+        facts["continue"] = f"evoprune resume {quoted}"
+    return [_facts(facts)]
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a run."""
+    table = _table("run", "state", "time", "best fitness", "expression")
+    for row in rows:
+        best = row["best"]
+        table.add_row(
+            Text(row["run"], overflow="fold"),
+            Text(row["state"], style=_STATUS_STYLES[row["state"]]),
+            clock(row["seconds"]),
+            "" if best is None else f"{best['fitness']:.5g}",
+            "" if best is None else best["expression"],
+        )
+    return table
+
+
+def layers_table(document: Mapping[str, Any]) -> Group:
+    """What `prune` did, matrix by matrix.
+
+    Args:
+        document: as `prune --json` prints it.
+    """
+    table = _table("matrix", "shape", "sparsity", "output error")
+    for layer in document["layers"]:
+        error = "" if layer["error"] is None else f"{layer['error']:.5f}"
+        shape = " × ".join(str(size) for size in layer["shape"])
+        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", error)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total = (
+        f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%}) by "
+        f"{document['criterion']}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
+    )
+    return Group(table, Text(total))
+
+
+def evaluation_table(document: Mapping[str, Any], stderr: float | None, dense: str | None) -> Table:
+    """What `eval` measured.
+
+    Args:
+        document: as `eval --json` prints it.
+        stderr: of the loss.
+        dense: name of the model that the KL divergence is from.
+    """
+    facts: dict[str, RenderableType] = {
+        "model": document["model"],
+        "perplexity": Text(f"{document['perplexity']:,.4f}", style="bold"),
+        "loss": f"{document['loss']:.5f}{'' if stderr is None else f' ± {stderr:.5f}'} nats per token",
+    }
+    if document["kl"] is not None:
+        facts["KL"] = f"{document['kl']:.5f} nats per token from {dense}"
+    facts["sparsity"] = f"{document['sparsity']:.4%} of the prunable weights are zero"
+    facts["text"] = (
+        f"{document['data']} (text C), {document['tokens']:,} predicted tokens, windows of {document['window']}"
+    )
+    return _facts(facts)
+
+
+def checks_table(checks: Sequence[Mapping[str, str]]) -> Table:
+    """What `doctor` found."""
+    table = _table("", "", "")
+    table.show_header = False
+    for check in checks:
+        table.add_row(check["name"], Text(check["status"], style=_STATUS_STYLES[check["status"]]), check["detail"])
+    return table
+
+
+def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Records with the same keys, one column a key."""
+    table = _table(*(name.replace("_", " ") for name in rows[0]))
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _facts(facts: Mapping[str, RenderableType]) -> Table:
+    """Names and values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, value)
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return " ".join(str(part) for part in value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _option(target: str) -> str:
+    return f"--pattern {target}" if ":" in target else f"--sparsity {target}"
+
+
+def _target(result: Mapping[str, Any]) -> str:
+    """Such as ``60% sparsity per row`` or ``2:4``."""
+    target = result["target"]
+    return target if ":" in target else f"{float(target):.4g} sparsity per {result['group']}"
