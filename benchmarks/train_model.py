@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -137,7 +136,9 @@ def main() -> None:
         betas=(0.9, 0.95),
         fused=True,
     )
-    print(json.dumps({"parameters": model.num_parameters(), "train_tokens": len(train), "heldout_tokens": len(heldout)}))
+    print(
+        json.dumps({"parameters": model.num_parameters(), "train_tokens": len(train), "heldout_tokens": len(heldout)})
+    )
 
     first, busy = 0, 0.0
     state_file = options.out / "training.pt"
@@ -179,11 +180,13 @@ def main() -> None:
                 {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1, "seconds": busy},
                 partial,
             )
-            os.replace(partial, state_file)
+            partial.replace(state_file)
     loss = heldout_loss(model, heldout, len(heldout) // WINDOW)
     model.half().save_pretrained(options.out)
     state_file.unlink(missing_ok=True)
-    print(json.dumps({"heldout": round(loss, 4), "perplexity": round(math.exp(loss), 3), "minutes": round(busy / 60, 1)}))
+    print(
+        json.dumps({"heldout": round(loss, 4), "perplexity": round(math.exp(loss), 3), "minutes": round(busy / 60, 1)})
+    )
 
 
 if __name__ == "__main__":

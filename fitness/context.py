@@ -60,12 +60,9 @@ class EvaluationContext:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EvaluationContext:
         """The context that `to_json` wrote."""
-        lists = {"rungs", "statistics", "pattern"}
         known = {field.name for field in fields(cls)}
-        return cls(
-            **{
-                name: tuple(value) if name in lists and value is not None else value
-                for name, value in values.items()
-                if name in known
-            }
-        )
+        chosen: dict[str, Any] = {name: value for name, value in values.items() if name in known}
+        for name in ("rungs", "statistics", "pattern"):
+            if chosen.get(name) is not None:
+                chosen[name] = tuple(chosen[name])
+        return cls(**chosen)

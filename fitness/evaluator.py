@@ -1,8 +1,8 @@
 """Score a candidate with one resident model: write masked weights into it, run forward, measure.
 
 The dense weights of the prunable matrices lie in a memory-mapped file that all workers of a node share. A candidate
-overwrites the model's own copy, so there is no second copy in a worker and no undo log; the next candidate, or `restore`,
-writes from the file again.
+overwrites the model's own copy, so there is no second copy in a worker and no undo log; the next candidate, or
+`restore`, writes from the file again.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ class Evaluator:
             max_tied: as `mask` takes it.
 
         Returns:
-            ``rungs`` (the fitness at each rung that ran), ``stderr`` (over the values of the last one), ``removed`` (weights).
+            ``rungs`` (the fitness at each rung that ran), ``stderr`` (over the values of the last one), ``removed``
+            (weights).
 
         Raises:
             InvalidCandidate: see `masks`; or NONFINITE, the fitness is.
@@ -186,7 +187,7 @@ class Evaluator:
             return file.get_tensor(site.name)
 
     def _resident_checksum(self) -> tuple[float, ...]:
-        """Two sums per site that change if any weight does, up to rounding that float64 hides only if nothing changed."""
+        """Two float64 sums per site, equal for equal weights."""
         sums: list[float] = []
         for entry in self.language_model.sites:
             wide = entry.weight().double()

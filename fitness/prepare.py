@@ -1,4 +1,4 @@
-"""Everything that candidates share, computed once and cached as files: tokens, teacher, dense weights, statistics, probe."""
+"""What candidates share, computed once and cached as files: tokens, teacher, dense weights, statistics, probe."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import free_inputs
 from evoprune.metrics.mask import check_pattern
-from evoprune.metrics.records import Site
 from evoprune.metrics.probe import Probe, spread_sites
+from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import STATISTICS
 
 FORMAT = "evoprune-prepared/1"

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.allocator import release_freed_tensors
 from evoprune.fitness.cache import cache_folder
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
-from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
+from evoprune.fitness.statistics_gradient import loss_scale
+from evoprune.fitness.statistics_passes import PassSettings, Progress, run_passes
+from evoprune.fitness.statistics_reader import Statistics
 from evoprune.fitness.statistics_store import (
     DEFINITION_VERSION,
     FORMAT_VERSION,
     SetWriter,
-    Statistics,
-    encode,
     new_folder,
+    site_facts,
     stored_names,
 )
 from evoprune.metrics.errors import InvalidInput
@@ -32,49 +32,8 @@ from evoprune.metrics.files import content_hash
 
 __all__ = ["PassSettings", "Statistics", "collect_statistics", "statistics_for"]
 
-Progress = Callable[[int, int], None]
-logger = logging.getLogger(__name__)
-
-GRADIENT_NAMES = frozenset({"G_l2", "G_l1", "G_mean"})
-REGIONAL_NAMES = frozenset({"G_reg"})
-FORWARD_TOKENS = 2048
-GRADIENT_TOKENS = 1024
-# Activations of a backward pass may take this much, or a quarter of the weights if that is more.
-ACTIVATION_BYTES = 1 << 28
-# Sums of matrices may take this much, or as much as the model if that is more.
-SUM_BYTES = 1 << 29
 MANY_ZEROS = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class PassSettings:
-    """How the passes run. They change the last bits of the results, so they are part of a set's identity.
-
-    Attributes:
-        mode: ``wanda_fp32`` keeps ``X_ss`` as Wanda's reference code does, bit for bit (one sequence at a time).
-        forward_batch: sequences per forward pass; None chooses.
-        gradient_batch: sequences per backward pass; None chooses.
-        checkpointing: recompute each block's activations in the backward pass; None chooses by size.
-    """
-
-    mode: Literal["standard", "wanda_fp32"] = "standard"
-    forward_batch: int | None = None
-    gradient_batch: int | None = None
-    checkpointing: bool | None = None
-
-    def resolved(self, language_model: LanguageModel, window: int) -> PassSettings:
-        """These settings with every None replaced: by what depends on model and window only, never on the machine."""
-        forward = self.forward_batch or max(1, FORWARD_TOKENS // window)
-        features = sum(bound.site.in_features + bound.site.out_features for bound in language_model.sites)
-        # Beside the inputs and outputs of the sites, a block saves about half as much for norms, products, attention.
-        per_sequence = int(1.5 * features * language_model.model.dtype.itemsize * window)
-        room = max(ACTIVATION_BYTES, _weight_bytes(language_model) // 4) // per_sequence
-        return replace(
-            self,
-            forward_batch=1 if self.mode == "wanda_fp32" else forward,
-            gradient_batch=self.gradient_batch or max(1, min(room, GRADIENT_TOKENS // window)),
-            checkpointing=room < 1 if self.checkpointing is None else self.checkpointing,
-        )
+logger = logging.getLogger(__name__)
 
 
 def statistics_for(
@@ -105,13 +64,14 @@ def statistics_for(
     """
     stored = stored_names(names)
     settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
-    place = (cache or cache_folder()) / "statistics" / content_hash(_identity(language_model, windows, settings))[:32]
-    for folder in sorted(place.glob("[!.]*")):
+    place = (cache or cache_folder()) / "statistics"
+    key = content_hash(_identity(language_model, windows, settings))[:32]
+    for folder in sorted(place.glob(f"{key}-*")):
         held = Statistics.open(folder, fingerprint=language_model.fingerprint)
         if stored <= held.names:
             held.verify()
             return held
-    folder = place / content_hash(sorted(stored))[:16]
+    folder = place / f"{key}-{content_hash(sorted(stored))[:8]}"
     return collect_statistics(
         language_model, windows, stored, folder=folder, settings=settings, provenance=provenance, progress=progress
     )
@@ -137,20 +97,22 @@ def collect_statistics(
         EvopruneError: a statistic is not finite or cannot be defined for this architecture.
     """
     stored = stored_names(names)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InvalidInput(f"{folder} is not empty: give a new folder for the statistics")
     settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
     facts = _identity(language_model, windows, settings) | {
         "model": language_model.name,
         "names": sorted(stored),
+        "tokens": windows.numel(),
         "loss_scale": loss_scale(language_model.model.dtype),
         "provenance": dict(provenance or {}),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    release_freed_tensors()
     with new_folder(folder) as partial:
         writer = SetWriter(partial)
-        leaders = _run_passes(language_model, windows, stored, settings, writer, progress)
-        writer.finish([bound.site for bound in language_model.sites], leaders, facts)
+        leaders = run_passes(language_model, windows, stored, settings, writer, progress)
+        writer.finish(site_facts((bound.site for bound in language_model.sites), leaders), facts)
     found = Statistics.open(folder, fingerprint=language_model.fingerprint)
     _warn_of_zeros(found.manifest["zero_fractions"])
     return found
@@ -180,96 +142,6 @@ def _identity(language_model: LanguageModel, windows: Tensor, settings: PassSett
         "threads": torch.get_num_threads(),
         "settings": asdict(settings),
     }
-
-
-def _run_passes(
-    language_model: LanguageModel,
-    windows: Tensor,
-    stored: frozenset[str],
-    settings: PassSettings,
-    writer: SetWriter,
-    progress: Progress | None,
-) -> dict[str, str]:
-    """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics."""
-    ids = windows.to(language_model.device)
-    plan = _plan(language_model, stored)
-    done = 0
-    leaders: dict[str, str] = {}
-
-    def advance(sequences: int) -> None:
-        nonlocal done
-        done += sequences
-        if progress:
-            progress(done, len(plan) * len(ids))
-
-    for names, group in plan:
-        sites = [bound for bound in language_model.sites if bound.site.block in group]
-        if names & (GRADIENT_NAMES | REGIONAL_NAMES):
-            results = _gradients(language_model, sites, group, names, ids, settings, advance)
-        else:
-            sums = ForwardSums(sites, names, wanda=settings.mode == "wanda_fp32")
-            forward_pass(language_model.model, sums, ids, settings.forward_batch or 1, advance)
-            results = sums.results(len(ids))
-            leaders |= sums.leaders
-        for block in group:
-            writer.add(block, _encoded(results, [bound for bound in sites if bound.site.block == block]))
-    return leaders
-
-
-def _gradients(
-    language_model: LanguageModel,
-    sites: list[SiteModule],
-    group: range,
-    names: frozenset[str],
-    ids: Tensor,
-    settings: PassSettings,
-    advance: Callable[[int], None],
-) -> Results:
-    scale = loss_scale(language_model.model.dtype)
-    blocks = [block for _, block in language_model.blocks()][group.start :]
-    sums = GradientSums(sites, names, scale)
-    batch = settings.gradient_batch or 1
-    if names <= REGIONAL_NAMES:
-        regional_pass(language_model.model, sums, ids, batch, scale, blocks[: len(group)], advance)
-    else:
-        recompute = bool(settings.checkpointing)
-        gradient_pass(language_model.model, sums, ids, batch, scale, blocks, recompute, advance)
-    return sums.results(len(ids))
-
-
-def _plan(language_model: LanguageModel, stored: frozenset[str]) -> list[tuple[frozenset[str], range]]:
-    """The passes to make: what each collects, and for which decoder blocks."""
-    room = max(SUM_BYTES, _weight_bytes(language_model))
-    n_blocks = len(language_model.blocks())
-    plan = []
-    for names in (stored - GRADIENT_NAMES - REGIONAL_NAMES, stored & GRADIENT_NAMES, stored & REGIONAL_NAMES):
-        gradients = len(names & (GRADIENT_NAMES | REGIONAL_NAMES))
-        grams = not names.isdisjoint({"H", "Hinv", "Hchol2"})
-        sizes = [0] * n_blocks
-        for bound in language_model.sites:
-            sizes[bound.site.block] += 4 * (gradients * bound.site.weights + grams * bound.site.in_features**2)
-        start = 0
-        while names and start < n_blocks:
-            end = start + 1
-            while end < n_blocks and sum(sizes[start : end + 1]) <= room:
-                end += 1
-            plan.append((names, range(start, end)))
-            start = end
-    return plan
-
-
-def _encoded(results: Results, sites: Iterable[SiteModule]) -> dict[str, Tensor]:
-    """What is to be stored for `sites`, taken out of `results` so that memory is freed on the way."""
-    encoded: dict[str, Tensor] = {}
-    for bound in sites:
-        found = results.pop(bound.site.name)
-        for name in sorted(found):
-            encoded |= encode(f"{bound.site.name}::{name}", found.pop(name))
-    return encoded
-
-
-def _weight_bytes(language_model: LanguageModel) -> int:
-    return sum(value.numel() * value.element_size() for value in language_model.model.parameters())
 
 
 def _warn_of_zeros(fractions: Mapping[str, float]) -> None:

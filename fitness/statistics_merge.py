@@ -9,34 +9,38 @@ from pathlib import Path
 from torch import Tensor
 
 from evoprune.fitness.gram import inverse_diagonals
-from evoprune.fitness.statistics_store import GRAM, SetWriter, Statistics, encode, new_folder
+from evoprune.fitness.statistics_reader import Statistics
+from evoprune.fitness.statistics_store import GRAM, SetWriter, encode, new_folder
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
-from evoprune.metrics.records import Site
 
 INVERSES = ("Hinv", "Hchol2")
+# What must be equal for two sets to belong together.
+COMMON = ("fingerprint", "dtype", "attention", "names", "sites")
 
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """How much of the whole each set is: by sequences and by tokens, each pair of fractions adding up to 1."""
+    """How much of the whole each set is, by sequences (s, u) and by tokens (t, v); s + u = t + v = 1."""
 
-    sequences: tuple[float, float]
-    tokens: tuple[float, float]
+    s: float
+    u: float
+    t: float
+    v: float
 
 
-# How a terminal of the whole follows from those of the parts. X_var and the inverses need more than this.
+# How a terminal of the whole follows from those of the parts. X_var and the inverses need another terminal as well.
 RULES: dict[str, Callable[[Tensor, Tensor, _Shares], Tensor]] = {
-    "X_ss": lambda a, b, share: share.sequences[0] * a + share.sequences[1] * b,
-    "Y_ss": lambda a, b, share: share.sequences[0] * a + share.sequences[1] * b,
-    "X_l1": lambda a, b, share: share.tokens[0] * a + share.tokens[1] * b,
-    "X_mean": lambda a, b, share: share.tokens[0] * a + share.tokens[1] * b,
-    "X_max": lambda a, b, share: a.maximum(b),
-    "G_l2": lambda a, b, share: a.hypot(b),
-    "G_l1": lambda a, b, share: a + b,
-    "G_mean": lambda a, b, share: share.sequences[0] * a + share.sequences[1] * b,
-    "G_reg": lambda a, b, share: (share.sequences[0] ** 0.5 * a).hypot(share.sequences[1] ** 0.5 * b),
-    GRAM: lambda a, b, share: share.tokens[0] * a + share.tokens[1] * b,
+    "X_ss": lambda a, b, of: of.s * a + of.u * b,
+    "Y_ss": lambda a, b, of: of.s * a + of.u * b,
+    "X_l1": lambda a, b, of: of.t * a + of.v * b,
+    "X_mean": lambda a, b, of: of.t * a + of.v * b,
+    "X_max": lambda a, b, of: a.maximum(b),
+    "G_l2": lambda a, b, of: a.hypot(b),
+    "G_l1": lambda a, b, of: a + b,
+    "G_mean": lambda a, b, of: of.s * a + of.u * b,
+    "G_reg": lambda a, b, of: (of.s**0.5 * a).hypot(of.u**0.5 * b),
+    GRAM: lambda a, b, of: of.t * a + of.v * b,
 }
 
 
@@ -44,37 +48,74 @@ def merge(first: Statistics, second: Statistics, folder: Path) -> Statistics:
     """The statistics of both sets' texts together, written as the new set `folder`.
 
     Equal to one pass over both texts up to the precision of the stored values: float32 for vectors and the Gram
-    matrix, half precision for gradients.
+    matrix, half precision for gradients. ``Hinv`` and ``Hchol2`` follow from ``H``, which must be there.
 
     Args:
-        first: of the same model, in the same settings and with the same names as `second`.
+        first: of the same model and with the same names as `second`.
         second: of another text.
         folder: must not exist.
 
     Raises:
         InvalidInput: the sets do not belong together, or one of their names cannot be merged.
     """
-    _refuse_unequal(first, second)
+    _refuse_mismatch(first, second)
     if folder.exists():
         raise InvalidInput(f"{folder} exists: give a new folder for the merged statistics")
-    names = first.manifest["names"]
-    sites = [Site(name=facts["name"], kind="", n_blocks=0, **_place(facts)) for facts in first.manifest["sites"]]
-    leaders = {facts["name"]: facts["input_of"] for facts in first.manifest["sites"]}
-    shares = _Shares(_shares(first.sequences, second.sequences), _shares(first.tokens, second.tokens))
+    sequences, tokens = first.sequences + second.sequences, first.tokens + second.tokens
+    shares = _Shares(
+        first.sequences / sequences, second.sequences / sequences, first.tokens / tokens, second.tokens / tokens
+    )
     facts = dict(first.manifest) | {
         "windows": content_hash([first.manifest["windows"], second.manifest["windows"]]),
-        "sequences": first.sequences + second.sequences,
-        "tokens": first.tokens + second.tokens,
+        "sequences": sequences,
+        "tokens": tokens,
         "provenance": {"merged": [first.manifest["provenance"], second.manifest["provenance"]]},
     }
+    sites = first.manifest["sites"]
     with new_folder(folder) as partial:
         writer = SetWriter(partial)
-        for block in sorted({site.block for site in sites}):
-            tensors: dict[str, Tensor] = {}
+        for block in sorted({site["block"] for site in sites}):
+            encoded: dict[str, Tensor] = {}
             for site in sites:
-                if site.block == block:
-                    for name, tensor in _merged_site(first, second, site.name, names, shares).items():
-                        tensors |= encode(f"{site.name}::{name}", tensor)
-            writer.add(block, tensors)
-        writer.finish(sites, leaders, facts)
+                if site["block"] == block:
+                    leads = site["input_of"] == site["name"]
+                    names = [name for name in first.manifest["names"] if leads or name[:2] in ("G_", "Y_")]
+                    for name, tensor in _merged(first, second, site["name"], names, shares, tokens / sequences).items():
+                        encoded |= encode(f"{site['name']}::{name}", tensor)
+            writer.add(block, encoded)
+        writer.finish(sites, facts)
     return Statistics.open(folder, fingerprint=first.manifest["fingerprint"])
+
+
+def _merged(
+    first: Statistics, second: Statistics, site: str, names: list[str], shares: _Shares, tokens_per_sequence: float
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in names:
+        if name in RULES:
+            found[name] = RULES[name](first.tensor(site, name), second.tensor(site, name), shares)
+    if "X_var" in names:  # Chan, Golub and LeVeque 1979
+        shift = first.tensor(site, "X_mean") - second.tensor(site, "X_mean")
+        within = shares.t * first.tensor(site, "X_var") + shares.v * second.tensor(site, "X_var")
+        found["X_var"] = within + shares.t * shares.v * shift.square()
+    if not set(INVERSES).isdisjoint(names):
+        inverses = dict(zip(INVERSES, inverse_diagonals(found[GRAM], tokens_per_sequence), strict=True))
+        found |= {name: tensor for name, tensor in inverses.items() if name in names}
+    return found
+
+
+def _refuse_mismatch(first: Statistics, second: Statistics) -> None:
+    both = f"{first.folder} and {second.folder}"
+    for fact in COMMON:
+        if first.manifest.get(fact) != second.manifest.get(fact):
+            raise InvalidInput(f"{both} cannot be merged: they differ in {fact}")
+    if first.manifest["windows"] == second.manifest["windows"]:
+        raise InvalidInput(f"{both} are of the same text: merging would count it twice")
+    if not first.tokens or not second.tokens:
+        raise InvalidInput(f"{both} cannot be merged: how much text one of them is from is not known")
+    for statistics in (first, second):
+        if statistics.manifest["settings"].get("mode") == "wanda_fp32":
+            raise InvalidInput(f"{statistics.folder} repeats Wanda's running mean bit for bit, which no merge can")
+    names = first.manifest["names"]
+    if GRAM not in names and not set(INVERSES).isdisjoint(names):
+        raise InvalidInput(f"{both} hold no {GRAM}: Hinv and Hchol2 can be merged only where the Gram matrix is kept")

@@ -1,12 +1,12 @@
-"""The dense model's next-token distributions, cached so that the KL of a candidate costs little more than its forward pass.
+"""The dense model's next-token distributions, cached so that a candidate's KL costs little beside its forward pass.
 
 With p the teacher's distribution and z = h E^T the candidate's logits over output embeddings E,
 
     KL(p || softmax z) = sum p log p - h . (p E) + logsumexp(z),
 
-so the teacher is known by one number (sum p log p) and one vector (p E, its expected output embedding) per token. That is
-smaller than log-probabilities by a factor of vocabulary over width, and exact. A model whose logits are not linear in the
-last hidden state (Gemma 2 caps them) keeps the teacher's log-probabilities instead.
+so the teacher is known by one number (sum p log p) and one vector (p E, its expected output embedding) per token. That
+is smaller than log-probabilities by a factor of vocabulary over width, and exact. A model whose logits are not linear
+in the last hidden state (Gemma 2 caps them) keeps the teacher's log-probabilities instead.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class MetricWorker:
         return {"folder": str(prepare(self.language_model, self.context).folder)}
 
     def _evaluate(self, payload: dict[str, Any]) -> dict[str, Any]:
-        evaluator = self._resident(payload)
+        evaluator = self.evaluator(payload["folder"])
         self._evaluations += 1
         if self._evaluations % _CHECK_EVERY == 0:
             evaluator.restore()
@@ -86,7 +86,7 @@ class MetricWorker:
         )
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
-        evaluator = self._resident(payload)
+        evaluator = self.evaluator(payload["folder"])
         assert self._prepared is not None
         windows, teacher = self._prepared.text("heldout")
 
@@ -108,7 +108,7 @@ class MetricWorker:
 
     def _agreement(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Intersection over union of the pruned sets of a criterion with those of others, by site."""
-        evaluator = self._resident(payload)
+        evaluator = self.evaluator(payload["folder"])
         ours = {site.name: keep for site, keep in evaluator.masks(criterion_from(payload["criterion"]))}
         agreement: dict[str, dict[str, float]] = {}
         for name, other in payload["others"].items():
@@ -119,8 +119,9 @@ class MetricWorker:
                 agreement[name][site.name] = both / either if either else 1.0
         return {"agreement": agreement}
 
-    def _resident(self, payload: dict[str, Any]) -> Evaluator:
-        folder = Path(payload["folder"])
+    def evaluator(self, prepared: str) -> Evaluator:
+        """The resident model with what lies in the folder `prepared`; kept until another folder is named."""
+        folder = Path(prepared)
         if self._evaluator is None or self._prepared is None or self._prepared.folder != folder:
             self._prepared = Prepared.open(folder)
             windows, teacher = self._prepared.text("search")

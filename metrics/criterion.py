@@ -19,7 +19,7 @@ from evoprune.metrics.registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """Where a method stands in the survey's taxonomy (Cheng et al., arXiv 2308.06767): its seven contrast pairs and more."""
+    """Where a method stands in the survey's taxonomy: Cheng et al., arXiv 2308.06767, seven contrast pairs and more."""
 
     speedup: Literal["universal", "specific"] = "specific"
     when: Literal["before", "during", "after", "runtime"] = "after"

@@ -22,8 +22,8 @@ def evaluate(expression: Expression, inputs: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         expression: any expression of the language.
-        inputs: float32 tensors by terminal name: Mat [out, in], InVec [1, in], OutVec [out, 1], Scal [1, 1]. ``W`` gives
-            the shape and is always needed. They are only read.
+        inputs: float32 tensors by terminal name: Mat [out, in], InVec [1, in], OutVec [out, 1], Scal [1, 1]. ``W``
+            gives the shape and is always needed. They are only read.
 
     Returns:
         [out, in] float32, finite whenever the inputs are; possibly an expanded view.
@@ -51,7 +51,7 @@ def evaluate(expression: Expression, inputs: Mapping[str, Tensor]) -> Tensor:
                 if uses[arg] == 0:
                     del values[arg]
         elif node.head == CONSTANT:
-            values[node] = torch.full((1, 1), node.value, dtype=torch.float32, device=inputs["W"].device)
+            values[node] = torch.full((1, 1), node.value or 0.0, dtype=torch.float32, device=inputs["W"].device)
         elif node.head in inputs:
             values[node] = inputs[node.head].clamp(-BOUND, BOUND)
         else:

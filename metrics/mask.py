@@ -1,8 +1,8 @@
 """Scores to masks: the one mask rule that search, export and pruning share.
 
-Weights are ordered by (score, column index) and the first ones go: ties lose the lower column first. No full sort is needed:
-with v the k-th smallest score of a row, all below v go, and of those equal to v the leftmost that fill up k. Source:
-symbolic pruning metrics, sections 3.1 and 5.
+Weights are ordered by (score, column index) and the first ones go: ties lose the lower column first. No full sort is
+needed: with v the k-th smallest score of a row, all below v go, and of those equal to v the leftmost that fill up k.
+Source: symbolic pruning metrics, sections 3.1 and 5.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def mask(scores: Tensor, rule: MaskRule, *, max_tied: float | None = None) -> Te
         scores: [out, in] float32, low = removed first.
         rule: how many go. With group ``row`` each row loses floor(sparsity * in), with ``layer`` the matrix loses
             floor(sparsity * out * in); with a pattern N:M every M consecutive columns of a row keep N.
-        max_tied: largest allowed fraction of rows whose last removed and first kept scores are equal (group ``layer``: of
-            weights whose score equals both); None allows all.
+        max_tied: largest allowed fraction of rows whose last removed and first kept scores are equal (group
+            ``layer``: of weights whose score equals both); None allows all.
 
     Returns:
         [out, in] bool, True = keep.
@@ -51,7 +51,7 @@ def mask(scores: Tensor, rule: MaskRule, *, max_tied: float | None = None) -> Te
         keep, tied = _keep_largest(rows, removed_count(rule.sparsity, rows.shape[1]))
         keep = keep.view(scores.shape)
         if tied and rule.group == "layer":
-            # With a single group only the number of weights at the cut tells one chance tie from a metric that does not decide.
+            # In a single group only the number of weights at the cut tells chance from a metric that cannot decide.
             tied = (scores == scores[keep].min()).double().mean().item()
     if max_tied is not None and tied > max_tied:
         raise InvalidCandidate("TIES", f"{tied:.0%} tie at the cut")
@@ -93,7 +93,8 @@ def check_pattern(pattern: tuple[int, int], in_features: int, where: str) -> Non
     """
     if in_features % pattern[1]:
         raise InvalidInput(
-            f"pattern {pattern[0]}:{pattern[1]} needs a width that {pattern[1]} divides, but {where} has {in_features} inputs"
+            f"pattern {pattern[0]}:{pattern[1]} needs a width that {pattern[1]} divides, "
+            f"but {where} has {in_features} inputs"
         )
 
 

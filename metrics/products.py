@@ -251,14 +251,10 @@ def _checked(product: Product) -> Product | None:
 
 
 def _quotient(above: Expression, below: Expression) -> Product | None:
-    if below.head == CONSTANT:
-        assert below.value is not None
-        if abs(below.value) < 1e-12:
-            return None
+    if below.value is not None and below.head == CONSTANT and abs(below.value) >= 1e-12:
         return multiply(factorise(above), Product(1 / below.value, {}))
-    if above == ONE:
-        return opaque(call("div", ONE, below))
-    return multiply(factorise(above), opaque(call("div", ONE, below)))
+    reciprocal = opaque(call("div", ONE, below))
+    return reciprocal if above == ONE else multiply(factorise(above), reciprocal)
 
 
 def _power(base: Expression, exponent: float) -> Product | None:

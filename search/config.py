@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS, TERMINALS
 
-# Forward, backward and Hessian statistics that a search may read unless told otherwise. X_ss is X_l2 squared.
+# Forward, backward and Hessian statistics that a search may read unless told otherwise.
 DEFAULT_STATISTICS = ("X_l2", "X_l1", "X_mean", "X_var", "X_max", "Y_l2", "G_l2", "G_l1", "G_mean", "Hinv")
+
+_SQUARES = {"X_l2": "X_ss", "Y_l2": "Y_ss"}
 
 
 class _Section(BaseModel):
@@ -81,7 +84,7 @@ class RacingConfig(_Section):
     @field_validator("rungs")
     @classmethod
     def _increasing(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
-        if not rungs or rungs[0] < 1 or any(b <= a for a, b in zip(rungs, rungs[1:], strict=False)):
+        if not rungs or rungs[0] < 1 or any(b <= a for a, b in pairwise(rungs)):
             raise ValueError("rungs are numbers of windows that increase, such as [8, 32, 96]")
         return rungs
 
@@ -110,7 +113,9 @@ class MetricSearchConfig(_Section):
     racing: RacingConfig = RacingConfig()
     searcher: SearcherConfig = SearcherConfig()
     objective: str = Field("kl", description="a name from `evoprune list objectives`")
-    statistics: tuple[str, ...] = Field(DEFAULT_STATISTICS, description="statistics that candidates may read")
+    statistics: tuple[str, ...] = Field(
+        DEFAULT_STATISTICS, validate_default=True, description="statistics that candidates may read"
+    )
     evaluations: int = Field(300, ge=1, description="candidates with a forward pass, at most")
     minutes: float | None = Field(None, gt=0, description="time for the search, at most")
     seed: int = Field(0, ge=0, description="fixes texts A and B and the search")
@@ -124,7 +129,9 @@ class MetricSearchConfig(_Section):
         for name in names:
             if name not in STATISTICS:
                 raise ValueError(f"no statistic {name!r}; known: {', '.join(sorted(STATISTICS))}")
-        return names
+        # Canonical forms may write the square of a norm as the sum of squares, which is the same statistic.
+        squares = tuple(_SQUARES[name] for name in names if name in _SQUARES and _SQUARES[name] not in names)
+        return names + squares
 
     @property
     def terminals(self) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """The loop: births in, results applied in the order of their numbers, everything on disk before anyone acts on it.
 
-At most `window` evaluated births wait for their results; applying the oldest frees one more birth. So a birth depends only on
-results at least a window older, whatever the number of workers and whoever finishes first: one seed, one history.
+At most `window` evaluated births wait for their results; applying the oldest frees one more birth. So a birth depends
+only on results at least a window older, whatever the number of workers and whoever finishes first: one seed, one
+history.
 """
 
 from __future__ import annotations

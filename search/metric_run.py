@@ -12,13 +12,11 @@ from typing import Any, Literal, TextIO
 
 from evoprune.fitness.prepare import Prepared
 from evoprune.metrics.criterion import CRITERIA, Metric
-from evoprune.metrics.emit import MetricExport, latex
 from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
 from evoprune.search.archive import Archive
-from evoprune.search.candidate import Candidate
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.board_storage import check_storage
@@ -28,10 +26,10 @@ from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.engine.ray import RayExecutor
 from evoprune.search.identity import code_hash, git_commit, versions
 from evoprune.search.loop import Birth, BirthLoop, Budget
+from evoprune.search.metric_result import BASELINES, Comparison, failure, invalid_input
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.progress import Progress
 from evoprune.search.racing import SuccessiveHalving
-from evoprune.search.result import paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.signals import stop_on_signals
@@ -39,9 +37,6 @@ from evoprune.search.spaces.symbolic import MetricSpace
 from evoprune.search.trials import DESCRIPTORS, trial_record
 
 WORKER_FACTORY = "evoprune.fitness.worker:build"
-
-# Named criteria that every result is compared with, as far as their statistics are there.
-BASELINES = ("random", "magnitude", "wanda", "ria", "gblm", "gblm-gradient", "pruner-zero")
 
 # Facts of a run that must not change between its sessions.
 _FIXED = ("prepared", "code")
@@ -97,9 +92,9 @@ class MetricRun:
             self._progress.phase("starting workers")
             executor.start()
             prepared = self._prepare(executor, stopping)
-            search = self._search_object(executor, prepared)
+            search = self.build_search(prepared)
             self._announce(prepared, executor)
-            loop = self._loop(search, executor)
+            loop = self.build_loop(search, executor)
             began = time.monotonic()
             minutes = self._config.minutes
             budget = Budget(
@@ -110,7 +105,11 @@ class MetricRun:
             self._progress.phase("searching")
             loop.run(budget)
             self._board.set_counters(dict(search.reasons))
-            result = self._measure(executor, prepared, search, loop, stopping)
+            self._progress.phase("measuring on held-out text")
+            comparison = Comparison(self._config, self._identity, str(prepared.folder), search)
+            outcomes = self._ask(executor, comparison.jobs(), stopping)
+            result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+            comparison.export(self._run, result)
         finally:
             executor.close()
             if hasattr(self, "_board"):
@@ -140,26 +139,19 @@ class MetricRun:
             Interrupted: `stopping` became true.
             InvalidInput: a job failed.
         """
-        missing = [job for job in jobs if job.key not in self._log]
-
-        def arrived(outcome: Outcome) -> None:
-            self._log.append(outcome.key, outcome)
-
+        found = {job.key: known for job in jobs if (known := self._log.get(job.key)) is not None}
+        missing = [job for job in jobs if job.key not in found]
         executor.submit(missing)
         waiting = {job.key for job in missing}
         while waiting:
             if stopping():
                 raise Interrupted("stopped by the user; everything finished is saved")
             for outcome in executor.poll(0.2):
-                arrived(outcome)
+                self._log.append(outcome.key, outcome)
+                found[outcome.key] = outcome
                 waiting.discard(outcome.key)
             self._progress.update()
-        outcomes = []
-        for job in jobs:
-            outcome = self._log.get(job.key)
-            assert outcome is not None
-            outcomes.append(outcome)
-        return outcomes
+        return [found[job.key] for job in jobs]
 
     def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Prepared:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
@@ -177,8 +169,16 @@ class MetricRun:
             self._progress.update()
         (outcome,) = arrived
         if outcome.status != "ok":
-            raise _failure(outcome)
-        prepared = Prepared.open(Path(outcome.values["folder"]))
+            raise failure(outcome)
+        return self.identify(outcome.values["folder"])
+
+    def identify(self, folder: str) -> Prepared:
+        """Open what was prepared in `folder` and hold the run to it.
+
+        Raises:
+            InvalidInput: the run began with another model, other data or other code.
+        """
+        prepared = Prepared.open(Path(folder))
         self._identity = content_hash(
             [prepared.facts["identity"], self._config.objective, str(self._context.rule), self._context.group]
         )
@@ -199,7 +199,8 @@ class MetricRun:
         )
         return prepared
 
-    def _search_object(self, executor: Executor, prepared: Prepared) -> MetricSearch:
+    def build_search(self, prepared: Prepared) -> MetricSearch:
+        """The search as the configuration asks for it, at its beginning."""
         config = self._config
         space = MetricSpace(config.terminals, self._context.group)
         archive = Archive()
@@ -234,7 +235,8 @@ class MetricRun:
             seeds[name] = expression
         return seeds
 
-    def _loop(self, search: MetricSearch, executor: Executor) -> BirthLoop:
+    def build_loop(self, search: MetricSearch, executor: Executor) -> BirthLoop:
+        """The loop around `search`, with board and display; continued from the run's last commit if there is one."""
         self._board = Board(
             self._run.path,
             self._run.run_id,
@@ -287,8 +289,9 @@ class MetricRun:
         seconds = config.evaluations * per_candidate * facts["seconds_per_token"] / max(executor.workers, 1)
         limit = "" if config.minutes is None else f" (at most {config.minutes:g} min)"
         self._progress.line(
-            f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, target {self._context.rule}; "
-            f"{executor.workers} workers, {memory / 2**20:.0f} MiB of model and teacher each"
+            f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, "
+            f"target {self._context.rule}; {executor.workers} workers, "
+            f"{memory / 2**20:.0f} MiB of model and teacher each"
         )
         self._progress.line(
             f"{config.evaluations} candidates, {' / '.join(f'{tokens:,}' for tokens in rungs)} tokens by rung, "
@@ -299,132 +302,6 @@ class MetricRun:
                 f"warning: {executor.workers} workers and a window of {config.window} births: some will wait; "
                 f"--window {2 * executor.workers} keeps them busy (it is part of the run's identity)"
             )
-
-    def _measure(
-        self,
-        executor: Executor,
-        prepared: Prepared,
-        search: MetricSearch,
-        loop: BirthLoop,
-        stopping: Callable[[], bool],
-    ) -> dict[str, Any]:
-        """The result: winner, front and baselines on held-out text."""
-        best = search.archive.best or search.best
-        if best is None:
-            raise InvalidInput("no candidate could be evaluated; `evoprune show` lists the reasons")
-        self._progress.phase("measuring on held-out text")
-        entrants: dict[str, dict[str, Any] | None] = {"dense": None, "winner": _criterion(best.expression)}
-        for name in BASELINES:
-            if CRITERIA[name].needs <= self._config.terminals:
-                entrants[name] = {"name": name}
-        if search.power is not None:
-            entrants["power"] = _criterion(search.power.expression)
-        folder = str(prepared.folder)
-        jobs = [
-            Job(
-                content_hash([self._identity, "heldout", criterion]),
-                "heldout",
-                {"folder": folder, "criterion": criterion},
-            )
-            for criterion in entrants.values()
-        ]
-        others = {name: {"name": name} for name in ("wanda", "magnitude") if name in entrants}
-        jobs.append(
-            Job(
-                content_hash([self._identity, "agreement", entrants["winner"]]),
-                "agreement",
-                {"folder": folder, "criterion": entrants["winner"], "others": others},
-            )
-        )
-        *measured, agreement = self._ask(executor, jobs, stopping)
-        for outcome in (*measured, agreement):
-            if outcome.status != "ok" and outcome is measured[0]:
-                raise _failure(outcome)
-        losses = {
-            name: outcome.values for name, outcome in zip(entrants, measured, strict=True) if outcome.status == "ok"
-        }
-        fitness = {**search.seed_fitness, **({"power": search.power.value} if search.power else {})}
-        winner = losses["winner"]
-        baselines = [
-            {
-                "name": name,
-                "fitness": fitness.get(name),
-                "expression": str(search.power.expression)
-                if name == "power" and search.power
-                else str(getattr(CRITERIA[name], "expression", name)),
-                "heldout": summary(values),
-                "winner_minus_this": paired_difference(winner, values),
-            }
-            for name, values in losses.items()
-            if name not in ("dense", "winner")
-        ]
-        births = search.births
-        result = {
-            "run": self._run.run_id,
-            "kind": "metric",
-            "model": self._config.model.name,
-            "target": str(self._context.rule),
-            "group": self._context.group,
-            "objective": self._config.objective,
-            "seed": self._config.seed,
-            "evaluations": loop.evaluations,
-            "births": births,
-            "distinct": search.distinct,
-            "evolved_parents": search.evolved_parents,
-            "origins": dict(sorted(search.origins.items())),
-            "reasons": dict(sorted(search.reasons.items())),
-            "rung_tokens": [windows * self._config.data.window for windows in self._config.racing.rungs],
-            "rung_correlations": search.racing.correlations(),
-            "window": self._config.data.window,
-            "data": self._config.data.source,
-            "dense": {"heldout": summary(losses["dense"])},
-            "baselines": baselines,
-            "best": {**_described(best), "heldout": summary(winner)},
-            "front": [_described(member) for member in search.archive.front],
-            "classes": {
-                name: None if member is None else _described(member)
-                for name, member in search.archive.by_class().items()
-            },
-            "agreement": agreement.values.get("agreement", {}),
-        }
-        self._export(best, result)
-        return result
-
-    def _export(self, best: Candidate, result: Mapping[str, Any]) -> None:
-        """Write the winner's files and read them back.
-
-        Raises:
-            EvopruneError: a file does not give the winner back.
-        """
-        wanda = next((row for row in result["baselines"] if row["name"] == "wanda"), None)
-        heldout = {"winner": result["best"]["heldout"]["perplexity"], "dense": result["dense"]["heldout"]["perplexity"]}
-        if wanda is not None:
-            heldout["wanda"] = wanda["heldout"]["perplexity"]
-        export = MetricExport(
-            Metric(best.expression, self._context.group, f"evoprune run {self._run.run_id}"),
-            rule=self._context.rule,
-            title=f"found by evoprune on {self._config.model.name} at {self._context.rule}",
-            canonical=best.expression.text,
-            provenance={
-                "run": self._run.run_id,
-                "model": self._config.model.name,
-                "model_fingerprint": self._run.identity["model_fingerprint"],
-                "seed": self._config.seed,
-                "fitness": f"{self._config.objective} {best.value:.5f} at {result['rung_tokens'][len(best.rungs) - 1]} tokens",
-                "evaluations": result["evaluations"],
-                "parents": list(best.parents),
-                "versions": versions(),
-            },
-            results={"heldout_perplexity": {name: round(value, 4) for name, value in heldout.items()}},
-        )
-        folder = self._run.path / "export"
-        folder.mkdir(exist_ok=True)
-        for suffix in ("json", "py", "tex"):
-            export.write(folder / f"metric.{suffix}")
-        for suffix in ("json", "py"):
-            read = load_metric(str(folder / f"metric.{suffix}"))
-            if not isinstance(read, Metric) or read.expression != best.expression:
-                raise EvopruneError(f"{folder / f'metric.{suffix}'} does not give the winner back")
 
 
 def start_metric_search(
@@ -511,44 +388,10 @@ def seeds_from(source: str | None) -> dict[str, Expression]:
     return {f"given-{index}": parse(member["expression"]) for index, member in enumerate(members)}
 
 
-def _criterion(expression: Expression) -> dict[str, Any]:
-    return {"expression": expression.to_json()}
-
-
-def _described(candidate: Candidate) -> dict[str, Any]:
-    return {
-        "birth": candidate.birth,
-        "expression": candidate.expression.text,
-        "latex": latex(candidate.expression),
-        "fitness": candidate.value,
-        "stderr": candidate.stderr,
-        "rungs": list(candidate.rungs),
-        "complexity": candidate.complexity,
-        "origin": candidate.origin,
-        "parents": list(candidate.parents),
-        "statistics": sorted(candidate.expression.statistics),
-    }
-
-
-def _failure(outcome: Outcome) -> EvopruneError:
-    """What a failed job of the set-up says: one line if the input is at fault."""
-    message = _invalid_input(outcome.error)
-    return InvalidInput(message) if message else EvopruneError(f"the worker failed: {outcome.error or outcome.status}")
-
-
 def _input_at_fault(error: WorkersFailed) -> EvopruneError:
     """`error`, or the wrong input that kept the workers from starting."""
-    message = _invalid_input(f"{error}\n{error.__cause__ or ''}")
+    message = invalid_input(f"{error}\n{error.__cause__ or ''}")
     return InvalidInput(message) if message else error
-
-
-def _invalid_input(traceback: str) -> str | None:
-    """The message of the `InvalidInput` that ended a worker's work, from its traceback."""
-    for line in reversed(traceback.strip().splitlines()):
-        kind, colon, message = line.strip().partition(": ")
-        if colon and kind.rpartition(".")[2] in ("InvalidInput", "UnknownName", "InvalidExpression"):
-            return message
-    return None
 
 
 def _gpus(asked: float | None) -> float:

@@ -1,8 +1,8 @@
 """Racing: more tokens for fewer candidates.
 
-A candidate that is born gets, for each rung but the last, the largest fitness with which it goes on. These thresholds come
-from results applied before its birth, so the worker that runs it decides alone and the history does not depend on who
-finished first.
+A candidate that is born gets, for each rung but the last, the largest fitness with which it goes on. These thresholds
+come from results applied before its birth, so the worker that runs it decides alone and the history does not depend on
+who finished first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
-
 
 # A threshold that no fitness meets; an infinity would not be JSON.
 _NOBODY = -1e30

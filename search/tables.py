@@ -40,7 +40,7 @@ def heldout_table(result: Mapping[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
-    for name in ("perplexity", "loss", "KL", "minus winner"):
+    for name in ("perplexity", "loss", "KL", "minus winner's"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         heldout, difference = row["heldout"], row["difference"]
@@ -82,15 +82,22 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "ancestry": f"{evolved} of {result['births']} births ({evolved / births:.0%}) had an evolved parent",
         }
     )
-    quoted = shlex.quote(str(run))
-    files = {"python": run / "export" / "metric.py", "report": run / "report.html"}
-    places = {name: str(path) for name, path in files.items() if path.exists()}
-    places |= {
+    return [Padding(heldout_table(result), (1, 0, 1, 0)), winner, Text(), *_ways_on(result, run)]
+
+
+def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
+    """Where the files are, and commands to copy; one line each, however long."""
+    quoted, metric, page = shlex.quote(str(run)), run / "export" / "metric.py", run / "report.html"
+    target = str(result["target"])
+    ways = {
+        "python": str(metric),
+        "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
-        "use": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(files['python']))} "
-        f"{_option(result['target'])} --out DIR",
+        "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
+        "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(metric))} "
+        f"{'--pattern' if ':' in target else '--sparsity'} {target} --out DIR",
     }
-    return [Padding(heldout_table(result), (1, 0, 1, 0)), winner, Text(), _facts(places)]
+    return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
 
 
 def unfinished_view(document: Mapping[str, Any], config: Mapping[str, Any], run: Path) -> list[RenderableType]:
@@ -211,10 +218,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(str(part) for part in value)
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _option(target: str) -> str:
-    return f"--pattern {target}" if ":" in target else f"--sparsity {target}"
 
 
 def _target(result: Mapping[str, Any]) -> str:

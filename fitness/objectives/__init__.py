@@ -12,6 +12,9 @@ from evoprune.metrics.criterion import Tags
 from evoprune.metrics.registry import Registry
 
 
+Role = Literal["quality", "cost", "predicted", "diagnostic"]
+
+
 class Measured(Protocol):
     """What an objective may look at: the resident model with a candidate's masks applied."""
 
@@ -31,7 +34,7 @@ class Objective(Protocol):
         unit: of its value.
     """
 
-    role: Literal["quality", "cost", "predicted", "diagnostic"]
+    role: Role
     needs: frozenset[str]
     unit: str
     tags: Tags

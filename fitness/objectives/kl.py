@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from evoprune.fitness.objectives import OBJECTIVES, Measured
+from evoprune.fitness.objectives import OBJECTIVES, Measured, Role
 from evoprune.metrics.criterion import Tags
 
 
 class KullbackLeibler:
     """Needs no labels and does not reward beating the dense model on the search text."""
 
-    role: Literal["quality"] = "quality"
+    role: Role = "quality"
     needs: frozenset[str] = frozenset()
     unit = "nats per token"
     tags = Tags()

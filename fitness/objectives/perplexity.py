@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from evoprune.fitness.objectives import OBJECTIVES, Measured
+from evoprune.fitness.objectives import OBJECTIVES, Measured, Role
 from evoprune.metrics.criterion import Tags
 
 
 class NegativeLogLikelihood:
     """Ranks candidates as perplexity does, and averages over windows as perplexity does not."""
 
-    role: Literal["quality"] = "quality"
+    role: Role = "quality"
     needs: frozenset[str] = frozenset()
     unit = "nats per token"
     tags = Tags()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from evoprune.fitness.objectives import OBJECTIVES, Measured
+from evoprune.fitness.objectives import OBJECTIVES, Measured, Role
 from evoprune.metrics.criterion import Tags
 
 
@@ -17,7 +15,7 @@ class Reconstruction:
     With only the diagonal of H, Wanda minimises this by construction, so a diagonal would find nothing better.
     """
 
-    role: Literal["predicted"] = "predicted"
+    role: Role = "predicted"
     needs: frozenset[str] = frozenset({"H"})
     unit = "relative squared error"
     tags = Tags()

@@ -31,6 +31,8 @@ def _log1p_sign(x: Sign) -> Sign:
 
 
 define(Operator("log", log, "elementwise", 1, lambda x: ANY, lambda x: f"\\log {x}", 2, increasing="nonnegative"))
-define(Operator("log1p", log1p, "elementwise", 1, _log1p_sign, lambda x: f"\\log(1 + {x})", 2, increasing="nonnegative"))
+define(
+    Operator("log1p", log1p, "elementwise", 1, _log1p_sign, lambda x: f"\\log(1 + {x})", 2, increasing="nonnegative")
+)
 define(Operator("exp", exp, "elementwise", 1, lambda x: POSITIVE, lambda x: f"\\exp({x})", 2, increasing="always"))
 define(Operator("tanh", tanh, "elementwise", 1, lambda x: x, lambda x: f"\\tanh({x})", increasing="always"))

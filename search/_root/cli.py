@@ -104,7 +104,8 @@ def explain(error: Exception) -> tuple[str, int]:
     usage = getattr(error, "format_message", None)
     if usage is not None:
         path = getattr(getattr(error, "ctx", None), "command_path", "evoprune")
-        return f"{one_line(usage()).rstrip('.')}; `{path} --help` shows what there is", BAD_INPUT
+        said = one_line(usage()).rstrip(".").replace("Value error, ", "")
+        return f"{said}; `{path} --help` shows what there is", BAD_INPUT
     told = re.search(r"([^:]+) \(os error (\d+)\)", str(error))
     if told is not None and int(told[2]) in _DISK:  # libraries written in Rust say it in these words only
         return f"cannot write: {told[1].strip().lower()} ({_WANTED})", BAD_INPUT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -246,8 +247,6 @@ def check_writable(folder: Path) -> None:
     Raises:
         InvalidInput: what is there is no folder, or not ours to write to.
     """
-    import os
-
     existing = folder.expanduser().absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

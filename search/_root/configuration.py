@@ -66,10 +66,11 @@ def check_names(config: MetricSearchConfig) -> None:
     """Refuse, before a run's folder is made, what can be known to be wrong without loading a model.
 
     Raises:
-        InvalidInput: an unknown searcher, objective or criterion, no such model, or nothing to start from.
+        InvalidInput: an unknown searcher, objective or criterion, no such model or text, or nothing to start from.
     """
     from evoprune.fitness.hub import model_folder
     from evoprune.fitness.objectives import OBJECTIVES
+    from evoprune.fitness.text import CORPUS, side_documents
     from evoprune.metrics.criterion import CRITERIA
     from evoprune.search.metric_run import seeds_from
     from evoprune.search.searchers import SEARCHERS
@@ -80,3 +81,5 @@ def check_names(config: MetricSearchConfig) -> None:
     seeds_from(config.seed_from)
     model = config.model
     model_folder(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False)
+    for source in sorted({config.data.source, config.data.calibration or CORPUS} - {CORPUS}):
+        side_documents(source, "A")

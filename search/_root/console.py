@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 PLAIN_SECONDS = 10.0
-"""Between two plain lines about the same thing."""
+"""Between two plain lines, and before the first: what takes less needs none."""
 
 
 class Output:
@@ -64,13 +64,13 @@ class Output:
 
 
 class StepProgress:
-    """Shows steps on stderr, one after another: as bars on a terminal, else as lines, one every few seconds."""
+    """Shows steps on stderr, one after another: as bars on a terminal, else as a line every few seconds."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._what = ""
-        self._last_line = 0.0
+        self._last_line: float | None = None
 
     def step(self, what: str, done: int, total: int) -> None:
         """`done` of `total` parts of `what` are finished."""
@@ -79,9 +79,11 @@ class StepProgress:
             self._draw(what, done, total, begins)
             return
         now = time.monotonic()
-        if begins or (total > 1 and now - self._last_line > PLAIN_SECONDS):
+        if self._last_line is None:
             self._last_line = now
-            sys.stderr.write(f"{what}\n" if begins else f"{what}: {done} of {total}\n")
+        elif now - self._last_line > PLAIN_SECONDS:
+            self._last_line = now
+            sys.stderr.write(f"{what}{f': {done} of {total}' if total > 1 else ''}\n")
             sys.stderr.flush()
 
     def stop(self) -> None:
@@ -116,9 +118,12 @@ def _bars() -> Progress:
 
 
 def _print(stream: TextIO, renderables: tuple[RenderableType, ...]) -> None:
+    from rich.text import Text
+
     console = _console(stream)
     for renderable in renderables:
-        console.print(renderable)
+        # A line of text stays one line, so that commands and paths can be copied.
+        console.print(renderable, soft_wrap=isinstance(renderable, (str, Text)))
 
 
 def _console(stream: TextIO) -> Console:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.configuration import check_names, metric_config
-from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, NoCapacity, WorkersFailed
+from evoprune.metrics.errors import Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import write_atomically
 from evoprune.search.config import MetricSearchConfig
 from evoprune.search.engine.board_storage import check_storage
@@ -19,9 +19,6 @@ from evoprune.search.metric_run import Resources, resume_metric_search
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory, runs_folder
 from evoprune.summaries import resume_command
-
-# What a worker's refusal starts with when the user's input is at fault rather than the machine.
-_USER_ERRORS = ("InvalidInput: ", "UnknownName: ", "InvalidExpression: ")
 
 
 def start(
@@ -86,8 +83,6 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     except KeyboardInterrupt:
         raise Interrupted(f"stopped at once; what was finished is saved; {go_on}") from None
     except (Interrupted, NoCapacity, WorkersFailed) as error:
-        if fault := _users_fault(error):
-            raise InvalidInput(fault) from error
         raise type(error)(f"{error}; {go_on}") from error
     if not (directory.path / "report.html").exists():
         _report(directory)
@@ -100,15 +95,6 @@ def _report(directory: RunDirectory) -> None:
         write_report(directory)
     except Exception as error:
         directory.events("error", "report_failed", error=f"{type(error).__name__}: {error}")
-
-
-def _users_fault(error: EvopruneError) -> str | None:
-    """What a worker said that did not start because of the user's input; None for other reasons."""
-    text = str(error)
-    for kind in _USER_ERRORS:
-        if isinstance(error, WorkersFailed) and kind in text:
-            return text.partition(kind)[2]
-    return None
 
 
 def _remove(path: Path, made: bool, parent: Path) -> None:

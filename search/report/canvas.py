@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from evoprune.search.report.numbers import compact
-
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#1f2933"
@@ -74,7 +71,8 @@ def house_style() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        parameters: Any = matplotlib.rcParams
+        parameters.update(_STYLE)
         yield
 
 
@@ -103,27 +101,6 @@ def inline(svg: str, name: str) -> str:
 def _head(head: str, view: str) -> str:
     width, height = view.removeprefix('viewBox="').rstrip('"').split()[2:]
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" class="plot" aria-hidden="true" '
-        f'{view} width="{float(width):.0f}pt" height="{float(height):.0f}pt">'
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'class="plot" aria-hidden="true" {view} width="{float(width):.0f}pt" height="{float(height):.0f}pt">'
     )
-
-
-def plain_numbers(axis: Any) -> None:
-    """Tick labels such as 0.05 and 20, never powers of ten in math."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def fit_scale(axes: Axes, which: str, values: Sequence[float]) -> None:
-    """Make the ``x`` or ``y`` axis logarithmic if all values are positive and span a factor of eight; plain labels."""
-    from matplotlib.ticker import LogLocator
-
-    axis = getattr(axes, f"{which}axis")
-    if values and min(values) > 0 and max(values) > 8 * min(values):
-        set_scale: Callable[[str], None] = getattr(axes, f"set_{which}scale")
-        set_scale("log")
-        decades = max(values) > 200 * min(values)
-        axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
-    plain_numbers(axis)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evoprune.search.report import canvas
+from evoprune.search.report.axes import plain_numbers
 from evoprune.search.report.data import Contender, ReportData
 from evoprune.search.report.names import label
 from evoprune.search.report.numbers import compact
@@ -49,7 +50,7 @@ def baselines(data: ReportData) -> Figure | None:
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        canvas.plain_numbers(axes.xaxis)
+        plain_numbers(axes.xaxis)
     return figure
 
 
@@ -61,7 +62,9 @@ def agreement(data: ReportData) -> Figure | None:
 
     # Wanda first: the file has the names in alphabetical order.
     names = sorted(data.agreement, key=lambda name: name != "wanda")
-    kinds = list(dict.fromkeys(split_site(site)[0] for site in data.agreement[names[0]]))
+    kinds = sorted(
+        {split_site(site)[0] for site in data.agreement[names[0]]}, key=lambda kind: ("attn" not in kind, kind)
+    )
     blocks = sorted({split_site(site)[1] for site in data.agreement[names[0]]})
     smallest = min(value for values in data.agreement.values() for value in values.values())
     cells = {
@@ -73,8 +76,7 @@ def agreement(data: ReportData) -> Figure | None:
         table = [[cells[name].get((kind, block), float("nan")) for block in blocks] for kind in kinds]
         # A mesh of shapes, as an image would be a data URL inside the page; few colours, or the bar becomes one too.
         image = axes.pcolormesh(table, cmap=colormaps["Blues"].resampled(32), vmin=int(10 * smallest) / 10, vmax=1)
-        axes.set_aspect("auto")
-        axes.invert_yaxis()
+        axes.set_ylim(len(kinds), 0)
         axes.set_title(f"winner and {label(name)}")
         axes.set_xlabel("block")
         axes.grid(visible=False)
@@ -90,7 +92,7 @@ def agreement(data: ReportData) -> Figure | None:
     bar = figure.colorbar(image, ax=list(panels), fraction=0.035, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label("agreement (IoU)")
-    canvas.plain_numbers(bar.ax.yaxis)
+    plain_numbers(bar.ax.yaxis)
     return figure
 
 

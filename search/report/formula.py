@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from html import escape
 
 # Spellings that mathtext lacks or spaces badly.
@@ -18,6 +19,7 @@ _FONT_UNITS = 100.0
 _LETTERS = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}
 
 
+@lru_cache(1024)
 def formula_svg(latex: str, text: str, *, display: bool = False) -> str | None:
     """An inline SVG of a formula, sized in em, on the baseline of the text around it.
 
@@ -46,9 +48,10 @@ def formula_svg(latex: str, text: str, *, display: bool = False) -> str | None:
         pieces.append(_LETTERS[int(code)] + ("" if code == Outline.CLOSEPOLY else " ".join(numbers)))
     box = outline.get_extents()
     left, top, width, height = box.x0 - 2, -box.y1 - 2, box.width + 4, box.height + 4
+    view = f"{left:.1f} {top:.1f} {width:.1f} {height:.1f}"
     em = [f"{value / _FONT_UNITS:.3f}em" for value in (width, height, box.y0 - 2)]
     return (
-        f'<svg class="formula" role="img" aria-label="{escape(text)}" viewBox="{left:.1f} {top:.1f} {width:.1f} {height:.1f}" '
+        f'<svg class="formula" role="img" aria-label="{escape(text)}" viewBox="{view}" '
         f'style="width:{em[0]};height:{em[1]};vertical-align:{em[2]}"><path d="{"".join(pieces)}"/></svg>'
     )
 

@@ -24,7 +24,7 @@ def ancestors(entry: Entry, known: Mapping[int, Entry]) -> list[Entry]:
 
 
 def main_line(entry: Entry, known: Mapping[int, Entry]) -> list[Entry]:
-    """`entry`, its better parent (at the first rung, which all ran), that one's better parent and so on; oldest first."""
+    """`entry`, its better parent (at the first rung, which all ran), that one's better parent, ...; oldest first."""
     line = [entry]
     while parents := [known[birth] for birth in line[-1].parents if birth in known]:
         line.append(min(parents, key=lambda parent: (parent.rungs[0], parent.birth)))

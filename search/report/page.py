@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import shlex
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.emit_formula import without_scale
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.expression import CONSTANT, Expression, parse
+from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.files import write_atomically
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.search.engine.durable import disk_errors
-from evoprune.search.report import canvas, figures_result, figures_search, numbers
+from evoprune.search.report import canvas, figures_best, figures_result, figures_search, numbers
 from evoprune.search.report.data import ReportData
 from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.latex_table import latex_table
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
     "baselines": figures_result.baselines,
-    "convergence": figures_search.convergence,
-    "front": figures_search.front,
+    "convergence": figures_best.convergence,
+    "front": figures_best.front,
     "lineage": figures_search.lineage,
     "origins": figures_search.origins,
     "rungs": figures_search.rungs,
@@ -140,13 +141,12 @@ def _environment() -> Environment:
 
 def formula(expression: Expression | str, *, display: bool = False) -> Markup | str:
     """A formula as an inline picture; as Unicode text where it cannot be set, or where it is no expression."""
-    if isinstance(expression, str):
-        try:
-            expression = parse(expression)
-        except InvalidInput:
-            return expression if expression else "–"
-    text = to_text(expression)
-    svg = formula_svg(latex(expression), text, display=display)
+    try:
+        parsed = parse(expression) if isinstance(expression, str) else expression
+    except InvalidInput:
+        return str(expression) or "–"
+    text = to_text(parsed)
+    svg = formula_svg(latex(parsed), text, display=display)
     return text if svg is None else _markup(svg)
 
 
@@ -216,7 +216,8 @@ def commands(data: ReportData) -> dict[str, str]:
         found["Prune a model with the winner"] = f"evoprune prune {model} --metric {metric} {target} --out pruned"
         found["Start another search from this front"] = f"evoprune search metric OTHER_MODEL --seed-from {run}"
     if argv := data.identity.get("argv"):
-        found["As it was started"] = shlex.join(map(str, argv))
+        # The address of a database may hold a password, and a page is there to be shown around.
+        found["As it was started"] = re.sub(r"://[^/@\s]*@", "://***@", shlex.join(map(str, argv)))
     return found
 
 

@@ -62,7 +62,7 @@ def tree_svg(expression: Expression) -> str:
     ]
     return (
         f'<svg class="tree" role="img" aria-label="tree of {escape(expression.text)}" width="{width:.0f}" '
-        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">{"".join(lines)}{"".join(map(_drawn, boxes))}</svg>'
+        f'height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">{"".join([*lines, *map(_drawn, boxes)])}</svg>'
     )
 
 

@@ -1,8 +1,8 @@
 """Age-regularised evolution on islands, with seeds from the catalogue and tuning of exponents.
 
-Every applied result frees one birth, the oldest member of an island dies, parents are winners of tournaments that prefer
-the smaller of equals. Sources: symbolic pruning metrics, section 6 (P2, P4, P5); Real et al. 2019, arXiv:1802.01548 (age
-regularisation); Luke and Panait 2002 (double tournament).
+Every applied result frees one birth, the oldest member of an island dies, parents are winners of tournaments that
+prefer the smaller of equals. Sources: symbolic pruning metrics, section 6 (P2, P4, P5); Real et al. 2019,
+arXiv:1802.01548 (age regularisation); Luke and Panait 2002 (double tournament).
 """
 
 from __future__ import annotations

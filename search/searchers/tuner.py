@@ -1,8 +1,8 @@
 """Tuning the exponents and constants of a metric whose structure stays.
 
-Exponents move masks, structure mostly does not, so this is where much of the gain is. A tuner proposes a batch of points,
-waits for all of them, and moves: central differences in every direction, then a Newton step from the fitted parabolas,
-then the same around the best with half the step.
+Exponents move masks, structure mostly does not, so this is where much of the gain is. A tuner proposes a batch of
+points, waits for all of them, and moves: central differences in every direction, then a Newton step from the fitted
+parabolas, then the same around the best with half the step.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Tuner:
                 assert node.value is not None
                 values[position] = constant(math.copysign(math.exp(coordinate), node.value)).value
             else:
-                values[position] = round(coordinate, 4) or 1e-4
+                values[position] = round(coordinate, 3)
         return with_values(self.template, {position: value for position, value in values.items() if value is not None})
 
     def tell(self, index: int, value: float | None) -> None:

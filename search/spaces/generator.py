@@ -24,6 +24,8 @@ _UNARY = {
     "neg": 0.01,
 }
 _NODE = {"binary": 0.40, "unary": 0.25, "leaf": 0.25, "normaliser": 0.05, "vector": 0.05}
+# Squares of other terminals add nothing that an exponent does not.
+_REDUNDANT = {"X_ss": "X_l2", "Y_ss": "Y_l2"}
 _FAMILIES = {"W": 0.40, "X": 0.30, "G": 0.20, "Y": 0.035, "H": 0.035, "scalar": 0.03}
 
 
@@ -73,7 +75,11 @@ class Generator:
         return terminal(name)
 
     def _leaf_weights(self, terminals: Collection[str], type_: Type) -> dict[str, float]:
-        fitting = [name for name in sorted(terminals) if TERMINALS[name].type.fits(type_)]
+        fitting = [
+            name
+            for name in sorted(terminals)
+            if TERMINALS[name].type.fits(type_) and _REDUNDANT.get(name) not in terminals
+        ]
         weights = {}
         for name in fitting:
             siblings = [other for other in fitting if _family(other) == _family(name)]

@@ -40,6 +40,9 @@ LANGUAGE_TYPES = {deap_type: type_ for type_, deap_type in DEAP_TYPES.items()}
 
 EXPONENTS = tuple(sign * value for value in (0.25, 1 / 3, 0.5, 2 / 3, 0.75, 1.0, 1.5, 2.0, 3.0) for sign in (1, -1))
 
+# DEAP wants a terminal of every type; this constant is the one that does not need a statistic.
+_ONE = "one"
+
 
 @lru_cache(maxsize=8)
 def primitive_set(terminals: frozenset[str]) -> gp.PrimitiveSetTyped:
@@ -62,8 +65,8 @@ def primitive_set(terminals: frozenset[str]) -> gp.PrimitiveSetTyped:
     for name in sorted(terminals):
         pset.addTerminal(_uncallable, DEAP_TYPES[TERMINALS[name].type], name=name)
     for exponent in EXPONENTS:
-        pset.addTerminal(exponent, Exponent, name=f"e{exponent!r}")
-    pset.addTerminal(1.0, Scal, name="c1.0")
+        pset.addTerminal(exponent, Exponent)
+    pset.addTerminal(_uncallable, Scal, name=_ONE)
     return pset
 
 
@@ -100,7 +103,9 @@ def _read(tree: gp.PrimitiveTree, at: int) -> tuple[Expression, int]:
     node = tree[at]
     at += 1
     if isinstance(node, gp.Terminal):
-        return (terminal(node.name) if node.name in TERMINALS else constant(float(node.value))), at
+        if node.name in TERMINALS:
+            return terminal(node.name), at
+        return constant(1.0 if node.name == _ONE else node.value), at
     name = node.name.partition(":")[0]
     args = []
     for _ in range(OPERATORS[name].arity):

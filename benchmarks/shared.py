@@ -1,0 +1,20 @@
+"""The reference model made ready for candidates, as a worker has it."""
+
+from __future__ import annotations
+
+import torch
+
+from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.evaluator import Evaluator
+from evoprune.fitness.worker import MetricWorker
+from evoprune.search.config import DEFAULT_STATISTICS
+
+
+def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:
+    """(worker, its evaluator, prepared folder) on the reference model, one thread; statistics come from the cache."""
+    torch.set_num_threads(1)
+    settings: dict[str, object] = {"statistics": DEFAULT_STATISTICS, "heldout_windows": 16, **changes}
+    context = EvaluationContext(**settings)  # type: ignore[arg-type]
+    worker = MetricWorker(context)
+    folder = worker.handle("prepare", {})["folder"]
+    return worker, worker.evaluator(folder), folder

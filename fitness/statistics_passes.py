@@ -1,0 +1,147 @@
+"""Which passes a set of statistics takes, and how they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
+from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
+from evoprune.fitness.statistics_store import SetWriter, encode
+
+Progress = Callable[[int, int], None]
+
+GRADIENT_NAMES = frozenset({"G_l2", "G_l1", "G_mean"})
+REGIONAL_NAMES = frozenset({"G_reg"})
+FORWARD_TOKENS = 2048
+GRADIENT_TOKENS = 1024
+# Activations of a backward pass may take this much, or a quarter of the weights if that is more.
+ACTIVATION_BYTES = 1 << 28
+# Sums of matrices may take this much, or as much as the model if that is more.
+SUM_BYTES = 1 << 29
+
+
+@dataclass(frozen=True, slots=True)
+class PassSettings:
+    """How the passes run. They change the last bits of the results, so they are part of a set's identity.
+
+    Attributes:
+        mode: ``wanda_fp32`` keeps ``X_ss`` as Wanda's reference code does, bit for bit (one sequence at a time).
+        forward_batch: sequences per forward pass; None chooses.
+        gradient_batch: sequences per backward pass; None chooses.
+        checkpointing: recompute each block's activations in the backward pass; None chooses by size.
+    """
+
+    mode: Literal["standard", "wanda_fp32"] = "standard"
+    forward_batch: int | None = None
+    gradient_batch: int | None = None
+    checkpointing: bool | None = None
+
+    def resolved(self, language_model: LanguageModel, window: int) -> PassSettings:
+        """These settings with every None replaced: by what depends on model and window only, never on the machine."""
+        forward = self.forward_batch or max(1, FORWARD_TOKENS // window)
+        features = sum(bound.site.in_features + bound.site.out_features for bound in language_model.sites)
+        # Beside the inputs and outputs of the sites, a block saves about half as much for norms, products, attention.
+        per_sequence = int(1.5 * features * language_model.model.dtype.itemsize * window)
+        room = max(ACTIVATION_BYTES, _weight_bytes(language_model) // 4) // per_sequence
+        return replace(
+            self,
+            forward_batch=1 if self.mode == "wanda_fp32" else forward,
+            gradient_batch=self.gradient_batch or max(1, min(room, GRADIENT_TOKENS // window)),
+            checkpointing=room < 1 if self.checkpointing is None else self.checkpointing,
+        )
+
+
+def run_passes(
+    language_model: LanguageModel,
+    windows: Tensor,
+    stored: frozenset[str],
+    settings: PassSettings,
+    writer: SetWriter,
+    progress: Progress | None,
+) -> dict[str, str]:
+    """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics."""
+    ids = windows.to(language_model.device)
+    plan = _plan(language_model, stored)
+    done = 0
+    leaders: dict[str, str] = {}
+
+    def advance(sequences: int) -> None:
+        nonlocal done
+        done += sequences
+        if progress:
+            progress(done, len(plan) * len(ids))
+
+    for names, group in plan:
+        sites = [bound for bound in language_model.sites if bound.site.block in group]
+        if names & (GRADIENT_NAMES | REGIONAL_NAMES):
+            results = _gradients(language_model, sites, group, names, ids, settings, advance)
+        else:
+            sums = ForwardSums(sites, names, wanda=settings.mode == "wanda_fp32")
+            forward_pass(language_model.model, sums, ids, settings.forward_batch or 1, advance)
+            results = sums.results(len(ids))
+            leaders |= sums.leaders
+        for block in group:
+            writer.add(block, _encoded(results, [bound for bound in sites if bound.site.block == block]))
+    return leaders
+
+
+def _gradients(
+    language_model: LanguageModel,
+    sites: list[SiteModule],
+    group: range,
+    names: frozenset[str],
+    ids: Tensor,
+    settings: PassSettings,
+    advance: Callable[[int], None],
+) -> Results:
+    scale = loss_scale(language_model.model.dtype)
+    blocks = [block for _, block in language_model.blocks()][group.start :]
+    sums = GradientSums(sites, names, scale)
+    batch = settings.gradient_batch or 1
+    if names <= REGIONAL_NAMES:
+        regional_pass(language_model.model, sums, ids, batch, scale, blocks[: len(group)], advance)
+    else:
+        recompute = bool(settings.checkpointing)
+        gradient_pass(language_model.model, sums, ids, batch, scale, blocks, recompute, advance)
+    return sums.results(len(ids))
+
+
+def _plan(language_model: LanguageModel, stored: frozenset[str]) -> list[tuple[frozenset[str], range]]:
+    """The passes to make: what each collects, and for which decoder blocks."""
+    room = max(SUM_BYTES, _weight_bytes(language_model))
+    n_blocks = len(language_model.blocks())
+    plan = []
+    for names in (stored - GRADIENT_NAMES - REGIONAL_NAMES, stored & GRADIENT_NAMES, stored & REGIONAL_NAMES):
+        gradients = len(names & (GRADIENT_NAMES | REGIONAL_NAMES))
+        grams = not names.isdisjoint({"H", "Hinv", "Hchol2"})
+        sizes = [0] * n_blocks
+        for bound in language_model.sites:
+            sizes[bound.site.block] += 4 * (gradients * bound.site.weights + grams * bound.site.in_features**2)
+        start = 0
+        while names and start < n_blocks:
+            end = start + 1
+            while end < n_blocks and sum(sizes[start : end + 1]) <= room:
+                end += 1
+            plan.append((names, range(start, end)))
+            start = end
+    return plan
+
+
+def _encoded(results: Results, sites: Iterable[SiteModule]) -> dict[str, Tensor]:
+    """What is to be stored for `sites`, taken out of `results` so that memory is freed on the way."""
+    encoded: dict[str, Tensor] = {}
+    for bound in sites:
+        found = results.pop(bound.site.name)
+        for name in sorted(found):
+            encoded |= encode(f"{bound.site.name}::{name}", found.pop(name))
+    return encoded
+
+
+def _weight_bytes(language_model: LanguageModel) -> int:
+    return sum(value.numel() * value.element_size() for value in language_model.model.parameters())

@@ -1,0 +1,220 @@
+"""What a metric search found: winner and baselines on held-out text, and the files that the winner leaves in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.criterion import CRITERIA, Metric
+from evoprune.metrics.emit import MetricExport, latex
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.exported import load_metric
+from evoprune.metrics.expression import Expression
+from evoprune.metrics.files import content_hash
+from evoprune.search.candidate import Candidate
+from evoprune.search.config import MetricSearchConfig
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.identity import versions
+from evoprune.search.metric_search import MetricSearch
+from evoprune.search.result import paired_difference, summary
+from evoprune.search.rundir import RunDirectory
+
+# Named criteria that every result is compared with, as far as their statistics are there.
+BASELINES = ("random", "magnitude", "wanda", "ria", "gblm", "gblm-gradient", "pruner-zero")
+
+# Whose masks the winner's are compared with, matrix by matrix.
+_COMPARED_MASKS = ("wanda", "magnitude")
+
+
+class Comparison:
+    """The winner of a search beside the baselines.
+
+    Args:
+        config: of the run.
+        identity: hash of everything that an evaluation depends on beside its candidate.
+        folder: of the prepared files.
+        search: at its end.
+
+    Raises:
+        InvalidInput: no candidate has a fitness.
+    """
+
+    def __init__(self, config: MetricSearchConfig, identity: str, folder: str, search: MetricSearch) -> None:
+        best = search.archive.best or search.best
+        if best is None:
+            raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
+        self._config = config
+        self._identity = identity
+        self._folder = folder
+        self._search = search
+        self._best = best
+        self._rule = config.target.rule
+        self._entrants: dict[str, dict[str, Any] | None] = {"dense": None, "winner": _criterion(best.expression)}
+        for name in BASELINES:
+            if CRITERIA[name].needs <= config.terminals:
+                self._entrants[name] = {"name": name}
+        if search.power is not None:
+            self._entrants["power"] = _criterion(search.power.expression)
+
+    def jobs(self) -> list[Job]:
+        """What has to be measured: every entrant on held-out text, then the agreement of masks."""
+        jobs = [
+            self._job("heldout", criterion, {"folder": self._folder, "criterion": criterion})
+            for criterion in self._entrants.values()
+        ]
+        winner = self._entrants["winner"]
+        others = {name: {"name": name} for name in _COMPARED_MASKS if name in self._entrants}
+        payload = {"folder": self._folder, "criterion": winner, "others": others}
+        return [*jobs, self._job("agreement", winner, payload)]
+
+    def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """The content of ``result.json``, from the outcomes of `jobs`.
+
+        Raises:
+            EvopruneError: the dense model or the winner could not be measured.
+        """
+        *measured, agreement = outcomes
+        losses = {
+            name: outcome.values
+            for name, outcome in zip(self._entrants, measured, strict=True)
+            if outcome.status == "ok"
+        }
+        for name, outcome in zip(self._entrants, measured, strict=True):
+            if name in ("dense", "winner") and outcome.status != "ok":
+                raise failure(outcome)
+        config, search = self._config, self._search
+        return {
+            "run": run_id,
+            "kind": "metric",
+            "model": config.model.name,
+            "target": str(self._rule),
+            "group": self._rule.group,
+            "objective": config.objective,
+            "seed": config.seed,
+            "evaluations": evaluations,
+            "births": search.births,
+            "distinct": search.distinct,
+            "evolved_parents": search.evolved_parents,
+            "origins": dict(sorted(search.origins.items())),
+            "reasons": dict(sorted(search.reasons.items())),
+            "rung_tokens": [windows * config.data.window for windows in config.racing.rungs],
+            "rung_correlations": search.racing.correlations(),
+            "window": config.data.window,
+            "data": config.data.source,
+            "dense": {"heldout": summary(losses["dense"])},
+            "baselines": [
+                self._baseline(name, values, losses["winner"])
+                for name, values in losses.items()
+                if name not in ("dense", "winner")
+            ],
+            "best": {**_described(self._best), "heldout": summary(losses["winner"])},
+            "front": [_described(member) for member in search.archive.front],
+            "classes": {
+                name: None if member is None else _described(member)
+                for name, member in search.archive.by_class().items()
+            },
+            "agreement": agreement.values.get("agreement", {}),
+        }
+
+    def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
+        """Write the winner's files into the run and read them back.
+
+        Raises:
+            EvopruneError: a file does not give the winner back.
+        """
+        folder = run.path / "export"
+        folder.mkdir(exist_ok=True)
+        export = winner_export(self._config, run.identity, result, self._best.expression)
+        for suffix in ("json", "py", "tex"):
+            export.write(folder / f"metric.{suffix}")
+        for suffix in ("json", "py"):
+            read = load_metric(str(folder / f"metric.{suffix}"))
+            if not isinstance(read, Metric) or read.expression != self._best.expression:
+                raise EvopruneError(f"{folder / f'metric.{suffix}'} does not give the winner back")
+
+    def _job(self, kind: str, criterion: dict[str, Any] | None, payload: dict[str, Any]) -> Job:
+        # The payload names a folder of this machine; the key must not.
+        return Job(content_hash([self._identity, kind, criterion]), kind, payload)
+
+    def _baseline(self, name: str, values: Mapping[str, Any], winner: Mapping[str, Any]) -> dict[str, Any]:
+        power = self._search.power
+        fitness: float | None
+        if name == "power" and power is not None:
+            fitness, expression = power.value, power.expression.text
+        else:
+            criterion = CRITERIA[name]
+            fitness = self._search.seed_fitness.get(name)
+            expression = criterion.expression.text if isinstance(criterion, Metric) else name
+        return {
+            "name": name,
+            "fitness": fitness,
+            "expression": expression,
+            "heldout": summary(values),
+            "winner_minus_this": paired_difference(winner, values),
+        }
+
+
+def winner_export(
+    config: MetricSearchConfig, identity: Mapping[str, Any], result: Mapping[str, Any], expression: Expression
+) -> MetricExport:
+    """The winner with all that its files say about it.
+
+    Args:
+        identity: the run's ``run.json``.
+        result: the run's ``result.json``.
+    """
+    best = result["best"]
+    perplexities = {row["name"]: row["heldout"]["perplexity"] for row in result["baselines"]}
+    shown = {"winner": best["heldout"]["perplexity"], "dense": result["dense"]["heldout"]["perplexity"]}
+    shown |= {name: perplexities[name] for name in ("wanda", "power") if name in perplexities}
+    tokens = result["rung_tokens"][len(best["rungs"]) - 1]
+    return MetricExport(
+        Metric(expression, result["group"], f"evoprune run {result['run']}"),
+        rule=config.target.rule,
+        title=f"found by evoprune on {config.model.name} at {result['target']}",
+        provenance={
+            "run": result["run"],
+            "model": config.model.name,
+            "model_fingerprint": identity["model_fingerprint"],
+            "seed": config.seed,
+            "fitness": f"{config.objective} {best['fitness']:.5f} on {tokens} tokens",
+            "evaluations": result["evaluations"],
+            "parents": best["parents"],
+            "versions": versions(),
+        },
+        results={"heldout_perplexity": {name: round(value, 4) for name, value in shown.items()}},
+    )
+
+
+def failure(outcome: Outcome) -> EvopruneError:
+    """What a failed job of the set-up or the result says: one line if the input is at fault."""
+    message = invalid_input(outcome.error)
+    return InvalidInput(message) if message else EvopruneError(f"the worker failed: {outcome.error or outcome.status}")
+
+
+def invalid_input(traceback: str) -> str | None:
+    """The message of the `InvalidInput` that ended a worker's work, from its traceback; None if something else did."""
+    for line in reversed(traceback.strip().splitlines()):
+        kind, colon, message = line.strip().partition(": ")
+        if colon and kind.rpartition(".")[2] in ("InvalidInput", "UnknownName", "InvalidExpression"):
+            return message
+    return None
+
+
+def _criterion(expression: Expression) -> dict[str, Any]:
+    return {"expression": expression.to_json()}
+
+
+def _described(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "birth": candidate.birth,
+        "expression": candidate.expression.text,
+        "latex": latex(candidate.expression),
+        "fitness": candidate.value,
+        "stderr": candidate.stderr,
+        "rungs": list(candidate.rungs),
+        "complexity": candidate.complexity,
+        "origin": candidate.origin,
+        "parents": list(candidate.parents),
+        "statistics": sorted(candidate.expression.statistics),
+    }

@@ -1,0 +1,65 @@
+"""What axes show: their scale, their limits, and a word about what lies beyond."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+from evoprune.search.report import canvas
+from evoprune.search.report.numbers import compact
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Points as a list of x and a list of y."""
+    xs, ys = [], []
+    for x, y in points:
+        xs.append(x)
+        ys.append(y)
+    return xs, ys
+
+
+def plain_numbers(axis: Any) -> None:
+    """Tick labels such as 0.05 and 20, never powers of ten in math."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def fit_scale(axes: Axes, which: str, values: Sequence[float]) -> None:
+    """Make the ``x`` or ``y`` axis logarithmic if all values are positive and span a factor of eight; plain labels."""
+    from matplotlib.ticker import LogLocator
+
+    axis = getattr(axes, f"{which}axis")
+    if values and min(values) > 0 and max(values) > 8 * min(values):
+        set_scale: Callable[[str], None] = getattr(axes, f"set_{which}scale")
+        set_scale("log")
+        decades = max(values) > 200 * min(values)
+        axis.set_major_locator(LogLocator(subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
+    plain_numbers(axis)
+
+
+def ceiling(values: Sequence[float], keep: Sequence[float] = ()) -> float:
+    """The largest value worth showing: far outliers would press everything else into a line."""
+    if len(values) < 4:
+        return max([*values, *keep])
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return max([value for value in values if value <= third + 1.5 * (third - first)] + list(keep))
+
+
+def limit(axes: Axes, low: float, high: float, values: Sequence[float]) -> int:
+    """Show `low` to `high` with some air; how many values lie above."""
+    air = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - 1.3 * air, high + air)
+    return sum(value > high for value in values)
+
+
+def note_beyond(axes: Axes, beyond: int, named: Sequence[str] = ()) -> None:
+    """Say above the axes what lies above them."""
+    if beyond:
+        words = f"{beyond} above the axis" + (f", such as {', '.join(named)}" if named else "")
+        axes.set_title(words, loc="right", fontsize=7.5, fontweight="normal", color=canvas.MUTED)

@@ -1,0 +1,142 @@
+"""Figures of what the search found: the best so far, and the front. Every fitness in them is from text B.
+
+Each function returns None when there is nothing to draw yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from evoprune.search.report import canvas
+from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, plain_numbers
+from evoprune.search.report.data import Entry, ReportData
+from evoprune.search.report.labels import annotate_points, spread
+from evoprune.search.report.names import label, objective_text
+from evoprune.search.report.numbers import compact, count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def convergence(data: ReportData) -> Figure | None:
+    """Best fitness so far over evaluations: the top rung with the levels of known metrics, the lower rungs below it."""
+    if not data.entries:
+        return None
+    top = data.n_rungs - 1 if data.finalists else max(len(entry.rungs) for entry in data.entries) - 1
+    figure = canvas.new_figure(3.4 if top == 0 else 5.2)
+    grid = figure.add_gridspec(2 if top else 1, max(top, 1), height_ratios=[1.8, 1] if top else [1])
+    axes = figure.add_subplot(grid[0, :])
+    levels = data.levels if top == data.n_rungs - 1 else {}
+    beyond = _progress(axes, data, top, list(levels.values()))
+    _mark_levels(axes, levels, beyond)
+    for rung in range(top):
+        lower = figure.add_subplot(grid[1, rung])
+        if beyond := _progress(lower, data, rung):
+            lower.set_xlabel(f"evaluations ({beyond} above the axis)")
+    return figure
+
+
+def front(data: ReportData) -> Figure | None:
+    """Fitness against complexity of all that reached the top rung; the front numbered as in its table."""
+    if not data.front:
+        return None
+    from matplotlib.ticker import MaxNLocator
+
+    figure = canvas.new_figure(3.9)
+    axes = figure.add_subplot()
+    shown = data.finalists or data.front
+    values = [entry.fitness for entry in shown]
+    highest = ceiling(values, keep=[entry.fitness for entry in data.front])
+    visible = [entry for entry in shown if entry.fitness <= highest]
+    for needs, colour in canvas.NEEDS_COLOURS.items():
+        if some := [entry for entry in visible if entry.needs == needs]:
+            axes.scatter(
+                *columns(map(_place, some)),
+                s=22,
+                marker=canvas.NEEDS_MARKERS[needs],
+                color=colour,
+                alpha=0.65,
+                linewidth=0,
+                label=needs,
+            )
+    axes.set_xlabel("complexity: weighted nodes, plus a price for the dearest statistic")
+    axes.set_ylabel(f"{objective_text(data.config.objective)} on text B")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    plain_numbers(axes.yaxis)
+    axes.margins(x=0.06)
+    note_beyond(axes, limit(axes, min(values), highest, values))
+    figure.legend(loc="outside lower center", ncols=len(canvas.NEEDS_COLOURS), handletextpad=0.2, columnspacing=1.5)
+    numbered = _front_line(axes, data.front)
+    seeds = [(label(entry.origin.removeprefix("seed:")), *_place(entry)) for entry in visible if entry.family == "seed"]
+    annotate_points(axes, seeds, [*map(_place, visible), *numbered], size=7.5, color=canvas.MUTED)
+    return figure
+
+
+def _progress(axes: Axes, data: ReportData, rung: int, levels: Sequence[float] = ()) -> int:
+    """The candidates at a rung in the order of evaluation, and the best of them so far; how many lie above the axis."""
+    some = [entry for entry in data.entries if len(entry.rungs) > rung]
+    values = [entry.rungs[rung] for entry in some]
+    best = [min(values[: index + 1]) for index in range(len(values))]
+    highest = ceiling([*values, *levels])
+    visible = [(entry.number, value) for entry, value in zip(some, values, strict=True) if value <= highest]
+    axes.scatter(*columns(visible), s=8, color=canvas.FAINT, linewidth=0)
+    # Each best holds until the next one, the last until the end.
+    numbers = [entry.number for entry in some]
+    last = max(data.n_evaluations, numbers[-1])
+    axes.step([*numbers, last], [*best, best[-1]], where="post", color=canvas.WINNER)
+    axes.set_xlim(0, last * 1.01 + 1)
+    axes.set_title(f"{count(data.rung_tokens[rung])} tokens, {len(some)} candidates")
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel(objective_text(data.config.objective))
+    plain_numbers(axes.yaxis)
+    return limit(axes, best[-1], highest, values)
+
+
+def _mark_levels(axes: Axes, levels: dict[str, float], beyond: int) -> None:
+    """Known metrics as lines with names in the right margin; those above the axis in the note."""
+    low, high = axes.get_ylim()
+    inside = {name: level for name, level in levels.items() if level <= high}
+    places = spread(list(inside.values()), gap=(high - low) * 0.065)
+    for (name, level), place in zip(inside.items(), places, strict=True):
+        colour = canvas.POWER if name == "power" else canvas.MUTED
+        axes.axhline(level, color=colour, linewidth=1.1 if name == "power" else 0.7, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(
+            f"{label(name)}  {compact(level)}",
+            (1, level),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
+            annotation_clip=False,
+        )
+    named = [f"{label(name)} {compact(level)}" for name, level in levels.items() if level > high]
+    note_beyond(axes, beyond, named)
+
+
+def _front_line(axes: Axes, members: Sequence[Entry]) -> list[tuple[float, float]]:
+    """The front as a staircase with the numbers of its table; its points."""
+    points = [_place(entry) for entry in members]
+    axes.step(*columns(points), where="post", color=canvas.WINNER, linewidth=1.2, zorder=2)
+    axes.scatter(*columns(points), s=40, facecolor="none", edgecolor=canvas.WINNER, linewidth=1.2, zorder=3)
+    for number, point in enumerate(points, start=1):
+        # What lies below and to the left of a front is empty.
+        axes.annotate(
+            str(number),
+            point,
+            (-5, -5),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=canvas.WINNER,
+        )
+    return points
+
+
+def _place(entry: Entry) -> tuple[float, float]:
+    return entry.expression.complexity, entry.fitness

@@ -1,0 +1,86 @@
+"""The command line in this process: one call, its exit code, and what it wrote where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evoprune.cli import main
+from tests.models import save_tiny
+
+# Small enough for a whole search in a few seconds.
+CONFIG = """\
+data: {window: 32, heldout_windows: 4, calibration_window: 32, calibration_sequences: 4}
+racing: {rungs: [1, 2, 4]}
+searcher: {population: 8, islands: 2, power_budget: 4}
+statistics: [X_l2, X_l1, G_l2]
+evaluations: 24
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout as the one JSON document that it must be."""
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved Llama of two blocks that reads at most 64 tokens."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder, and a cache that the tests share."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(cache))
+    monkeypatch.delenv("EVOPRUNE_RUNS", raising=False)
+    # An id that is no folder is looked for on the Hub, which no test may reach.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    yield folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Call the command line; words may be paths and numbers."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*words: object) -> Done:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A configuration file for a search of seconds."""
+    path = tmp_path / "small.yaml"
+    path.write_text(CONFIG)
+    return path

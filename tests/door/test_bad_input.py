@@ -1,0 +1,265 @@
+"""Wrong input: exit code 2, one line on stderr that says what to do, nothing on stdout, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evoprune.metrics.criterion import CRITERIA, Metric
+from evoprune.metrics.emit import MetricExport
+from tests.door.conftest import Done, Run
+from tests.models import save_tiny
+
+HOSTILE = (
+    "__import__('os').system('touch hacked')",
+    "().__class__.__bases__[0].__subclasses__()",
+    "mul(W,open('hacked','w'))",
+    "eval(abs(W))",
+    "(lambda: W)()",
+    "W.__class__",
+    "[W for W in X_l2]",
+)
+
+
+def tree(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(run: Run, place: Path) -> Callable[..., str]:
+    """Run a command that must be refused; its one line."""
+
+    def call(*words: object) -> str:
+        before = tree(place)
+        done: Done = run(*words)
+        assert (done.code, done.out) == (2, ""), done
+        assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+        assert len(done.err) < 500
+        assert tree(place) == before
+        return done.err
+
+    return call
+
+
+# Models
+
+
+def test_unknown_model(refused: Callable[..., str]) -> None:
+    for command in (["eval"], ["stats"], ["prune", "--out", "out"], ["search", "metric"]):
+        assert "no model 'no/such-model'" in refused(*command, "no/such-model")
+        assert "no model './nowhere'" in refused(*command, "./nowhere")
+
+
+def test_folder_without_a_config(refused: Callable[..., str], place: Path) -> None:
+    (place / "empty").mkdir()
+    for command in (["eval"], ["prune", "--out", "out"]):
+        assert "has no config.json" in refused(*command, "empty")
+
+
+def test_weights_as_a_pickle_only(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    folder = save_tiny(place / "pickled")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for command in (["eval"], ["prune", "--out", "out"]):
+        assert "as a pickle only" in refused(*command, folder)
+
+
+def test_unknown_family(refused: Callable[..., str], place: Path) -> None:
+    folder = save_tiny(place / "strange")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "strange"}))
+    assert "knows no model family 'strange'" in refused("eval", folder)
+
+
+def test_a_search_on_a_bad_model_leaves_no_run(run: Run, place: Path, small: Path) -> None:
+    (place / "empty").mkdir()
+    before = tree(place)
+    done = run("search", "metric", "empty", "--config", small, "--executor", "inline")
+    assert (done.code, done.out) == (2, "")
+    assert "has no config.json" in done.err.splitlines()[-1]
+    assert tree(place) == before
+    (place / "mine").mkdir()
+    assert run("search", "metric", "empty", "--config", small, "--executor", "inline", "--run-dir", "mine").code == 2
+    assert tree(place) == before | {"mine"}
+
+
+# Text
+
+
+def test_text(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    (place / "short.txt").write_text("a few words, and no more\n" * 3)
+    assert "text too short" in refused("eval", tiny, "--data", "short.txt")
+    assert "text too short" in refused("prune", tiny, "--calibration", "short.txt", "--out", "out")
+    assert "no text './nowhere.txt'" in refused("eval", tiny, "--data", "./nowhere.txt")
+    assert "no text './nowhere.txt'" in refused("search", "metric", tiny, "--data", "./nowhere.txt")
+    assert "reads at most 64 tokens" in refused("eval", tiny, "--window", 128)
+    assert "do not fill one window" in refused("eval", tiny, "--tokens", 3)
+
+
+def test_a_search_on_a_short_text_leaves_no_run(run: Run, place: Path, tiny: Path, small: Path) -> None:
+    (place / "short.txt").write_text("a few words, and no more\n" * 3)
+    before = tree(place)
+    done = run("search", "metric", tiny, "--config", small, "--executor", "inline", "--data", "short.txt")
+    assert (done.code, done.out) == (2, "")
+    assert "text too short" in done.err.splitlines()[-1]
+    assert tree(place) == before
+
+
+# Target
+
+
+@pytest.mark.parametrize("sparsity", ["0", "1", "-1", "nan", "inf", "60"])
+def test_sparsity(sparsity: str, refused: Callable[..., str], tiny: Path) -> None:
+    for command in (["search", "metric", tiny], ["prune", tiny, "--out", "out"]):
+        assert "is not between 0 and 1" in refused(*command, "--sparsity", sparsity)
+        assert "is not between 0 and 1" in refused(*command, f"--sparsity={sparsity}")
+
+
+def test_pattern(refused: Callable[..., str], tiny: Path) -> None:
+    for command in (["search", "metric", tiny], ["prune", tiny, "--out", "out"]):
+        for pattern in ("4:2", "0:4", "2", "2:4:8", "a:b"):
+            assert f"pattern {pattern!r} is not N:M" in refused(*command, "--pattern", pattern)
+        assert "not both" in refused(*command, "--pattern", "2:4", "--sparsity", 0.5)
+    assert "but model.layers.0.self_attn.q_proj has 32 inputs" in refused(
+        "prune", tiny, "--out", "out", "--pattern", "2:3"
+    )
+
+
+def test_a_search_for_a_pattern_that_does_not_fit(run: Run, place: Path, tiny: Path, small: Path) -> None:
+    done = run("search", "metric", tiny, "--config", small, "--executor", "inline", "--pattern", "2:3")
+    assert (done.code, done.out) == (2, "")
+    assert "2:3 needs a width that 3 divides" in done.err.splitlines()[-1]
+    assert tree(place) == set()
+
+
+# Metrics
+
+
+def test_metric_names(refused: Callable[..., str], tiny: Path) -> None:
+    prune = ("prune", tiny, "--out", "out", "--metric")
+    assert "no criterion 'wnada'; did you mean 'wanda'" in refused(*prune, "wnada")
+    assert "no terminal 'X_l3'" in refused(*prune, "mul(abs(W),X_l3)")
+    assert "no operator 'mull'; did you mean 'mul'" in refused(*prune, "mull(abs(W),X_l2)")
+    assert "takes 2 arguments" in refused(*prune, "mul(W)")
+    assert "no compressor 'shrink'" in refused("prune", tiny, "--out", "out", "--compressor", "shrink")
+    assert "no file 'nowhere.json'" in refused(*prune, "nowhere.json")
+
+
+def test_huge_and_deep_expressions(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    prune = ("prune", tiny, "--out", "out", "--metric")
+    assert "of 100008 characters" in refused(*prune, f"abs(W)+{'W' * 100_001}")
+    assert "100000" in refused(*prune, "abs(W)".ljust(100_000, "x"))
+    assert "nested" in refused(*prune, "abs(" * 100 + "W" + ")" * 100)
+    refused(*prune, "(" * 500 + "W" + ")" * 500)
+    (place / "deep.json").write_text('{"format":' * 20_000 + "1" + "}" * 20_000)
+    refused(*prune, "deep.json")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_that_would_be_code(text: str, refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    prune = ("prune", tiny, "--out", "out", "--metric")
+    refused(*prune, text)
+    (place / "bad.py").write_text(f"FORMAT = 'evoprune-metric/1'\nFORMULA = {text!r}\nGROUP = 'row'\n{text}\n")
+    refused(*prune, "bad.py")
+    (place / "bad.json").write_text(json.dumps({"format": "evoprune-metric/1", "dialect": "evoprune", "expr": text}))
+    refused(*prune, "bad.json")
+    assert not (place / "hacked").exists()
+
+
+def test_tampered_exports(refused: Callable[..., str], run: Run, tiny: Path, place: Path) -> None:
+    wanda = CRITERIA["wanda"]
+    assert isinstance(wanda, Metric)
+    export = MetricExport(wanda)
+    for suffix in (".py", ".json"):
+        path = place / f"metric{suffix}"
+        export.write(path)
+        assert run("stats", tiny, "--metric", path).code == 0
+        path.write_text(path.read_text().replace("X_l2", "X_l1"))
+        assert "was edited" in refused("prune", tiny, "--out", "out", "--metric", path)
+        assert "was edited" in refused("search", "metric", tiny, "--seed-from", path)
+
+
+# Runs
+
+
+def test_folders_that_are_no_run(refused: Callable[..., str], place: Path) -> None:
+    (place / "other").mkdir()
+    for command in (["show"], ["resume"], ["report"], ["dashboard"], ["export", "--to", "m.py"]):
+        assert "is not a run folder" in refused(*command, "other")
+        assert "no run 'nowhere'" in refused(*command, "nowhere")
+        assert "no run in runs yet" in refused(*command)
+    (place / "other" / "run.json").write_text("[]")
+    assert "is not a run folder" in refused("show", "other")
+
+
+# Options of a search
+
+
+def test_options_of_a_search(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    search = ("search", "metric", tiny)
+    assert "no searcher 'evolutoin'; did you mean 'evolution'" in refused(*search, "--searcher", "evolutoin")
+    assert "no objective 'kll'" in refused(*search, "--objective", "kll")
+    assert "searcher.popluation: no such option" in refused(*search, "--set", "searcher.popluation=8")
+    assert "is not of the form key.sub=value" in refused(*search, "--set", "searcher")
+    assert "evaluations: " in refused(*search, "--evaluations", 0)
+    assert "minutes: " in refused(*search, "--minutes", -1)
+    assert "cannot read nowhere.yaml" in refused(*search, "--config", "nowhere.yaml")
+    assert "is not a database URL" in refused(*search, "--storage", "nonsense")
+    assert "no criterion 'wnada'" in refused(*search, "--set", "searcher.seeds=[wnada]")
+    (place / "full").mkdir()
+    (place / "full" / "mine.txt").write_text("mine")
+    assert "full is not empty" in refused(*search, "--run-dir", "full")
+
+
+# Disks
+
+
+def test_places_that_cannot_be_written(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    (place / "file").write_text("mine")
+    assert "cannot write file/out" in refused("prune", tiny, "--out", "file/out")
+    assert "cannot write file" in refused("prune", tiny, "--out", "file")
+    assert "cannot write file/run" in refused("search", "metric", tiny, "--run-dir", "file/run")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    (place / "locked").mkdir(mode=0o500)
+    assert "locked is read-only" in refused("prune", tiny, "--out", "locked/out")
+    assert "cannot write locked/run" in refused("search", "metric", tiny, "--run-dir", "locked/run")
+
+
+def test_a_read_only_folder(refused: Callable[..., str], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `os.access` tells it, root or not."""
+    monkeypatch.setattr("evoprune.commands_model.os.access", lambda path, mode: False)
+    assert "is read-only; give a folder that can be written" in refused("prune", tiny, "--out", "out")
+
+
+def test_a_full_disk(run: Run, tiny: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run("prune", tiny, "--out", "warm")
+    before = tree(place)
+    with monkeypatch.context() as patch:
+        patch.setattr("evoprune.fitness.checkpoint.write_atomically", full)
+        done = run("prune", tiny, "--out", "out")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1].startswith("error: cannot write") and "No space left" in done.err
+    assert tree(place) == before
+
+
+def test_as_a_process(tiny: Path, place: Path) -> None:
+    """The same through the installed entry point: nothing of a traceback, and the exit code of the process."""
+    words = ["-m", "evoprune", "prune", str(tiny), "--out", "out", "--metric", "__import__('os').getcwd()"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert tree(place) == set()

@@ -1,0 +1,161 @@
+"""What every command line must do: help, version, usage errors, lists, doctor, completion."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import evoprune
+from evoprune.cli import ORDER, app, explain, one_line
+from evoprune.listing import rows_of
+from evoprune.metrics.criterion import CRITERIA, Metric
+from evoprune.metrics.errors import InvalidInput, NoCapacity
+from evoprune.metrics.operators import OPERATORS
+from tests.door.conftest import Run
+
+COMMANDS = [
+    *([name] for name in ORDER if name != "search"),
+    ["search"],
+    *(["search", kind] for kind in ("metric", "allocation", "structure", "policy", "experts")),
+]
+KINDS = (
+    "criteria", "operators", "terminals", "allocators", "compressors", "objectives", "spaces", "searchers", "recoveries",
+)  # fmt: skip
+
+
+def test_version(run: Run) -> None:
+    done = run("--version")
+    assert (done.code, done.out, done.err) == (0, f"evoprune {evoprune.__version__}\n", "")
+
+
+def test_without_words_there_is_help(run: Run) -> None:
+    done = run()
+    assert done.code == 0
+    assert "Usage: evoprune" in done.out
+    assert run("--help").out.strip() == done.out.strip()
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_help(words: list[str], run: Run) -> None:
+    done = run(*words, "--help")
+    assert (done.code, done.err) == (0, "")
+    assert f"Usage: evoprune {' '.join(words)}" in done.out
+
+
+def test_help_fits_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    assert max(map(len, run("search", "metric", "--help").out.splitlines())) <= 80
+
+
+def test_all_commands_have_their_place_in_the_help() -> None:
+    group = typer.main.get_command(app)
+    assert set(ORDER) == set(group.commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "No such command 'nope'"),
+        (["search"], "Missing command"),
+        (["prune"], "Missing argument 'MODEL'"),
+        (["prune", "reference"], "Missing option '--out'"),
+        (["eval", "reference", "--nope"], "No such option: --nope"),
+        (["eval", "reference", "--tokens", "many"], "Invalid value for '--tokens'"),
+        (["list", "nope"], "'nope' is not one of 'criteria'"),
+        (["search", "metric", "--executor", "threads"], "'threads' is not one of 'ray', 'inline'"),
+        (["search", "allocation", "reference", "--budget", "0.5"], "`evoprune search allocation` has not landed yet"),
+        (["search", "experts"], "`evoprune search experts` has not landed yet"),
+        (["eval", "reference", "--tasks", "arc"], "--tasks has not landed yet"),
+        (["prune", "reference", "--out", "x", "--allocation", "a.json"], "--allocation has not landed yet"),
+        (["prune", "reference", "--out", "x", "--form", "compact"], "--form compact has not landed yet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line(words: list[str], message: str, run: Run) -> None:
+    done = run(*words)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ") and message in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lists(kind: str, run: Run) -> None:
+    done = run("list", kind, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json == json.loads(json.dumps(rows_of(kind)))
+    shown = run("list", kind)
+    assert shown.code == 0
+    assert all(row["name"] in shown.out for row in done.json)
+    assert shown.out or f"no {kind} yet" in shown.err
+
+
+def test_criteria_are_those_of_the_registry(run: Run) -> None:
+    rows = {row["name"]: row for row in run("list", "criteria", "--json").json}
+    assert set(rows) == set(CRITERIA)
+    wanda = CRITERIA["wanda"]
+    assert isinstance(wanda, Metric)
+    assert rows["wanda"] == {
+        "name": "wanda",
+        "group": "row",
+        "needs": ["X_l2"],
+        "expression": wanda.expression.text,
+        "formula": "|W|·‖X‖₂",
+        "source": wanda.source,
+    }
+    assert rows["random"]["expression"] is None
+    assert {row["name"] for row in run("list", "operators", "--json").json} == set(OPERATORS)
+
+
+def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("evoprune.checks.ESSENTIAL", ("numpy",))
+    done = run("doctor", "--json")
+    checks = {check["name"]: check for check in done.json["checks"]}
+    assert (done.code, done.json["ok"]) == (0, True)
+    assert {"evoprune", "python", "numpy", "devices", "reference model", "runs folder", "cache folder"} <= set(checks)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EVOPRUNE_RUNS", str(tmp_path / "file" / "runs"))
+    monkeypatch.setattr("evoprune.checks.EXTRAS", {"no-such-extra": ("no_such_extra", "nothing")})
+    broken = run("doctor", "--json")
+    checks = {check["name"]: check["status"] for check in broken.json["checks"]}
+    assert (broken.code, broken.json["ok"]) == (1, False)
+    assert (checks["runs folder"], checks["no-such-extra"]) == ("broken", "absent")
+    assert run("doctor").code == 1
+
+
+def test_debug_adds_the_traceback(run: Run) -> None:
+    done = run("show", "nowhere", "--debug")
+    assert done.code == 2
+    assert "Traceback (most recent call last)" in done.err
+    assert done.err.splitlines()[-1].startswith("error: no run 'nowhere'")
+
+
+def test_completion_knows_the_commands() -> None:
+    words = {"_EVOPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": "evoprune pr", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "evoprune"], env=words, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.split() == ["prune"]
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m evoprune list operators | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr == ""
+
+
+def test_errors_become_a_line_and_a_code() -> None:
+    assert explain(InvalidInput("a\n  b")) == ("a b", 2)
+    assert explain(NoCapacity("none")) == ("none", 75)
+    assert explain(ValueError("odd")) == ("ValueError: odd (--debug shows where)", 1)
+    assert explain(OSError(28, "No space left on device", "x/y"))[1] == 2
+    assert explain(PermissionError(13, "Permission denied", "x/y"))[0].startswith("cannot write x/y: permission denied")
+    assert explain(FileNotFoundError(2, "No such file"))[1] == 1
+    assert explain(RuntimeError("I/O error: No space left on device (os error 28)"))[1] == 2
+    trace = "the worker failed: Traceback (most recent call last):\n  File x\nRuntimeError: it broke"
+    assert one_line(trace) == "the worker failed: RuntimeError: it broke"
