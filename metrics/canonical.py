@@ -74,7 +74,7 @@ def metric_key(expression: Expression, group: Group) -> str:
 
 
 def _ranked(expression: Expression, group: Group) -> Expression:
-    """A normal expression without what is strictly increasing at its root and the same for all of its group."""
+    """A normal expression without the outermost of what is strictly increasing and the same for all of its group."""
 
     def fixed(part: Expression) -> bool:
         row, column = varies(part)
@@ -82,22 +82,18 @@ def _ranked(expression: Expression, group: Group) -> Expression:
             return part.head == CONSTANT
         return not column and (group == "row" or not row)
 
-    while True:
-        before = expression
-        if fixed(expression):
-            return ZERO
-        product = factorise(expression)
-        sign = 1.0 if product.coefficient > 0 else -1.0
-        _, rest = split(product, lambda base, signed: fixed(base) and not signed)
-        powers = _rescaled(rest.factors)
-        expression = build(Product(sign, powers))
-        if len(powers) == 1:
-            ((base, (exponent, signed)),) = powers.items()
-            if exponent == 1 and (signed or base.nonnegative):
-                inner = _inside(base, group)
-                expression = scaled(sign, without_terms(base, fixed) if inner is None else inner)
-        if expression == before:
-            return expression
+    if fixed(expression):
+        return ZERO
+    product = factorise(expression)
+    sign = 1.0 if product.coefficient > 0 else -1.0
+    _, rest = split(product, lambda base, signed: fixed(base) and not signed)
+    powers = _rescaled(rest.factors)
+    if len(powers) == 1:
+        ((base, (exponent, signed)),) = powers.items()
+        if exponent == 1 and (signed or base.nonnegative):
+            inner = _inside(base, group)
+            return scaled(sign, without_terms(base, fixed) if inner is None else inner)
+    return build(Product(sign, powers))
 
 
 def _rescaled(factors: Powers) -> Powers:

@@ -30,12 +30,13 @@ def run_document(run: RunDirectory) -> dict[str, Any]:
     result = run.result
     if result is not None:
         return document | {name: result[name] for name in _FROM_RESULT}
-    state = run.peek()
-    if state is not None:
-        document["evaluations"] = state["evaluations"]
-        document["distinct"] = len(state["search"].get("signatures", ()))
-        document["best"] = best_so_far(run.history())
-    return document
+    history = list(run.history())
+    return document | {
+        # A birth that was answered without an evaluation names the one that it is like, or None.
+        "evaluations": sum("same_as" not in line for line in history),
+        "distinct": len({line["signature"] for line in history if line.get("signature")}),
+        "best": best_so_far(history),
+    }
 
 
 def run_row(run: RunDirectory) -> dict[str, Any]:

@@ -44,18 +44,32 @@ def fit_scale(axes: Axes, which: str, values: Sequence[float]) -> None:
 
 
 def ceiling(values: Sequence[float], keep: Sequence[float] = ()) -> float:
-    """The largest value worth showing: far outliers would press everything else into a line."""
+    """The largest value worth showing where low is good: the better quarter, and whatever has to be kept.
+
+    Many candidates are bad and some are dreadful; to the scale of those, all good ones would be one line.
+    """
+    return max([quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0], *keep])
+
+
+def without_outliers(values: Sequence[float]) -> list[float]:
+    """Those that are not far above the rest, by Tukey's rule."""
     if len(values) < 4:
-        return max([*values, *keep])
+        return list(values)
     first, _, third = quantiles(values, n=4, method="inclusive")
-    return max([value for value in values if value <= third + 1.5 * (third - first)] + list(keep))
+    return [value for value in values if value <= third + 1.5 * (third - first)]
 
 
 def limit(axes: Axes, low: float, high: float, values: Sequence[float]) -> int:
-    """Show `low` to `high` with some air; how many values lie above."""
-    air = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    axes.set_ylim(low - 1.3 * air, high + air)
-    return sum(value > high for value in values)
+    """Show `low` to `high` with some air; how many values lie above. Logarithmic if the two are far apart."""
+    fit_scale(axes, "y", [low, high])
+    if axes.get_yscale() == "log":
+        air = (high / low) ** 0.08
+        axes.set_ylim(low / air, high * air)
+    else:
+        margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+        axes.set_ylim(low - 1.3 * margin, high + margin)
+    top = axes.get_ylim()[1]
+    return sum(value > top for value in values)
 
 
 def note_beyond(axes: Axes, beyond: int, named: Sequence[str] = ()) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evoprune.search.report import canvas
-from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, plain_numbers
+from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, without_outliers
 from evoprune.search.report.data import Entry, ReportData
 from evoprune.search.report.labels import annotate_points, spread
 from evoprune.search.report.names import label, objective_text
-from evoprune.search.report.numbers import compact, count
+from evoprune.search.report.numbers import count, nats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,8 +48,10 @@ def front(data: ReportData) -> Figure | None:
     axes = figure.add_subplot()
     shown = data.finalists or data.front
     values = [entry.fitness for entry in shown]
-    highest = ceiling(values, keep=[entry.fitness for entry in data.front])
-    visible = [entry for entry in shown if entry.fitness <= highest]
+    seeds = without_outliers([entry.fitness for entry in shown if entry.family == "seed"])
+    highest = ceiling(values, keep=[*seeds, *(entry.fitness for entry in data.front)])
+    above = limit(axes, min(values), highest, values)
+    visible = [entry for entry in shown if entry.fitness <= axes.get_ylim()[1]]
     for needs, colour in canvas.NEEDS_COLOURS.items():
         if some := [entry for entry in visible if entry.needs == needs]:
             axes.scatter(
@@ -64,13 +66,12 @@ def front(data: ReportData) -> Figure | None:
     axes.set_xlabel("complexity: weighted nodes, plus a price for the dearest statistic")
     axes.set_ylabel(f"{objective_text(data.config.objective)} on text B")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plain_numbers(axes.yaxis)
     axes.margins(x=0.06)
-    note_beyond(axes, limit(axes, min(values), highest, values))
+    note_beyond(axes, above)
     figure.legend(loc="outside lower center", ncols=len(canvas.NEEDS_COLOURS), handletextpad=0.2, columnspacing=1.5)
     numbered = _front_line(axes, data.front)
-    seeds = [(label(entry.origin.removeprefix("seed:")), *_place(entry)) for entry in visible if entry.family == "seed"]
-    annotate_points(axes, seeds, [*map(_place, visible), *numbered], size=7.5, color=canvas.MUTED)
+    names = [(label(entry.origin.removeprefix("seed:")), *_place(entry)) for entry in visible if entry.family == "seed"]
+    annotate_points(axes, names, [*map(_place, visible), *numbered], size=7.5, color=canvas.MUTED)
     return figure
 
 
@@ -79,8 +80,10 @@ def _progress(axes: Axes, data: ReportData, rung: int, levels: Sequence[float] =
     some = [entry for entry in data.entries if len(entry.rungs) > rung]
     values = [entry.rungs[rung] for entry in some]
     best = [min(values[: index + 1]) for index in range(len(values))]
-    highest = ceiling([*values, *levels])
-    visible = [(entry.number, value) for entry, value in zip(some, values, strict=True) if value <= highest]
+    highest = ceiling(values, keep=[best[0], *without_outliers(levels)])
+    above = limit(axes, best[-1], highest, values)
+    top = axes.get_ylim()[1]
+    visible = [(entry.number, value) for entry, value in zip(some, values, strict=True) if value <= top]
     axes.scatter(*columns(visible), s=8, color=canvas.FAINT, linewidth=0)
     # Each best holds until the next one, the last until the end.
     numbers = [entry.number for entry in some]
@@ -90,20 +93,23 @@ def _progress(axes: Axes, data: ReportData, rung: int, levels: Sequence[float] =
     axes.set_title(f"{count(data.rung_tokens[rung])} tokens, {len(some)} candidates")
     axes.set_xlabel("evaluations")
     axes.set_ylabel(objective_text(data.config.objective))
-    plain_numbers(axes.yaxis)
-    return limit(axes, best[-1], highest, values)
+    return above
 
 
 def _mark_levels(axes: Axes, levels: dict[str, float], beyond: int) -> None:
     """Known metrics as lines with names in the right margin; those above the axis in the note."""
     low, high = axes.get_ylim()
     inside = {name: level for name, level in levels.items() if level <= high}
-    places = spread(list(inside.values()), gap=(high - low) * 0.065)
+    # Names need their room on the page, whatever the scale.
+    to_page, to_data = axes.transScale.transform, axes.transScale.inverted().transform
+    heights = [to_page((1, level))[1] for level in inside.values()]
+    gap = 0.065 * (to_page((1, high))[1] - to_page((1, low))[1])
+    places = [to_data((1, height))[1] for height in spread(heights, gap)]
     for (name, level), place in zip(inside.items(), places, strict=True):
         colour = canvas.POWER if name == "power" else canvas.MUTED
         axes.axhline(level, color=colour, linewidth=1.1 if name == "power" else 0.7, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate(
-            f"{label(name)}  {compact(level)}",
+            f"{label(name)}  {nats(level)}",
             (1, level),
             (1.03, place),
             xycoords=("axes fraction", "data"),
@@ -111,10 +117,17 @@ def _mark_levels(axes: Axes, levels: dict[str, float], beyond: int) -> None:
             va="center",
             fontsize=8,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )
-    named = [f"{label(name)} {compact(level)}" for name, level in levels.items() if level > high]
+    named = [f"{label(name)} {nats(level)}" for name, level in levels.items() if level > high]
     note_beyond(axes, beyond, named)
 
 

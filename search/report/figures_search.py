@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from evoprune.search.report import canvas
-from evoprune.search.report.axes import ceiling, columns, fit_scale
+from evoprune.search.report.axes import columns, fit_scale
 from evoprune.search.report.data import ReportData
 from evoprune.search.report.lineage import ancestors
 from evoprune.search.report.names import label, objective_text
@@ -78,7 +78,7 @@ def lineage(data: ReportData) -> Figure | None:
     axes = figure.add_subplot()
     known = {entry.birth: entry for entry in family}
     heights = [entry.rungs[0] for entry in family]
-    highest = ceiling(heights, keep=heights)
+    highest = max(heights)
     others = [entry for entry in data.entries if entry.birth not in known and entry.rungs[0] <= 1.1 * highest]
     axes.scatter(
         [entry.birth for entry in others],

@@ -194,7 +194,9 @@ def verdicts(data: ReportData) -> list[str]:
         row = data.contender(name)
         if row is not None and row.difference is not None:
             loss, error = row.difference["loss"], row.difference["stderr"]
-            if abs(loss) <= error:
+            if data.best is not None and row.expression == data.best.expression.text:
+                found.append(f"the same as {whose}: it is the same metric")
+            elif abs(loss) <= error:
                 found.append(f"level with {whose} ({numbers.signed(loss)} ± {numbers.nats(error)})")
             else:
                 side = "below" if loss < 0 else "above"
@@ -229,7 +231,7 @@ def yaml_text(data: ReportData) -> str:
 def _up_to_scale(expression: Expression, data: ReportData) -> Expression | None:
     """The formula without positive factors, if that changes no mask and is not the formula itself."""
     plain = without_scale(expression)
-    return None if data.config.target.group == "global" or plain == expression else plain
+    return None if data.config.target.group == "global" or latex(plain) == latex(expression) else plain
 
 
 def _markup(svg: str) -> Markup:

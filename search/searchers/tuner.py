@@ -101,7 +101,7 @@ class Tuner:
         self._start = [nodes[index] for index in self._positions]
         self._step = step
         self._budget = budget
-        self._proposed = 0
+        self._proposed = self._told = 0
         self._center = [self._coordinate(node) for node in self._start]
         self._value = value
         self._around: list[float] = list(self._center)
@@ -114,8 +114,8 @@ class Tuner:
 
     @property
     def finished(self) -> bool:
-        """Whether it will propose nothing more."""
-        return self._proposed >= self._budget and self._next >= len(self._batch)
+        """Whether the budget is spent and every result is in."""
+        return self._proposed >= self._budget and self._told >= self._proposed
 
     def propose(self) -> tuple[int, Expression] | None:
         """The next point of the batch and its number; None while the batch is out."""
@@ -139,8 +139,7 @@ class Tuner:
 
     def tell(self, index: int, value: float | None) -> None:
         """The fitness of point `index` at the first rung; None if it has none."""
-        if index >= len(self._values):
-            return
+        self._told += 1
         self._values[index] = math.inf if value is None else value
         if all(known is not None for known in self._values):
             self._move()
@@ -215,6 +214,7 @@ class Tuner:
             "step": self._step,
             "budget": self._budget,
             "proposed": self._proposed,
+            "told": self._told,
             "center": self._center,
             "value": self._value,
             "around": self._around,
@@ -230,6 +230,7 @@ class Tuner:
         tuner = cls(from_json(state["template"]), parent=state["parent"], value=state["value"], island=state["island"])
         tuner.evolved_parent = state["evolved_parent"]
         tuner._step, tuner._budget, tuner._proposed = state["step"], state["budget"], state["proposed"]
+        tuner._told = state["told"]
         tuner._center, tuner._around, tuner._newton = state["center"], state["around"], state["newton"]
         tuner._batch, tuner._next = state["batch"], state["next"]
         tuner._values = [None if value is None else float(value) for value in state["values"]]

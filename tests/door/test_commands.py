@@ -24,7 +24,8 @@ COMMANDS = [
     *(["search", kind] for kind in ("metric", "allocation", "structure", "policy", "experts")),
 ]
 KINDS = (
-    "criteria", "operators", "terminals", "allocators", "compressors", "objectives", "spaces", "searchers", "recoveries",
+    "criteria", "operators", "terminals", "allocators", "compressors", "objectives", "spaces", "searchers",
+    "recoveries",
 )  # fmt: skip
 
 

@@ -1,0 +1,157 @@
+"""`prune`, `eval`, `stats` on a tiny model: what is written, what is printed, and that the two agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import evoprune
+from evoprune.metrics.criterion import CRITERIA, Metric
+from evoprune.metrics.emit import MetricExport
+from evoprune.metrics.mask import mask
+from evoprune.metrics.records import MaskRule
+from tests.door.conftest import Run
+from tests.models import INNER, LAYERS
+
+
+def zeros(folder: Path) -> dict[str, torch.Tensor]:
+    """Where the matrices of a saved model are zero, loaded by plain transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {name: value == 0 for name, value in model.named_parameters() if name.endswith("_proj.weight")}
+
+
+def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
+    pruned = run("prune", tiny, "--out", "out", "--sparsity", 0.6, "--json")
+    assert pruned.code == 0
+    document = pruned.json
+    assert list(document) == [
+        "out", "sparsity", "removed", "prunable", "pattern", "criterion", "compressor", "layers",
+    ]  # fmt: skip
+    assert document["out"] == str(place / "out")
+    assert (document["pattern"], document["criterion"], document["compressor"]) == (None, "wanda", "mask")
+    assert document["removed"] == sum(int(where.sum()) for where in zeros(place / "out").values())
+    assert document["sparsity"] == document["removed"] / document["prunable"]
+    assert len(document["layers"]) == 7 * LAYERS
+    last = document["layers"][-1]
+    assert (last["name"], last["shape"]) == ("model.layers.1.mlp.down_proj", [32, INNER])
+    assert last["sparsity"] == int(0.6 * INNER) / INNER
+    assert 0 < last["error"] < 1
+
+    evaluated = run("eval", "out", "--dense", tiny, "--tokens", 1024, "--window", 32, "--json")
+    assert evaluated.code == 0
+    numbers = evaluated.json
+    assert list(numbers) == ["model", "perplexity", "loss", "kl", "tokens", "window", "sparsity", "data"]
+    assert (numbers["model"], numbers["data"], numbers["window"], numbers["tokens"]) == ("out", "corpus", 32, 32 * 31)
+    assert numbers["sparsity"] == document["sparsity"]
+    assert numbers["kl"] > 0
+    dense = run("eval", tiny, "--dense", tiny, "--tokens", 1024, "--window", 32, "--json").json
+    assert dense["kl"] == pytest.approx(0, abs=1e-6)
+    assert dense["sparsity"] == 0
+    assert run("eval", tiny, "--tokens", 1024, "--json").json["kl"] is None
+
+    record = json.loads((place / "out" / "evoprune.json").read_text())
+    assert record["recipe"]["criterion"] == "wanda"
+    assert record["recipe"]["sparsity"] == 0.6
+    assert record["recipe"]["calibration"]["statistics"] == ["X_l2"]
+    assert record["report"]["removed"] == document["removed"]
+
+
+def test_what_people_see(run: Run, tiny: Path, place: Path) -> None:
+    pruned = run("prune", tiny, "--out", "out", "--metric", "magnitude")
+    assert pruned.code == 0
+    assert pruned.out == f"{place / 'out'}\n"
+    assert "model.layers.0.self_attn.q_proj" in pruned.err
+    assert "removed 7,680 of 15,360 prunable weights (50.00%) by magnitude" in pruned.err
+    evaluated = run("eval", "out", "--dense", tiny, "--tokens", 512)
+    assert "50.0000% of the prunable weights are zero" in evaluated.out
+    assert "corpus (text C), 504 predicted tokens, windows of 64" in evaluated.out
+    assert "nats per token from" in evaluated.out
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["--metric", "magnitude"], MaskRule(0.5, group="layer")),
+        (["--metric", "magnitude", "--group", "row"], MaskRule(0.5, group="row")),
+        (["--metric", "abs(W)"], MaskRule(0.5, group="row")),
+        (["--metric", "abs(W)", "--pattern", "2:4"], MaskRule(pattern=(2, 4))),
+        (["--metric", "magnitude", "--pattern", "1:4"], MaskRule(pattern=(1, 4))),
+        (["--metric", "abs(W)", "--sparsity", "0.25", "--group", "layer"], MaskRule(0.25, group="layer")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_masks_are_those_of_the_rule(words: list[str], rule: MaskRule, run: Run, tiny: Path, place: Path) -> None:
+    assert run("prune", tiny, "--out", "out", *words).code == 0
+    dense = dict(AutoModelForCausalLM.from_pretrained(tiny).named_parameters())
+    for name, removed in zeros(place / "out").items():
+        assert torch.equal(~removed, mask(dense[name].detach().abs(), rule)), name
+
+
+def test_the_global_group_compares_matrices(run: Run, tiny: Path) -> None:
+    document = run("prune", tiny, "--out", "out", "--metric", "magnitude", "--group", "global", "--json").json
+    assert document["sparsity"] == 0.5
+    assert len({layer["sparsity"] for layer in document["layers"]}) > 1
+
+
+def test_data_free_criteria_read_no_text(run: Run, tiny: Path, place: Path) -> None:
+    (place / "short.txt").write_text("not enough")
+    done = run("prune", tiny, "--out", "out", "--metric", "random", "--calibration", "short.txt", "--json")
+    assert done.code == 0
+    assert {layer["error"] for layer in done.json["layers"]} == {None}
+
+
+def test_exported_metrics_prune_alike(run: Run, tiny: Path, place: Path) -> None:
+    wanda = CRITERIA["wanda"]
+    assert isinstance(wanda, Metric)
+    expected = run("prune", tiny, "--out", "expected", "--json").json["layers"]
+    for suffix in ("json", "py"):
+        MetricExport(wanda).write(place / f"metric.{suffix}")
+        document = run("prune", tiny, "--out", f"out-{suffix}", "--metric", f"metric.{suffix}", "--json").json
+        assert document["layers"] == expected
+        assert document["criterion"] == "mul(abs(W),X_l2)"
+
+
+def test_an_older_checkpoint_is_replaced_and_other_folders_are_not(run: Run, tiny: Path, place: Path) -> None:
+    assert run("prune", tiny, "--out", "out", "--metric", "magnitude").code == 0
+    assert run("prune", tiny, "--out", "out", "--metric", "magnitude", "--sparsity", 0.75).code == 0
+    assert run("eval", "out", "--tokens", 128, "--json").json["sparsity"] == 0.75
+    (place / "mine").mkdir()
+    (place / "mine" / "notes.txt").write_text("mine")
+    done = run("prune", tiny, "--out", "mine", "--metric", "magnitude")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "holds other files" in done.err
+
+
+def test_stats(run: Run, tiny: Path) -> None:
+    words = ("stats", tiny, "--calibration-sequences", 4, "--calibration-window", 16)
+    done = run(*words, "--statistics", "X_l2, Y_l2", "--json")
+    assert done.code == 0
+    document = done.json
+    assert Path(document["folder"]).is_dir()
+    assert {"X_l2", "Y_l2"} <= set(document["statistics"])
+    assert (document["sequences"], document["window"], document["data"]) == (4, 16, "corpus")
+    again = run(*words, "--metric", "wanda")
+    assert again.out == f"{document['folder']}\n"
+    assert run(*words, "--statistics", "X_l3").code == 2
+    assert run(*words, "--statistics", "X_l2", "--metric", "wanda").code == 2
+
+
+def test_python(tiny: Path, place: Path) -> None:
+    model = evoprune.load_model(str(tiny))
+    statistics = evoprune.collect_statistics(model, ["X_l2"], calibration_sequences=4)
+    assert statistics.tensor("model.layers.0.self_attn.q_proj", "X_l2").shape == (1, 32)
+    pruned = evoprune.prune(model, metric="wanda", sparsity=0.5, calibration_sequences=4)
+    assert pruned.language_model is model
+    assert (pruned.out, pruned.sparsity) == (None, 0.5)
+    assert evoprune.prune(str(tiny), metric=CRITERIA["magnitude"], sparsity=0.0).removed == 0
+    evaluation = evoprune.evaluate(model, dense=str(tiny), tokens=256)
+    assert evaluation.kl is not None and evaluation.kl > 0
+    assert evaluation.sparsity == 0.5
+    assert list(place.iterdir()) == []
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = evoprune.nothing
+    assert {"prune", "search_metric", "__version__"} <= set(dir(evoprune))

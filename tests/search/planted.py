@@ -1,0 +1,78 @@
+"""A worker whose fitness is the distance of a candidate's masks from those of a hidden metric, on synthetic layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from evoprune.metrics.expression import Expression, from_json, parse
+from evoprune.metrics.interpreter import evaluate, free_inputs
+from evoprune.metrics.mask import mask
+from evoprune.metrics.probe import Probe
+from evoprune.metrics.records import MaskRule, Site
+
+HIDDEN = "mul(abs(W),mul(powc(X_l2,0.7),powc(G_l2,0.3)))"
+RULE = MaskRule(0.5)
+
+
+def layers(seed: int = 0) -> list[tuple[Site, dict[str, torch.Tensor]]]:
+    """Four layers of 48 x 64 with every statistic that the search may read."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for block in range(4):
+        site = Site(f"block.{block}.linear", "linear", block, 4, 48, 64)
+        weight = torch.randn(48, 64, generator=generator)
+        norm = (1.2 * torch.randn(1, 64, generator=generator)).exp()
+        gradient = 1e-3 * (torch.randn(48, 64, generator=generator)).exp()
+        made.append(
+            (
+                site,
+                {
+                    **free_inputs(site, weight, 0.5),
+                    "X_l2": norm,
+                    "X_ss": norm.square(),
+                    "X_max": norm * (0.5 * torch.randn(1, 64, generator=generator)).exp(),
+                    "G_l2": gradient,
+                    "G_mean": gradient * torch.randn(48, 64, generator=generator),
+                },
+            )
+        )
+    return made
+
+
+def probe() -> Probe:
+    """The same layers as a probe."""
+    return Probe.build(layers())
+
+
+class PlantedWorker:
+    """Answers ``evaluate`` jobs; a rung shows one layer more."""
+
+    def __init__(self) -> None:
+        self._layers = layers()
+        self._wanted = [mask(evaluate(parse(HIDDEN), inputs), RULE) for _, inputs in self._layers]
+
+    def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        values = self.distances(from_json(payload["criterion"]["expression"]))
+        rungs = []
+        for rung, last in enumerate((2, 4)):
+            rungs.append(sum(values[:last]) / last)
+            thresholds = payload["thresholds"]
+            if rung < len(thresholds) and thresholds[rung] is not None and rungs[-1] > thresholds[rung]:
+                break
+        return {"rungs": rungs, "stderr": 0.0, "removed": 0}
+
+    def distances(self, expression: Expression) -> list[float]:
+        """Per layer, 1 - intersection over union of the pruned sets."""
+        found = []
+        for (_, inputs), wanted in zip(self._layers, self._wanted, strict=True):
+            keep = mask(evaluate(expression, inputs), RULE)
+            both, either = (~keep & ~wanted).sum().item(), (~keep | ~wanted).sum().item()
+            found.append(1 - both / either)
+        return found
+
+
+def build(context: dict[str, Any]) -> PlantedWorker:
+    """The factory that executors call."""
+    return PlantedWorker()
