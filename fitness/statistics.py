@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from evoprune.fitness.allocator import release_freed_tensors
+from evoprune.fitness.allocator import freed_tensors_released
 from evoprune.fitness.cache import cache_folder
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.statistics_gradient import loss_scale
@@ -108,8 +108,7 @@ def collect_statistics(
         "provenance": dict(provenance or {}),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    release_freed_tensors()
-    with new_folder(folder) as partial:
+    with new_folder(folder) as partial, freed_tensors_released():
         writer = SetWriter(partial)
         leaders = run_passes(language_model, windows, stored, settings, writer, progress)
         writer.finish(site_facts((bound.site for bound in language_model.sites), leaders), facts)

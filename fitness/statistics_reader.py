@@ -33,12 +33,21 @@ class Statistics:
     Attributes:
         folder: where the set is.
         manifest: what it was made from: model, text, settings, zero fractions.
+        names: the statistics that `tensor` can give, square roots included.
+        sites: the names of the sites, in model order.
+        sequences: how many sequences the set was collected from; 0 where that is not known.
+        tokens: how many tokens; 0 where that is not known.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._sites = {site["name"]: site for site in manifest["sites"]}
+        stored = frozenset(manifest["names"])
+        self.names = stored | {root for root, source in SQUARE_ROOTS.items() if source in stored}
+        self._sites: dict[str, dict[str, Any]] = {site["name"]: site for site in manifest["sites"]}
+        self.sites = tuple(self._sites)
+        self.sequences = int(manifest["sequences"])
+        self.tokens = int(manifest["tokens"])
         self._readers: dict[int, Any] = {}
 
     @classmethod
@@ -78,27 +87,6 @@ class Statistics:
         if verify:
             found.verify()
         return found
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The statistics that `tensor` can give, square roots included."""
-        stored = frozenset(self.manifest["names"])
-        return stored | {root for root, source in SQUARE_ROOTS.items() if source in stored}
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """The names of the sites, in model order."""
-        return tuple(self._sites)
-
-    @property
-    def sequences(self) -> int:
-        """How many sequences the set was collected from; 0 where that is not known."""
-        return int(self.manifest["sequences"])
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the set was collected from; 0 where that is not known."""
-        return int(self.manifest["tokens"])
 
     def tensor(self, site: str, name: str, device: torch.device | str = "cpu") -> Tensor:
         """One statistic of one site, private and float32.

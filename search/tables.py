@@ -141,11 +141,12 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     Args:
         document: as `prune --json` prints it.
     """
-    table = _table("matrix", "shape", "sparsity", "output error")
+    measured = any(layer["error"] is not None for layer in document["layers"])
+    table = _table("matrix", "shape", "sparsity", *(["output error"] if measured else []))
     for layer in document["layers"]:
-        error = "" if layer["error"] is None else f"{layer['error']:.5f}"
+        error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
         shape = " × ".join(str(size) for size in layer["shape"])
-        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", error)
+        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error)
     for column in table.columns[1:]:
         column.justify = "right"
     total = (
@@ -223,4 +224,4 @@ def _cell(value: Any) -> str:
 def _target(result: Mapping[str, Any]) -> str:
     """Such as ``60% sparsity per row`` or ``2:4``."""
     target = result["target"]
-    return target if ":" in target else f"{float(target):.4g} sparsity per {result['group']}"
+    return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"

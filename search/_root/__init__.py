@@ -17,23 +17,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evoprune.api import Evaluation, Pruned, collect_statistics, evaluate, load_model, prune
-    from evoprune.runs import Run, list_runs, resume, search_metric
+    from evoprune.api import collect_statistics, evaluate, load_model, prune
+    from evoprune.outcomes import Evaluation, Pruned
+    from evoprune.runs import Run, list_runs
+    from evoprune.searches import resume, search_metric
 
     __version__: str
 
 # Which module has what this package offers by name.
 _HOMES = {
-    "Evaluation": "evoprune.api",
-    "Pruned": "evoprune.api",
+    "Evaluation": "evoprune.outcomes",
+    "Pruned": "evoprune.outcomes",
     "Run": "evoprune.runs",
     "collect_statistics": "evoprune.api",
     "evaluate": "evoprune.api",
     "list_runs": "evoprune.runs",
     "load_model": "evoprune.api",
     "prune": "evoprune.api",
-    "resume": "evoprune.runs",
-    "search_metric": "evoprune.runs",
+    "resume": "evoprune.searches",
+    "search_metric": "evoprune.searches",
 }
 
 __all__ = [
@@ -63,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def _version() -> str:

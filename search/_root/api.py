@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ from evoprune.fitness.adapters import zero_fraction
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.models import LanguageModel, load_model
-from evoprune.fitness.pruning import PrunedLayer, check_rule, needed_statistics, prune_model
+from evoprune.fitness.pruning import check_rule, needed_statistics, prune_model
 from evoprune.fitness.statistics import Statistics, statistics_for
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
+from evoprune.outcomes import Evaluation, Pruned
 from evoprune.search.config import DEFAULT_STATISTICS
 
 __all__ = ["Evaluation", "Pruned", "collect_statistics", "evaluate", "load_model", "prune"]
@@ -33,105 +33,6 @@ HELD_OUT_TOKENS = 65_536
 
 def _silent(what: str, done: int, total: int) -> None:
     """Shows nothing."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned model and what was done to it.
-
-    Attributes:
-        language_model: with the pruned weights in memory.
-        criterion: the name of the criterion, or its expression.
-        rule: how many weights went, and what their scores were compared within.
-        compressor: what happened to the weights that stayed.
-        layers: one entry per matrix, in model order.
-        out: folder of the checkpoint; None if none was asked for.
-    """
-
-    language_model: LanguageModel
-    criterion: str
-    rule: MaskRule
-    compressor: str
-    layers: tuple[PrunedLayer, ...]
-    out: Path | None = None
-
-    @property
-    def removed(self) -> int:
-        """Weights removed."""
-        return sum(layer.removed for layer in self.layers)
-
-    @property
-    def prunable(self) -> int:
-        """Weights that could have been removed: those of the linear layers inside decoder blocks."""
-        return sum(layer.weights for layer in self.layers)
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the prunable weights that was removed."""
-        return self.removed / max(self.prunable, 1)
-
-    def to_json(self) -> dict[str, Any]:
-        """What `evoprune prune --json` prints."""
-        return {
-            "out": None if self.out is None else str(self.out),
-            "sparsity": self.sparsity,
-            "removed": self.removed,
-            "prunable": self.prunable,
-            "pattern": str(self.rule) if self.rule.pattern else None,
-            "criterion": self.criterion,
-            "compressor": self.compressor,
-            "layers": [
-                {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
-                for layer in self.layers
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A model on held-out text.
-
-    Attributes:
-        model: as it was named.
-        held_out: loss, perplexity, KL divergence and their standard errors, also by window.
-        window: tokens in a window.
-        sparsity: fraction of the prunable weights that is exactly zero.
-        data: the text, as it was named.
-    """
-
-    model: str
-    held_out: HeldOut
-    window: int
-    sparsity: float
-    data: str
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return self.held_out.perplexity
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-likelihood, in nats per predicted token."""
-        return self.held_out.loss
-
-    @property
-    def kl(self) -> float | None:
-        """KL divergence from the dense model in nats per token; None without a dense model."""
-        return self.held_out.kl
-
-    def to_json(self) -> dict[str, Any]:
-        """What `evoprune eval --json` prints."""
-        return {
-            "model": self.model,
-            "perplexity": self.perplexity,
-            "loss": self.loss,
-            "kl": self.kl,
-            "tokens": self.held_out.tokens,
-            "window": self.window,
-            "sparsity": self.sparsity,
-            "data": self.data,
-        }
 
 
 def collect_statistics(

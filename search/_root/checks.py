@@ -51,7 +51,7 @@ def all_checks() -> Iterator[Check]:
     import evoprune
 
     yield Check("evoprune", "ok", evoprune.__version__)
-    yield Check("python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    yield Check("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ESSENTIAL:
         yield _attempt(name, partial(_imported, name, name))
     yield _attempt("devices", _devices)

@@ -18,8 +18,6 @@ from evoprune.search.rundir import RunDirectory
 # Outcomes that depend on the machine; another run of the same seed need not repeat them.
 MACHINE_REASONS = ("TIMEOUT", "OOM", "WORKER_LOST", "ERROR")
 
-ROOT_ORIGINS = ("seed", "random", "power")
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -94,6 +92,11 @@ class Contender:
     expression: str
     heldout: Mapping[str, float]
     difference: Mapping[str, float] | None = None
+
+    @property
+    def above(self) -> float:
+        """Its loss minus the winner's."""
+        return 0.0 if self.difference is None else 0.0 - self.difference["loss"]
 
 
 class ReportData:

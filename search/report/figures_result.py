@@ -42,11 +42,11 @@ def baselines(data: ReportData) -> Figure | None:
     )
     left.set_xlabel("loss on text C, nats per token")
     right.axvline(0, color=canvas.WINNER, linewidth=0.8)
-    differences = [row.difference or {"loss": 0.0, "stderr": 0.0} for row in rows]
-    _points(right, rows, [(-difference["loss"], difference["stderr"]) for difference in differences], least=0)
-    right.set_xlabel("loss above the winner's, on the same windows")
+    errors = [row.difference["stderr"] if row.difference else 0.0 for row in rows]
+    _points(right, rows, [(row.above, error) for row, error in zip(rows, errors, strict=True)], least=0)
+    right.set_xlabel("loss minus the winner's, on the same windows")
     left.set_yticks(range(len(rows)), [label(row.name) for row in rows])
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.4, -0.6)
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)

@@ -16,23 +16,24 @@ _SPELLINGS = (
     ("\\rvert", "|"),
 )
 _FONT_UNITS = 100.0
-_LETTERS = {1: "M", 2: "L", 3: "Q", 4: "C", 79: "Z"}
+# By matplotlib's code of a segment: its letter in SVG and how many points it takes.
+_SEGMENTS = {1: ("M", 1), 2: ("L", 1), 3: ("Q", 2), 4: ("C", 3), 79: ("Z", 0)}
 
 
 @lru_cache(1024)
-def formula_svg(latex: str, text: str, *, display: bool = False) -> str | None:
+def formula_svg(latex: str, text: str, *, display: bool = False, widest: float | None = None) -> str | None:
     """An inline SVG of a formula, sized in em, on the baseline of the text around it.
 
     Args:
         latex: math without dollar signs.
         text: what screen readers say.
         display: full-size fractions, for a formula that stands alone.
+        widest: the most it may measure, in em.
 
     Returns:
-        The SVG element; None if mathtext cannot set it (an operator of a plug-in may use any macro).
+        The SVG element; None if it is wider, or if mathtext cannot set it (an operator of a plug-in may use any macro).
     """
     from matplotlib.font_manager import FontProperties
-    from matplotlib.path import Path as Outline
     from matplotlib.textpath import text_to_path
 
     font = FontProperties(math_fontfamily="cm")
@@ -40,19 +41,28 @@ def formula_svg(latex: str, text: str, *, display: bool = False) -> str | None:
         vertices, codes = text_to_path.get_text_path(font, f"${mathtext(latex, display=display)}$", ismath=True)
     except ValueError:
         return None
-    outline = Outline(vertices, codes)
-    pieces = []
-    for points, code in outline.iter_segments(simplify=False):
+    points = [(float(x), float(y)) for x, y in vertices]
+    letters = [int(code) for code in codes]
+    outline: list[str] = []
+    drawn: list[tuple[float, float]] = []
+    index = 0
+    while index < len(letters):
+        letter, length = _SEGMENTS[letters[index]]
+        segment = points[index : index + length]
         # SVG counts downwards.
-        numbers = [f"{-value if index % 2 else value:.4g}" for index, value in enumerate(points)]
-        pieces.append(_LETTERS[int(code)] + ("" if code == Outline.CLOSEPOLY else " ".join(numbers)))
-    box = outline.get_extents()
-    left, top, width, height = box.x0 - 2, -box.y1 - 2, box.width + 4, box.height + 4
-    view = f"{left:.1f} {top:.1f} {width:.1f} {height:.1f}"
-    em = [f"{value / _FONT_UNITS:.3f}em" for value in (width, height, box.y0 - 2)]
+        outline.append(letter + " ".join(f"{x:.4g} {-y:.4g}" for x, y in segment))
+        drawn += segment
+        # The end of an outline comes with a point that means nothing.
+        index += max(length, 1)
+    left, right = min(x for x, _ in drawn) - 2, max(x for x, _ in drawn) + 2
+    if widest is not None and right - left > widest * _FONT_UNITS:
+        return None
+    bottom, top = min(y for _, y in drawn) - 2, max(y for _, y in drawn) + 2
+    view = f"{left:.1f} {-top:.1f} {right - left:.1f} {top - bottom:.1f}"
+    em = [f"{value / _FONT_UNITS:.3f}em" for value in (right - left, top - bottom, bottom)]
     return (
         f'<svg class="formula" role="img" aria-label="{escape(text)}" viewBox="{view}" '
-        f'style="width:{em[0]};height:{em[1]};vertical-align:{em[2]}"><path d="{"".join(pieces)}"/></svg>'
+        f'style="width:{em[0]};height:{em[1]};vertical-align:{em[2]}"><path d="{"".join(outline)}"/></svg>'
     )
 
 
@@ -61,7 +71,7 @@ def mathtext(latex: str, *, display: bool = False) -> str:
     for ours, theirs in _SPELLINGS:
         latex = latex.replace(ours, theirs)
     # A named function after a factor needs the space that LaTeX gives it by itself.
-    latex = re.sub(r"(?<=[\w})|]) (?=\\operatorname)", r"\\,", latex)
+    latex = re.sub(r"(?<=[\w})|])(?<!\\cdot) (?=\\(?:operatorname|min|max|log|exp|tanh)\b)", r"\\,", latex)
     latex = _tall_parentheses(latex)
     return _display_fractions(latex) if display else latex
 

@@ -32,12 +32,12 @@ def latex_table(rows: Sequence[Contender], caption: str) -> str:
         f"  \\caption{{{escape(caption)}}}",
         r"  \begin{tabular}{lrrrr}",
         r"    \toprule",
-        r"    Criterion & Perplexity & Loss & KL to dense & Winner minus this \\",
+        r"    Criterion & Perplexity & Loss & KL to dense & Minus winner's \\",
         r"    \midrule",
     ]
     for row in rows:
         values = row.heldout
-        difference = "--" if row.difference is None else _math(signed(row.difference["loss"]), row.difference["stderr"])
+        difference = "--" if row.difference is None else _math(signed(row.above), row.difference["stderr"])
         cells = [
             escape(label(row.name)),
             perplexity(values["perplexity"]),

@@ -43,6 +43,7 @@ FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
 }
 
 _FOLDER = Path(__file__).parent
+_WIDEST_IN_TABLE = 16.0  # em
 
 
 def write_page(run: RunDirectory) -> Path:
@@ -127,7 +128,7 @@ def _environment() -> Environment:
         "label": label,
         "reason": reason_text,
         "formula": formula,
-        "display_formula": lambda expression: formula(expression, display=True),
+        "score": score,
         "symbol": lambda terminal: formula(Expression(terminal.name)),
         "kind": lambda terminal: kind_of(Expression(terminal.name)),
         "tree": lambda expression: _markup(tree_svg(expression)),
@@ -139,14 +140,21 @@ def _environment() -> Environment:
     return environment
 
 
-def formula(expression: Expression | str, *, display: bool = False) -> Markup | str:
-    """A formula as an inline picture; as Unicode text where it cannot be set, or where it is no expression."""
+def formula(expression: Expression | str) -> Markup | str:
+    """A formula as a picture in a table; as Unicode text, which wraps, where it is long, cannot be set or is a name."""
     try:
         parsed = parse(expression) if isinstance(expression, str) else expression
     except InvalidInput:
         return str(expression) or "–"
     text = to_text(parsed)
-    svg = formula_svg(latex(parsed), text, display=display)
+    svg = formula_svg(latex(parsed), text, widest=_WIDEST_IN_TABLE)
+    return text if svg is None else _markup(svg)
+
+
+def score(expression: Expression, relation: str = "=") -> Markup | str:
+    """The formula of the score, full size."""
+    text = f"S {'=' if relation == '=' else '∝'} {to_text(expression)}"
+    svg = formula_svg(f"S {relation} {latex(expression)}", text, display=True)
     return text if svg is None else _markup(svg)
 
 
@@ -174,6 +182,7 @@ def heldout_caption(data: ReportData) -> str:
     return (
         f"{data.config.model.name} with {target_text(data)} removed. Held-out text C of {corpus_text(data)}: "
         f"{numbers.count(tokens)} predicted tokens in non-overlapping windows of {data.config.data.window}. "
+        "Loss and KL are in nats per token. "
         f"Standard errors are over windows; differences are paired, window by window."
     )
 
@@ -216,6 +225,8 @@ def commands(data: ReportData) -> dict[str, str]:
     if data.result is not None:
         metric = shlex.quote(str(data.run.path / "export" / "metric.json"))
         found["Prune a model with the winner"] = f"evoprune prune {model} --metric {metric} {target} --out pruned"
+        more = f"evoprune resume {run} --fork --set evaluations={2 * data.config.evaluations}"
+        found["Search on, in a new run that reuses these evaluations"] = more
         found["Start another search from this front"] = f"evoprune search metric OTHER_MODEL --seed-from {run}"
     if argv := data.identity.get("argv"):
         # The address of a database may hold a password, and a page is there to be shown around.

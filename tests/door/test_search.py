@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ SHOWN = [
     "run", "kind", "state", "seed", "evaluations", "distinct", "seconds", "best", "baselines", "dense", "front",
 ]  # fmt: skip
 HELDOUT = {"loss", "perplexity", "kl", "stderr", "tokens"}
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches that take seconds need not draw figures for as long."""
+    monkeypatch.setattr("evoprune.sessions.write_report", lambda run: None)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,7 @@ def test_a_search_from_the_command_line(run: Run, tiny: Path, small: Path, place
     assert again.json == shown.json
 
 
+@pytest.mark.usefixtures("without_report")
 def test_one_seed_gives_one_result(run: Run, tiny: Path, small: Path, finished: Path, place: Path) -> None:
     done = run("search", "metric", tiny, "--config", small, "--executor", "inline", "--seed", 1, "--json")
     assert done.code == 0
@@ -91,7 +99,7 @@ def test_show_for_people(width: int, run: Run, finished: Path, monkeypatch: pyte
     assert (done.code, done.err) == (0, "")
     table, _, rest = done.out.partition("\nwinner ")
     assert max(len(line.rstrip()) for line in table.splitlines()) <= width
-    losses = [float(line.split(" ± ")[0].split()[-1]) for line in table.splitlines() if " ± " in line and "." in line]
+    losses = [float(loss) for loss in re.findall(r"\d\.\d\d +(\d+\.\d{4}) ± ", table)]
     assert losses == sorted(losses) and len(losses) == 10
     assert "124 predicted tokens of corpus (text C), windows of 32" in " ".join(table.split())
     assert f"evoprune show {finished}" in rest
@@ -117,6 +125,7 @@ def test_report(run: Run, finished: Path) -> None:
     assert Path(done.json["report"]).read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_fork_reuses_evaluations(run: Run, finished: Path, place: Path) -> None:
     assert run("resume", finished, "--set", "evaluations=30").code == 2
     words = ("resume", finished, "--fork", "--executor", "inline", "--set", "evaluations=30", "--run-dir", "fork")
@@ -130,6 +139,7 @@ def test_a_fork_reuses_evaluations(run: Run, finished: Path, place: Path) -> Non
     assert (place / "fork" / "history.jsonl").read_bytes().startswith((finished / "history.jsonl").read_bytes()[:2000])
 
 
+@pytest.mark.usefixtures("without_report")
 def test_an_interrupted_run(
     run: Run, tiny: Path, small: Path, place: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +169,17 @@ def test_an_interrupted_run(
     assert run("export", "stopped", "--to", "m.py").code == 2
     assert run("resume", "stopped", "--executor", "inline").code == 0
     assert (place / "stopped" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
+
+
+def test_following_a_running_search(run: Run, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = iter(["running"] * 5)
+    ending = property(lambda self: next(states, "finished"))
+    monkeypatch.setattr("evoprune.search.rundir.RunDirectory.state", ending)
+    monkeypatch.setattr("evoprune.commands_runs.FOLLOW_SECONDS", 0)
+    done = run("show", finished, "--follow", "--json")
+    assert done.code == 0
+    assert done.err.count(" 24 evaluations  best ") == 1
+    assert done.json["state"] == "finished"
 
 
 def test_the_dashboard(run: Run, finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +263,7 @@ def test_a_run_in_python(finished: Path, place: Path) -> None:
         evoprune.Run()
 
 
+@pytest.mark.usefixtures("without_report")
 def test_a_search_in_python(tiny: Path, small: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = evoprune.search_metric(
         str(tiny), config=small, executor="inline", quiet=True, evaluations=16, settings={"searcher.seeds": ["wanda"]}

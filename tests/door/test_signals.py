@@ -13,6 +13,7 @@ import pytest
 from evoprune.search.rundir import RunDirectory
 
 EVALUATIONS = 60
+PATIENCE = 600.0
 
 
 def search(tiny: Path, small: Path, run_dir: str, *more: str) -> subprocess.Popen[str]:
@@ -26,10 +27,11 @@ def search(tiny: Path, small: Path, run_dir: str, *more: str) -> subprocess.Pope
 
 
 def wait_for_births(run: Path, process: subprocess.Popen[str]) -> None:
-    """Until the first commit, which comes after a few evaluations."""
-    for _ in range(6000):
-        history = run / "history.jsonl"
-        if (history.exists() and history.stat().st_size) or process.poll() is not None:
+    """Until the first commit, which comes after a few evaluations, or the end."""
+    history = run / "history.jsonl"
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up and process.poll() is None:
+        if history.exists() and history.stat().st_size:
             return
         time.sleep(0.02)
 
@@ -48,7 +50,7 @@ def test_stopped_and_continued(number: int, more: tuple[str, ...], tiny: Path, s
     process = search(tiny, small, "stopped", *more)
     wait_for_births(place / "stopped", process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (130, ""), err
     assert err.splitlines()[-1].endswith("continue with `evoprune resume stopped`")
     stopped = RunDirectory(place / "stopped")
@@ -56,8 +58,8 @@ def test_stopped_and_continued(number: int, more: tuple[str, ...], tiny: Path, s
     assert 0 < len(list(stopped.history())) < EVALUATIONS
 
     command = [sys.executable, "-m", "evoprune", "resume", "stopped", "--executor", "inline"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
     whole = search(tiny, small, "whole", "--executor", "inline")
-    whole.communicate(timeout=600)
+    whole.communicate(timeout=PATIENCE)
     assert (place / "stopped" / "history.jsonl").read_bytes() == (place / "whole" / "history.jsonl").read_bytes()

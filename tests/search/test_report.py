@@ -131,7 +131,7 @@ def test_it_says_what_the_result_says(finished: Path) -> None:
     for row in (result["best"], result["dense"], *result["baselines"]):
         assert f"{row['heldout']['loss']:.4f} ± {row['heldout']['stderr']:.4f}" in page.text
     for row in result["baselines"]:
-        difference = f"{row['winner_minus_this']['loss']:+.4f}".replace("-", "−")
+        difference = f"{0 - row['winner_minus_this']['loss']:+.4f}".replace("-", "−")
         assert f"{difference} ± {row['winner_minus_this']['stderr']:.4f}" in page.text
     assert all(member["expression"] in page.text for member in result["front"])
     assert f"{result['dense']['heldout']['tokens']} predicted tokens" in page.text
@@ -180,6 +180,17 @@ def test_an_unfinished_run_gives_what_it_has(changed: RunDirectory) -> None:
     assert "heldout" not in page.ids and "figure-convergence" in page.ids
     assert not (changed.path / "plots" / "baselines.svg").exists()
     assert "perplexity" not in page.text.split("The winner")[1].split("Reproduce")[0].lower()
+
+
+def test_a_result_without_its_history(finished: Path, tmp_path: Path) -> None:
+    for name in ("run.json", "config.yaml", "result.json"):
+        shutil.copy(finished / name, tmp_path / name)
+    result = json.loads((tmp_path / "result.json").read_text())
+    result["best"]["parents"] = [3]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    page = Page(render(ReportData(RunDirectory(tmp_path)), {}))
+    assert "history is missing" in page.text
+    assert all(member["expression"] in page.text for member in result["front"])
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -282,6 +293,7 @@ def test_a_macro_that_mathtext_lacks_is_no_error() -> None:
         (r"\left(\frac{a}{b}\right)", r"\left(\dfrac{a}{b}\right)"),
         (r"\frac{\frac{a}{b}}{c} \frac{d}{e}", r"\dfrac{\frac{a}{b}}{c} \dfrac{d}{e}"),
         (r"W \operatorname{minmax}(x)", r"W\,\operatorname{minmax}(x)"),
+        (r"|W| \cdot \log X (x) \max(a, b)", r"|W| \cdot \log X (x)\,\max(a, b)"),
     ],
 )
 def test_dialect(ours: str, theirs: str) -> None:
@@ -329,5 +341,5 @@ def test_latex_table() -> None:
     ]
     table = latex_table(rows, "60 % of a_b")
     assert r"\caption{60 \% of a\_b}" in table
-    assert r"    my\_criterion & 12.18 & $2.5000 \pm 0.0100$ & $0.1000$ & $-0.2500 \pm 0.5000$ \\" in table
+    assert r"    my\_criterion & 12.18 & $2.5000 \pm 0.0100$ & $0.1000$ & $+0.2500 \pm 0.5000$ \\" in table
     assert table.count(r"\\") == 3

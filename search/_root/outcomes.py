@@ -1,0 +1,111 @@
+"""What pruning and evaluating a model give back, in Python and as the JSON of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evoprune.fitness.evaluation import HeldOut
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.pruning import PrunedLayer
+from evoprune.metrics.records import MaskRule
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned model and what was done to it.
+
+    Attributes:
+        language_model: with the pruned weights in memory.
+        criterion: the name of the criterion, or its expression.
+        rule: how many weights went, and what their scores were compared within.
+        compressor: what happened to the weights that stayed.
+        layers: one entry per matrix, in model order.
+        out: folder of the checkpoint; None if none was asked for.
+    """
+
+    language_model: LanguageModel
+    criterion: str
+    rule: MaskRule
+    compressor: str
+    layers: tuple[PrunedLayer, ...]
+    out: Path | None = None
+
+    @property
+    def removed(self) -> int:
+        """Weights removed."""
+        return sum(layer.removed for layer in self.layers)
+
+    @property
+    def prunable(self) -> int:
+        """Weights that could have been removed: those of the linear layers inside decoder blocks."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that was removed."""
+        return self.removed / max(self.prunable, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` prints."""
+        return {
+            "out": None if self.out is None else str(self.out),
+            "sparsity": self.sparsity,
+            "removed": self.removed,
+            "prunable": self.prunable,
+            "pattern": str(self.rule) if self.rule.pattern else None,
+            "criterion": self.criterion,
+            "compressor": self.compressor,
+            "layers": [
+                {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
+                for layer in self.layers
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on held-out text.
+
+    Attributes:
+        model: as it was named.
+        held_out: loss, perplexity, KL divergence and their standard errors, also by window.
+        window: tokens in a window.
+        sparsity: fraction of the prunable weights that is exactly zero.
+        data: the text, as it was named.
+    """
+
+    model: str
+    held_out: HeldOut
+    window: int
+    sparsity: float
+    data: str
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return self.held_out.perplexity
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, in nats per predicted token."""
+        return self.held_out.loss
+
+    @property
+    def kl(self) -> float | None:
+        """KL divergence from the dense model in nats per token; None without a dense model."""
+        return self.held_out.kl
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune eval --json` prints."""
+        return {
+            "model": self.model,
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "kl": self.kl,
+            "tokens": self.held_out.tokens,
+            "window": self.window,
+            "sparsity": self.sparsity,
+            "data": self.data,
+        }

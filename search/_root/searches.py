@@ -1,0 +1,134 @@
+"""Searches in Python: start one, continue one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from evoprune.configuration import metric_config
+from evoprune.metrics.errors import InvalidInput
+from evoprune.runs import Run
+from evoprune.search.metric_run import Resources
+from evoprune.search.rundir import RunDirectory
+from evoprune.sessions import drive, fork_run, start
+
+__all__ = ["resume", "search_metric"]
+
+
+def search_metric(
+    model: str | None = None,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    group: str | None = None,
+    evaluations: int | None = None,
+    minutes: float | None = None,
+    population: int | None = None,
+    seed: int | None = None,
+    data: str | None = None,
+    calibration: str | None = None,
+    calibration_sequences: int | None = None,
+    calibration_window: int | None = None,
+    objective: str | None = None,
+    searcher: str | None = None,
+    seed_from: str | Path | None = None,
+    window: int | None = None,
+    threads: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+    config: str | Path | Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    executor: Literal["ray", "inline"] = "ray",
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    address: str = "local",
+    storage: str | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Evolve a pruning metric and return the finished run. What is None has the value of `config`, else its default.
+
+    Args:
+        model: `reference` (the default, an embedded model of a few million parameters), a folder, or a Hub id.
+        sparsity: fraction of the prunable weights to remove, in (0, 1); 0.6 unless `pattern` is given.
+        pattern: ``N:M``, N kept of every M consecutive inputs.
+        group: compare scores within a ``row``, a ``layer`` or the ``global`` model.
+        evaluations: candidates with a forward pass, at most.
+        minutes: time for the search, at most; how far it gets then depends on the machine.
+        population: members over all islands.
+        seed: fixes texts A and B and the search: one seed, one history.
+        data: text of fitness (side B) and report (side C): `corpus`, a file, a folder, or a data set.
+        calibration: text of the statistics (side A); `data` if not given.
+        calibration_sequences: windows of text A.
+        calibration_window: tokens in each.
+        objective: a name from `evoprune list objectives`.
+        searcher: a name from `evoprune list searchers`.
+        seed_from: an exported metric, or another run, to start from.
+        window: births that may wait for results; a part of the run's identity.
+        threads: torch threads of a worker on a CPU; a part of the run's identity.
+        dtype, device, revision, trust_remote_code: as `load_model` takes them.
+        config: YAML files, later ones win over earlier ones.
+        settings: any option by its dotted key, such as ``{"searcher.islands": 2}``; these win over all others.
+        run_dir: the run's folder; by default one of its own in `runs`.
+        executor: ``ray`` for worker processes, ``inline`` for this process.
+        workers: worker processes; None takes one per processor core, or per GPU.
+        gpus_per_worker: GPUs of each, or a fraction of one; None takes 1 if there is a GPU.
+        address: of a Ray cluster; ``local`` starts a private instance.
+        storage: database URL for the Optuna study; None keeps it in the run's folder.
+        quiet: show no progress.
+
+    Raises:
+        InvalidInput: an option, the model or the text is not usable; nothing is left behind.
+        Interrupted: stopped by a signal; the run can be resumed.
+        WorkersFailed, NoCapacity: no worker can start, or none is left; the run can be resumed.
+    """
+    options = {
+        "model": model, "sparsity": sparsity, "pattern": pattern, "group": group, "evaluations": evaluations,
+        "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
+        "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
+        "objective": objective, "searcher": searcher, "seed_from": None if seed_from is None else str(seed_from),
+        "window": window, "threads": threads, "dtype": dtype, "device": device, "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    files = [config] if isinstance(config, (str, Path)) else config
+    resolved = metric_config(options, files=map(Path, files), settings=settings)
+    resources = Resources(executor, workers, gpus_per_worker, address, storage)
+    return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
+
+
+def resume(
+    run: str | Path | RunDirectory | Run = "latest",
+    *,
+    fork: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    executor: Literal["ray", "inline"] = "ray",
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    address: str = "local",
+    storage: str | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Continue an interrupted run to its end, with the history it would have had without the interruption.
+
+    Args:
+        run: a folder, a run's id, or `latest`. A finished run is returned as it is.
+        fork: start a new run with the same configuration that reuses the evaluations of this one.
+        settings: options of the fork that differ, by dotted key, such as ``{"evaluations": 600}``.
+        run_dir: the folder of the fork.
+        executor, workers, gpus_per_worker, address, storage, quiet: as in `search_metric`; they change no history.
+
+    Raises:
+        InvalidInput: no such run, another process drives it, or model, data or code changed since.
+        Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
+    """
+    directory = (run if isinstance(run, Run) else Run(run)).directory
+    resources = Resources(executor, workers, gpus_per_worker, address, storage)
+    if fork:
+        return Run(fork_run(directory, resources, settings=settings, run_dir=run_dir, quiet=quiet))
+    if settings or run_dir is not None:
+        raise InvalidInput("a resumed run keeps its options and its folder; fork it to change them")
+    return Run(drive(directory, resources, quiet))

@@ -1,0 +1,206 @@
+"""Whole metric searches on a tiny random model: from a folder on disk to the exported winner."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.exported import load_metric
+from evoprune.search.config import resolve
+from evoprune.search.metric_run import Resources, resume_metric_search, start_metric_search
+from evoprune.search.rundir import RunDirectory
+from tests.models import save_tiny
+
+EVALUATIONS = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model, a text and a cache of their own."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny(folder / "model")
+    text = "\n".join(f"line {index}: {index * index % 97} apples, {index % 13} pears." for index in range(6000))
+    (folder / "text.txt").write_text(text)
+    before = os.environ.get("EVOPRUNE_CACHE")
+    os.environ["EVOPRUNE_CACHE"] = str(folder / "cache")
+    yield folder
+    if before is None:
+        del os.environ["EVOPRUNE_CACHE"]
+    else:
+        os.environ["EVOPRUNE_CACHE"] = before
+
+
+def config(world, **changes):
+    return resolve(
+        overrides={
+            "model.name": str(world / "model"),
+            "data.source": str(world / "text.txt"),
+            "data.window": 32,
+            "data.calibration_window": 32,
+            "data.calibration_sequences": 8,
+            "data.heldout_windows": 8,
+            "racing.rungs": [2, 4, 8],
+            "target.sparsity": 0.5,
+            "evaluations": EVALUATIONS,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    return start_metric_search(config(world), Resources(executor="inline"), run_dir=world / "run")
+
+
+def history(run):
+    return (run.path / "history.jsonl").read_bytes()
+
+
+def timeless(result):
+    """A result without what names the run."""
+    return {name: value for name, value in result.items() if name != "run"}
+
+
+def test_the_result_has_what_scripts_rely_on(finished):
+    result = finished.result
+    assert finished.state == "finished"
+    assert result["evaluations"] == EVALUATIONS
+    assert {row["name"] for row in result["baselines"]} == {
+        "random",
+        "magnitude",
+        "wanda",
+        "ria",
+        "gblm",
+        "gblm-gradient",
+        "pruner-zero",
+        "power",
+    }
+    for entry in (result["dense"], result["best"], *result["baselines"]):
+        assert set(entry["heldout"]) == {"loss", "perplexity", "kl", "stderr", "tokens"}
+    assert result["dense"]["heldout"]["kl"] == pytest.approx(0, abs=1e-5)
+    assert result["best"]["fitness"] == min(member["fitness"] for member in result["front"])
+    assert "/" not in json.dumps({name: result[name] for name in ("best", "front", "baselines", "dense")}).replace(
+        "\\\\", ""
+    )
+
+
+def test_the_winner_is_no_worse_than_any_baseline_on_the_search_text(finished):
+    result = finished.result
+    known = [row["fitness"] for row in result["baselines"] if row["fitness"] is not None]
+    assert result["best"]["fitness"] <= min(known)
+
+
+def test_the_exports_give_the_winner_back(finished):
+    for suffix in ("json", "py"):
+        metric = load_metric(str(finished.path / "export" / f"metric.{suffix}"))
+        assert metric.expression.text == finished.result["best"]["expression"]
+    done = subprocess.run([sys.executable, str(finished.path / "export" / "metric.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_board_shows_every_evaluation(finished):
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(finished.path / "optuna.log")))
+    study = optuna.load_study(study_name=finished.run_id, storage=storage)
+    evaluated = [json.loads(line) for line in history(finished).splitlines() if b'"rungs"' in line]
+    assert [trial.user_attrs["expression"] for trial in study.trials] == [line["expression"] for line in evaluated]
+    assert [list(trial.intermediate_values.values()) for trial in study.trials] == [line["rungs"] for line in evaluated]
+
+
+def test_the_same_seed_gives_the_same_run(finished, world):
+    again = start_metric_search(config(world), Resources(executor="inline"), run_dir=world / "again")
+    assert history(again) == history(finished)
+    assert timeless(again.result) == timeless(finished.result)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_gives_the_same_run_with_any_number_of_workers(finished, world, workers):
+    run = start_metric_search(config(world), Resources(workers=workers), run_dir=world / f"ray-{workers}")
+    assert history(run) == history(finished)
+    assert timeless(run.result) == timeless(finished.result)
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+from evoprune.search.config import validated
+from evoprune.search.metric_run import Resources, resume_metric_search, start_metric_search
+from evoprune.search.rundir import RunDirectory
+import json
+path = Path(sys.argv[1])
+if path.exists():
+    resume_metric_search(RunDirectory.open(path), Resources(executor="inline"))
+else:
+    start_metric_search(validated(json.loads(sys.argv[2])), Resources(executor="inline"), run_dir=path)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_history(finished, world):
+    """SIGKILL at several moments of the search; engine.md, check 6."""
+    path = world / "killed"
+    command = [sys.executable, "-c", _DRIVER, str(path), config(world).model_dump_json()]
+    for wanted in (1, 12, 25):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        log = path / "evaluations.wal"
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    run = RunDirectory.open(path)
+    assert history(run) == history(finished)
+    assert timeless(run.result) == timeless(finished.result)
+
+
+def test_resume_refuses_changed_data(finished, world, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((world / "text.txt").read_text())
+    run = start_metric_search(
+        config(world, **{"data.source": str(text), "evaluations": 3}),
+        Resources(executor="inline"),
+        run_dir=tmp_path / "run",
+    )
+    (run.path / "result.json").unlink()
+    text.write_text(text.read_text().replace("pears", "plums"))
+    with pytest.raises(InvalidInput, match="changed since this run began"):
+        resume_metric_search(RunDirectory.open(run.path), Resources(executor="inline"))
+
+
+def test_seeds_may_come_from_another_run(finished, world, tmp_path):
+    run = start_metric_search(
+        config(world, seed_from=str(finished.path), evaluations=16, **{"searcher.seeds": ["wanda"]}),
+        Resources(executor="inline"),
+        run_dir=tmp_path / "run",
+    )
+    born = {json.loads(line)["expression"] for line in history(run).splitlines()}
+    assert finished.result["best"]["expression"] in born
+
+
+@pytest.mark.parametrize("objective", ["perplexity", "reconstruction"])
+def test_other_objectives_run(world, tmp_path, objective):
+    run = start_metric_search(
+        config(world, objective=objective, evaluations=20), Resources(executor="inline"), run_dir=tmp_path / "run"
+    )
+    assert run.result["best"]["fitness"] <= min(row["fitness"] for row in run.result["baselines"] if row["fitness"])
+
+
+def test_a_pattern_and_forward_only_statistics(world, tmp_path):
+    run = start_metric_search(
+        config(world, statistics=["X_l2", "X_var"], evaluations=20, **{"target.sparsity": None, "target.pattern": "2:4"}),
+        Resources(executor="inline"),
+        run_dir=tmp_path / "run",
+    )
+    names = {row["name"] for row in run.result["baselines"]}
+    assert names == {"random", "magnitude", "wanda", "ria", "power"}
+    assert run.result["target"] == "2:4"
