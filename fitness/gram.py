@@ -56,6 +56,10 @@ def inverse_diagonals(gram: Tensor, tokens_per_sequence: float) -> tuple[Tensor,
         EvopruneError: the matrix is not positive definite, even damped.
     """
     wide = gram if gram.device.type == "mps" else gram.to(torch.float64)
-    inverse = torch.cholesky_inverse(damped_cholesky(2 * tokens_per_sequence * wide))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    return inverse.diagonal().float()[None], upper.diagonal().square().float()[None]
+    # With both axes reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, so U = R⁻¹: one factorisation serves both.
+    factor = damped_cholesky((2 * tokens_per_sequence * wide).flip(0, 1))
+    identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    diagonals = inverse_factor.square().sum(0), factor.diagonal().pow(-2)
+    hinv, hchol2 = (diagonal.flip(0).float()[None] for diagonal in diagonals)
+    return hinv, hchol2

@@ -99,11 +99,7 @@ def load_model(
     chosen = _dtype(dtype, target)
     if device_map is not None and find_spec("accelerate") is None:
         raise InvalidInput("device_map needs accelerate: pip install accelerate")
-    folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=False)
-    config = _config(folder, trust_remote_code)
-    _refuse_unsupported(name, config, trust_remote_code)
-    folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=True)
-    weight_files(folder)
+    folder, config = check_model(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(folder, trust_remote_code)
     model = _weights(folder, trust_remote_code, chosen, device_map)
     if device_map is None:
@@ -122,6 +118,22 @@ def load_model(
     model.eval().requires_grad_(False)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
     return LanguageModel(model, tokenizer, tuple(list_sites(model)), name, fingerprint(folder), stored)
+
+
+def check_model(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Path, PreTrainedConfig]:
+    """(local folder with the weights, config) of a model that `load_model` can load, without loading it.
+
+    Raises:
+        InvalidInput: no such model, no config, a family that is not supported, or no safetensors.
+    """
+    folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=False)
+    config = _config(folder, trust_remote_code)
+    _refuse_unsupported(name, config, trust_remote_code)
+    folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=True)
+    weight_files(folder)
+    return folder, config
 
 
 def _device(device: str) -> torch.device:

@@ -22,7 +22,7 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.statistics import Statistics, statistics_for
-from evoprune.fitness.teacher import Teacher, build_teacher, linear_head
+from evoprune.fitness.teacher import Teacher, build_teacher, linear_head, window_losses
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
@@ -128,14 +128,14 @@ def prepare(
     partial.mkdir(parents=True)
     try:
         head = linear_head(language_model.model, windows["search"][:1, :8].to(language_model.device))
-        began = time.perf_counter()
         for side, tokens in windows.items():
             progress(f"teacher on {side} text", 0, len(tokens))
             teacher = build_teacher(language_model.model, head, tokens)
             save_file({"windows": tokens, **teacher.tensors()}, partial / f"{side}.safetensors")
-        tokens_seen = sum(tokens.numel() for tokens in windows.values())
-        # The teacher's second product with the output embedding makes this a little more than a plain pass.
-        seconds_per_token = (time.perf_counter() - began) / tokens_seen
+        timed = windows["search"][: context.rungs[0]]
+        began = time.perf_counter()
+        window_losses(language_model.model, head, timed, None)
+        seconds_per_token = (time.perf_counter() - began) / timed.numel()
         _build_probe(language_model, statistics, needs, context).save(partial / "probe.safetensors")
         facts = {
             "identity": identity,

@@ -16,7 +16,7 @@ from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.interpreter import free_inputs
 from evoprune.metrics.mask import check_finite, check_pattern, global_masks, mask
-from evoprune.metrics.records import MaskRule
+from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS
 
 # What the relative output error of a layer is measured with, the better one first.
@@ -57,6 +57,22 @@ def needed_statistics(criterion: Criterion, compressor: str) -> frozenset[str]:
         UnknownName: no such compressor.
     """
     return (criterion.needs & STATISTICS) | COMPRESSORS[compressor].needs
+
+
+def mask_rule(criterion: Criterion, sparsity: float | None, pattern: str | None, group: str | None) -> MaskRule:
+    """How many weights go: half unless told otherwise, compared within the criterion's own group.
+
+    Raises:
+        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group.
+    """
+    if sparsity is not None and pattern is not None:
+        raise InvalidInput("give a sparsity or a pattern, not both")
+    chosen = next((known for known in GROUPS if known == group), None)
+    if group is not None and chosen is None:
+        raise InvalidInput(f"no group {group[:80]!r}; the groups are {', '.join(GROUPS)}")
+    if pattern is not None:
+        return MaskRule(None, parse_pattern(pattern), "row")
+    return MaskRule(0.5 if sparsity is None else sparsity, None, chosen or criterion.group)
 
 
 def check_rule(language_model: LanguageModel, rule: MaskRule) -> None:

@@ -40,9 +40,9 @@ class DataConfig(_Section):
 
     source: str = Field("corpus", description="text of B and C: corpus, a file, a folder, or a datasets name")
     window: int = Field(256, ge=8, description="tokens in a window")
-    heldout_windows: int | None = Field(None, ge=2, description="windows of text C; none takes all, at most 256")
+    heldout_windows: int | None = Field(96, ge=2, description="windows of text C; none takes all")
     calibration: str | None = Field(None, description="text of A; none takes the same source")
-    calibration_sequences: int = Field(128, ge=1, description="sequences for statistics")
+    calibration_sequences: int = Field(64, ge=1, description="sequences for statistics")
     calibration_window: int = Field(256, ge=8, description="tokens in each of them")
 
 
@@ -77,7 +77,7 @@ class TargetConfig(_Section):
 class RacingConfig(_Section):
     """More tokens for fewer candidates."""
 
-    rungs: tuple[int, ...] = Field((8, 32, 96), description="windows of text B seen up to each rung")
+    rungs: tuple[int, ...] = Field((4, 16, 64), description="windows of text B seen up to each rung")
     keep: float = Field(0.25, gt=0, le=1, description="share that goes on to the next rung")
     uniform: float = Field(0.1, ge=0, le=1, description="share that goes on whatever its fitness")
 
@@ -85,7 +85,7 @@ class RacingConfig(_Section):
     @classmethod
     def _increasing(cls, rungs: tuple[int, ...]) -> tuple[int, ...]:
         if not rungs or rungs[0] < 1 or any(b <= a for a, b in pairwise(rungs)):
-            raise ValueError("rungs are numbers of windows that increase, such as [8, 32, 96]")
+            raise ValueError("rungs are numbers of windows that increase, such as [4, 16, 64]")
         return rungs
 
 

@@ -315,7 +315,7 @@ def start_metric_search(
     """Run a metric search in a new folder and return it, finished.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; `error.run` is the folder to resume.
+        Interrupted: SIGINT or SIGTERM; the run's folder holds what `resume_metric_search` needs.
         InvalidInput: the configuration, the model or the data is not usable.
     """
     resources = resources or Resources()
@@ -341,7 +341,8 @@ def resume_metric_search(
         return run
     config = validated(run.config)
     run.lock()
-    run.events("info", "resumed")
+    if (run.path / "evaluations.wal").exists():
+        run.events("info", "resumed")
     with closing(run):
         _session(run, config, resources or Resources(), stream)
     return run

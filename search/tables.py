@@ -100,8 +100,18 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
 
 
-def unfinished_view(document: Mapping[str, Any], config: Mapping[str, Any], run: Path) -> list[RenderableType]:
-    """A run without a result: how far it is, and how to go on."""
+def unfinished_view(
+    document: Mapping[str, Any], config: Mapping[str, Any], run: Path, reasons: Mapping[str, int], error: str | None
+) -> list[RenderableType]:
+    """A run without a result: how far it is, and how to go on.
+
+    Args:
+        document: as `show --json` prints it.
+        config: of the run.
+        run: its folder.
+        reasons: how many births each reason code has stopped.
+        error: what a failed run ended with.
+    """
     best = document["best"]
     facts: dict[str, RenderableType] = {
         "run": document["run"],
@@ -112,6 +122,10 @@ def unfinished_view(document: Mapping[str, Any], config: Mapping[str, Any], run:
     if best is not None:
         facts["best"] = Text(f"{best['fitness']:.5g}  {best['expression']}", style="green")
         facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
+    if reasons:
+        facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
+    if error is not None:
+        facts["error"] = Text(error, style="red")
     quoted = shlex.quote(str(run))
     if document["state"] == "running":
         facts["follow"] = f"evoprune show {quoted} --follow"
@@ -122,11 +136,12 @@ def unfinished_view(document: Mapping[str, Any], config: Mapping[str, Any], run:
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line a run."""
-    table = _table("run", "state", "time", "best fitness", "expression")
+    table = _table("run", "state", "time", "fitness", "best metric")
+    table.columns[0].no_wrap = True
     for row in rows:
         best = row["best"]
         table.add_row(
-            Text(row["run"], overflow="fold"),
+            row["run"],
             Text(row["state"], style=_STATUS_STYLES[row["state"]]),
             clock(row["seconds"]),
             "" if best is None else f"{best['fitness']:.5g}",
@@ -184,6 +199,17 @@ def checks_table(checks: Sequence[Mapping[str, str]]) -> Table:
     table.show_header = False
     for check in checks:
         table.add_row(check["name"], Text(check["status"], style=_STATUS_STYLES[check["status"]]), check["detail"])
+    return table
+
+
+def criteria_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Criteria: below each formula the expression to type, and its source."""
+    table = _table("name", "group", "needs", "formula, expression, source")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        lines = [Text(text) for text in (row["formula"], row["expression"]) if text is not None]
+        what = Group(*lines, Text(row["source"], style="dim"))
+        table.add_row(row["name"], row["group"], " ".join(row["needs"]), what)
     return table
 
 

@@ -118,6 +118,9 @@ def forbidden_calls(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             last_two = ".".join(called.split(".")[-2:])
+            # torch unpickles nothing but tensors when it is told so.
+            if called == "torch.load" and "weights_only=True" in ast.unparse(node):
+                continue
             if called in FORBIDDEN_NAMES or FORBIDDEN_METHODS & {last_two, called.rpartition(".")[2]}:
                 found.append(f"{called} in line {node.lineno}")
     return found

@@ -11,7 +11,6 @@ from evoprune.fitness.teacher import WindowLosses
 from evoprune.metrics.criterion import Tags
 from evoprune.metrics.registry import Registry
 
-
 Role = Literal["quality", "cost", "predicted", "diagnostic"]
 
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from evoprune.fitness.adapters import zero_fraction
+from evoprune.fitness.adapters import list_sites, zero_fraction
+from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.models import LanguageModel, load_model
-from evoprune.fitness.pruning import check_rule, needed_statistics, prune_model
+from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
 from evoprune.fitness.statistics import Statistics, statistics_for
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
-from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
+from evoprune.metrics.files import content_hash
 from evoprune.outcomes import Evaluation, Pruned
-from evoprune.search.config import DEFAULT_STATISTICS
+from evoprune.search.config import DEFAULT_STATISTICS, DataConfig
 
 __all__ = ["Evaluation", "Pruned", "collect_statistics", "evaluate", "load_model", "prune"]
 
 Progress = Callable[[str, int, int], None]
 """Told what runs, how much of it is done and how much there is."""
 
-WINDOW = 256
-HELD_OUT_TOKENS = 65_536
+# The same text as in a search, so that numbers can be compared.
+TEXT = DataConfig()
+HELD_OUT_TOKENS = (TEXT.heldout_windows or 256) * TEXT.window
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -40,7 +44,7 @@ def collect_statistics(
     names: Iterable[str] = DEFAULT_STATISTICS,
     *,
     calibration: str = "corpus",
-    calibration_sequences: int = 128,
+    calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
     seed: int = 0,
     progress: Progress = _silent,
@@ -91,7 +95,7 @@ def prune(
     compressor: str = "mask",
     out: str | Path | None = None,
     calibration: str = "corpus",
-    calibration_sequences: int = 128,
+    calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
     seed: int = 0,
     progress: Progress = _silent,
@@ -100,7 +104,7 @@ def prune(
     """Remove the weights that a criterion scores lowest, and write a checkpoint if asked to.
 
     Args:
-        model: `reference`, a folder, a Hub id, or a loaded model, whose weights are then overwritten.
+        model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is: the result has a copy.
         metric: a name of the criteria, an expression such as ``mul(abs(W),X_l2)``, an exported ``.json`` or ``.py``
             (read, never executed), or a criterion.
         sparsity: fraction of the prunable weights to remove, in [0, 1); 0.5 unless `pattern` is given.
@@ -121,7 +125,7 @@ def prune(
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
-    language_model = _loaded(model, loading, progress)
+    language_model = _copy(model) if isinstance(model, LanguageModel) else _loaded(model, loading, progress)
     check_rule(language_model, rule)
     statistics = None
     if needs:
@@ -143,31 +147,23 @@ def prune(
         progress=lambda done, total: progress("pruning matrices", done, total),
     )
     pruned = Pruned(language_model, _label(metric, criterion), rule, compressor, layers)
-    if out is None:
-        return pruned
-    progress("writing the checkpoint", 0, 1)
     recipe = {
         "criterion": pruned.criterion,
         "source": criterion.source,
         "sparsity": rule.sparsity,
-        "pattern": pruned.to_json()["pattern"],
+        "pattern": str(rule) if rule.pattern else None,
         "group": rule.group,
         "compressor": compressor,
-        "calibration": None
-        if statistics is None
-        else {
-            "text": calibration,
-            "side": "A",
-            "sequences": statistics.manifest["sequences"],
-            "window": statistics.manifest["window"],
-            "seed": seed,
-            "statistics": sorted(needs),
-        },
+        "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
-    report = {name: value for name, value in pruned.to_json().items() if name in ("removed", "prunable", "layers")}
-    folder = write_checkpoint(language_model, out, recipe=recipe, report=report)
-    progress("writing the checkpoint", 1, 1)
-    return Pruned(language_model, pruned.criterion, rule, compressor, layers, folder)
+    if out is not None:
+        progress("writing the checkpoint", 0, 1)
+        report = {name: value for name, value in pruned.to_json().items() if name in ("removed", "prunable", "layers")}
+        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report))
+        progress("writing the checkpoint", 1, 1)
+    # Statistics are cached by fingerprint, and the dense model's are not those of this one.
+    fingerprint = content_hash([language_model.fingerprint, recipe])
+    return replace(pruned, language_model=replace(language_model, fingerprint=fingerprint))
 
 
 def evaluate(
@@ -187,7 +183,7 @@ def evaluate(
         dense: the model before pruning; None leaves out the KL divergence.
         data: `corpus`, a file, a folder, or a data set; its side C is read.
         window: tokens in a window; None takes 256, or the model's context if that is shorter.
-        tokens: how much text; None takes up to 65,536 tokens of what there is.
+        tokens: how much text; None takes as much as a search's report, 24,576 tokens, or all there is.
         progress: told what runs.
         loading: further arguments of `load_model`, where a model is given by name.
 
@@ -207,20 +203,22 @@ def evaluate(
     return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data)
 
 
-def mask_rule(criterion: Criterion, sparsity: float | None, pattern: str | None, group: str | None) -> MaskRule:
-    """What `prune` removes: half of the weights unless told otherwise, compared within the criterion's own group.
+def _copy(language_model: LanguageModel) -> LanguageModel:
+    """The same model with weights of its own."""
+    model = deepcopy(language_model.model)
+    return replace(language_model, model=model, sites=tuple(list_sites(model)))
 
-    Raises:
-        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group.
-    """
-    if sparsity is not None and pattern is not None:
-        raise InvalidInput("give a sparsity or a pattern, not both")
-    chosen = next((known for known in GROUPS if known == group), None)
-    if group is not None and chosen is None:
-        raise InvalidInput(f"no group {group[:80]!r}; the groups are {', '.join(GROUPS)}")
-    if pattern is not None:
-        return MaskRule(None, parse_pattern(pattern), "row")
-    return MaskRule(0.5 if sparsity is None else sparsity, None, chosen or criterion.group)
+
+def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
+    """What a recipe says of the calibration."""
+    return {
+        "text": public_name(text),
+        "side": "A",
+        "sequences": statistics.manifest["sequences"],
+        "window": statistics.manifest["window"],
+        "seed": seed,
+        "statistics": sorted(needs),
+    }
 
 
 def _loaded(model: str | LanguageModel, loading: dict[str, Any], progress: Progress = _silent) -> LanguageModel:
@@ -237,7 +235,7 @@ def _window(language_model: LanguageModel, window: int | None) -> int:
     if window is not None:
         language_model.check_window(window)
         return window
-    return min(WINDOW, language_model.context or WINDOW)
+    return min(TEXT.window, language_model.context or TEXT.window)
 
 
 def _held_out(language_model: LanguageModel, windows: Tensor, dense: Any, progress: Progress) -> HeldOut:

@@ -32,9 +32,9 @@ def list_kind(
         if as_json:
             output.json(rows)
         elif rows:
-            from evoprune.search.tables import plain_table
+            from evoprune.search.tables import criteria_table, plain_table
 
-            output.show(plain_table(rows))
+            output.show(criteria_table(rows) if kind == "criteria" else plain_table(rows))
         else:
             output.tell(f"no {kind} yet: they land with the searches that use them")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,11 @@ def show(
         if result is not None:
             output.show(*result_view(result, directory.path))
         else:
-            output.show(*unfinished_view(run_document(directory), directory.config, directory.path))
+            reasons = Counter(line["reason"] for line in directory.history() if line["reason"])
+            failures = [event for event in directory.read_events() if event["event"] == "failed"]
+            error = failures[-1].get("error") if directory.state == "failed" else None
+            view = unfinished_view(run_document(directory), directory.config, directory.path, reasons, error)
+            output.show(*view)
 
 
 def _follow(run: RunDirectory, output: Output) -> None:
@@ -144,8 +149,6 @@ def dashboard(
         output.tell(f"Optuna Dashboard: http://{host}:{port}/dashboard (Ctrl-C ends it)")
         try:
             run_server(storage or str(journal), host=host, port=port)
-        except KeyboardInterrupt:
-            output.tell("dashboard closed")
         except (OSError, OverflowError) as error:
             raise EvopruneError(f"cannot listen at {host}:{port}: {error}; give another --port") from None
 

@@ -68,7 +68,7 @@ def check_names(config: MetricSearchConfig) -> None:
     Raises:
         InvalidInput: an unknown searcher, objective or criterion, no such model or text, or nothing to start from.
     """
-    from evoprune.fitness.hub import model_folder
+    from evoprune.fitness.models import check_model
     from evoprune.fitness.objectives import OBJECTIVES
     from evoprune.fitness.text import CORPUS, side_documents
     from evoprune.metrics.criterion import CRITERIA
@@ -80,6 +80,6 @@ def check_names(config: MetricSearchConfig) -> None:
         _ = CRITERIA[name]
     seeds_from(config.seed_from)
     model = config.model
-    model_folder(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code, weights=False)
+    check_model(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     for source in sorted({config.data.source, config.data.calibration or CORPUS} - {CORPUS}):
         side_documents(source, "A")

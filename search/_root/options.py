@@ -81,7 +81,7 @@ CalibrationText = Annotated[
 ]
 CalibrationSequences = Annotated[
     int | None,
-    option("--calibration-sequences", metavar="N", help="windows of it", panel=TEXT, default=128),
+    option("--calibration-sequences", metavar="N", help="windows of it", panel=TEXT, default=64),
 ]
 CalibrationWindow = Annotated[
     int | None, option("--calibration-window", metavar="N", help="tokens in each", panel=TEXT, default=256)

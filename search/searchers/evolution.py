@@ -25,7 +25,18 @@ from evoprune.search.spaces.trees import seeded_deap
 POWER_PRODUCT = "mul(abs(W),mul(powc(X_l2,{a}),powc(G_l2,{b})))"
 POWER_PRODUCT_FORWARD = "mul(abs(W),powc(X_l2,{a}))"
 
-_POWER_GRID = ((0.5, 0.5), (0.5, 0.25), (1.0, 0.25), (0.5, 1.0), (1.0, 0.5), (0.25, 0.75), (0.25, 0.25), (0.75, 0.75))
+_POWER_GRID = (
+    (0.5, 0.5),
+    (0.0, 0.5),
+    (0.0, 0.75),
+    (0.25, 0.25),
+    (0.25, 0.5),
+    (0.25, 0.75),
+    (0.5, 0.25),
+    (0.5, 0.75),
+    (1.0, 0.25),
+    (1.0, 0.5),
+)
 _POWER_GRID_FORWARD = ((0.25,), (0.5,), (0.75,), (1.25,), (1.5,))
 
 

@@ -17,6 +17,9 @@ from evoprune.metrics.types import Type
 # More parameters than this would spend the budget on one round.
 MAX_PARAMETERS = 4
 
+# Finer exponents move no masks worth an evaluation.
+EXPONENT_DIGITS = 2
+
 _MAX_EXPONENT = 4.0
 
 
@@ -134,7 +137,7 @@ class Tuner:
                 assert node.value is not None
                 values[position] = constant(math.copysign(math.exp(coordinate), node.value)).value
             else:
-                values[position] = round(coordinate, 3)
+                values[position] = round(coordinate, EXPONENT_DIGITS)
         return with_values(self.template, {position: value for position, value in values.items() if value is not None})
 
     def tell(self, index: int, value: float | None) -> None:

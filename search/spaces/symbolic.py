@@ -93,7 +93,7 @@ class MetricSpace:
                 value = sign * node.value * 2.718281828459045 ** rng.gauss(0, 0.5)
                 return constant(max(-MAX_CONSTANT, min(MAX_CONSTANT, value)))
             exponent = max(-4.0, min(4.0, node.value + rng.gauss(0, 0.15)))
-            return call(node.head, *node.args, exponent=round(exponent, 3))
+            return call(node.head, *node.args, exponent=round(exponent, 2))
 
         return replace_at(genome, chosen, moved)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import evoprune
+from evoprune.api import HELD_OUT_TOKENS, TEXT
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
 from evoprune.metrics.mask import mask
@@ -140,15 +141,27 @@ def test_stats(run: Run, tiny: Path) -> None:
     assert run(*words, "--statistics", "X_l2", "--metric", "wanda").code == 2
 
 
+@pytest.mark.parametrize("command", ["prune", "stats", "eval"])
+def test_the_defaults_in_the_help_are_true(command: str, run: Run) -> None:
+    text = " ".join(run(command, "--help").out.replace("│", " ").split())
+    if command == "eval":
+        assert f"[default: {HELD_OUT_TOKENS}, or all there is]" in text
+        assert f"tokens in a window [default: {TEXT.window}]" in text
+    else:
+        assert f"windows of it [default: {TEXT.calibration_sequences}]" in text
+        assert f"tokens in each [default: {TEXT.calibration_window}]" in text
+
+
 def test_python(tiny: Path, place: Path) -> None:
     model = evoprune.load_model(str(tiny))
     statistics = evoprune.collect_statistics(model, ["X_l2"], calibration_sequences=4)
     assert statistics.tensor("model.layers.0.self_attn.q_proj", "X_l2").shape == (1, 32)
     pruned = evoprune.prune(model, metric="wanda", sparsity=0.5, calibration_sequences=4)
-    assert pruned.language_model is model
     assert (pruned.out, pruned.sparsity) == (None, 0.5)
+    assert pruned.language_model.fingerprint != model.fingerprint
+    assert evoprune.evaluate(model, tokens=256).sparsity == 0
     assert evoprune.prune(str(tiny), metric=CRITERIA["magnitude"], sparsity=0.0).removed == 0
-    evaluation = evoprune.evaluate(model, dense=str(tiny), tokens=256)
+    evaluation = evoprune.evaluate(pruned.language_model, dense=model, tokens=256)
     assert evaluation.kl is not None and evaluation.kl > 0
     assert evaluation.sparsity == 0.5
     assert list(place.iterdir()) == []

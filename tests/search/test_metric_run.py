@@ -197,7 +197,9 @@ def test_other_objectives_run(world, tmp_path, objective):
 
 def test_a_pattern_and_forward_only_statistics(world, tmp_path):
     run = start_metric_search(
-        config(world, statistics=["X_l2", "X_var"], evaluations=20, **{"target.sparsity": None, "target.pattern": "2:4"}),
+        config(
+            world, statistics=["X_l2", "X_var"], evaluations=20, **{"target.sparsity": None, "target.pattern": "2:4"}
+        ),
         Resources(executor="inline"),
         run_dir=tmp_path / "run",
     )
