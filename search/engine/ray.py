@@ -210,12 +210,13 @@ def _private_settings(address: str) -> Iterator[None]:
     known = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}
     if address == "local" and not known & os.environ.keys():
         wanted["RAY_AUTH_TOKEN"] = _process_token
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
+    # Ray sets RAY_AUTH_MODE itself, which the next private instance must not take for the user's choice.
+    absent = [name for name in {*wanted, *known} if name not in os.environ]
+    os.environ.update({name: value for name, value in wanted.items() if name in absent})
     try:
         yield
     finally:
-        for name in added:
+        for name in absent:
             os.environ.pop(name, None)
 
 
