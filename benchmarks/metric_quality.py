@@ -100,7 +100,7 @@ def verdict(results: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluations", type=int, default=300)
+    parser.add_argument("--evaluations", type=int, default=250)
     parser.add_argument("--second", type=Path, help="folder of a second model")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ class DataConfig(_Section):
 
     source: str = Field("corpus", description="text of B and C: corpus, a file, a folder, or a datasets name")
     window: int = Field(256, ge=8, description="tokens in a window")
-    heldout_windows: int | None = Field(96, ge=2, description="windows of text C; none takes all")
+    heldout_windows: int | None = Field(80, ge=2, description="windows of text C; none takes all")
     calibration: str | None = Field(None, description="text of A; none takes the same source")
     calibration_sequences: int = Field(64, ge=1, description="sequences for statistics")
     calibration_window: int = Field(256, ge=8, description="tokens in each of them")
@@ -116,7 +116,7 @@ class MetricSearchConfig(_Section):
     statistics: tuple[str, ...] = Field(
         DEFAULT_STATISTICS, validate_default=True, description="statistics that candidates may read"
     )
-    evaluations: int = Field(300, ge=1, description="candidates with a forward pass, at most")
+    evaluations: int = Field(250, ge=1, description="candidates with a forward pass, at most")
     minutes: float | None = Field(None, gt=0, description="time for the search, at most")
     seed: int = Field(0, ge=0, description="fixes texts A and B and the search")
     window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")

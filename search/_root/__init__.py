@@ -2,7 +2,7 @@
 
     import evoprune
 
-    run = evoprune.search_metric("path/or/hub-id", sparsity=0.6, evaluations=300)
+    run = evoprune.search_metric("path/or/hub-id", sparsity=0.6, evaluations=250)
     run.best["expression"]
     run.export("metric.py")
     evoprune.prune("path/or/hub-id", metric="metric.py", sparsity=0.6, out="pruned")

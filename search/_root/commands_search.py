@@ -81,7 +81,7 @@ def search_metric(
     group: SearchGroup = None,
     evaluations: Annotated[
         int | None,
-        option("--evaluations", metavar="N", help="candidates with a forward pass, at most", panel=BUDGET, default=300),
+        option("--evaluations", metavar="N", help="candidates with a forward pass, at most", panel=BUDGET, default=250),
     ] = None,
     minutes: Annotated[
         float | None,

@@ -204,8 +204,8 @@ class Evolution:
             expression,
             "power" if power else "tune",
             () if tuner.parent is None else (tuner.parent,),
-            evolved=not power,
-            evolved_parent=not power and tuner.evolved_parent,
+            evolved=not tuner.in_grid,
+            evolved_parent=tuner.evolved_parent,
             island=tuner.island,
             token=(number, index),
         )

@@ -110,6 +110,7 @@ class Tuner:
         self._around: list[float] = list(self._center)
         self._newton = True
         self._batch: list[list[float]] = [list(point) for point in grid]
+        self.in_grid = bool(self._batch)
         self._next = 0
         self._values: list[float | None] = [None] * len(self._batch)
         if not self._batch:
@@ -190,6 +191,7 @@ class Tuner:
         return point if point != self._around and point not in self._batch else None
 
     def _set_batch(self, points: list[list[float]]) -> None:
+        self.in_grid = False
         self._batch, self._values, self._next = points, [None] * len(points), 0
 
     def _scale(self, axis: int) -> float:
@@ -222,6 +224,7 @@ class Tuner:
             "value": self._value,
             "around": self._around,
             "newton": self._newton,
+            "in_grid": self.in_grid,
             "batch": self._batch,
             "next": self._next,
             "values": [None if value is None else repr(value) for value in self._values],
@@ -233,7 +236,7 @@ class Tuner:
         tuner = cls(from_json(state["template"]), parent=state["parent"], value=state["value"], island=state["island"])
         tuner.evolved_parent = state["evolved_parent"]
         tuner._step, tuner._budget, tuner._proposed = state["step"], state["budget"], state["proposed"]
-        tuner._told = state["told"]
+        tuner._told, tuner.in_grid = state["told"], state["in_grid"]
         tuner._center, tuner._around, tuner._newton = state["center"], state["around"], state["newton"]
         tuner._batch, tuner._next = state["batch"], state["next"]
         tuner._values = [None if value is None else float(value) for value in state["values"]]
