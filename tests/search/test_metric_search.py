@@ -172,13 +172,18 @@ def test_the_planted_metric_is_found(tmp_path):
 
 @pytest.mark.slow
 def test_evolution_beats_random_search(tmp_path):
-    """The same check: ten seeds, equal evaluations, one-sided sign test below 0.05 (9 of 10 wins)."""
-    wins = 0
+    """The same check: ten seeds, equal evaluations, exact paired sign-flip test of the mean difference below 0.05."""
+    differences = []
     for seed in range(10):
-        best = {}
+        found = {}
         for searcher in ("evolution", "random"):
             session = Session(tmp_path / f"{searcher}-{seed}", seed=seed, searcher=searcher)
-            session.go(300)
-            best[searcher] = overlap(session)
-        wins += best["evolution"] > best["random"]
-    assert wins >= 9
+            session.go(400)
+            found[searcher] = overlap(session)
+        differences.append(found["evolution"] - found["random"])
+    flipped = [
+        sum(sign * difference for sign, difference in zip(signs, differences, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    p = sum(total >= sum(differences) - 1e-12 for total in flipped) / len(flipped)
+    assert p < 0.05, differences
