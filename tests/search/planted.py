@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.expression import Expression, from_json, parse
 from evoprune.metrics.interpreter import evaluate, free_inputs
 from evoprune.metrics.mask import mask
 from evoprune.metrics.probe import Probe
 from evoprune.metrics.records import MaskRule, Site
+from evoprune.search.archive import Archive
+from evoprune.search.engine.executor import Executor
+from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.loop import BirthLoop, Budget
+from evoprune.search.metric_search import MetricSearch
+from evoprune.search.racing import SuccessiveHalving
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.searchers import SEARCHERS
+from evoprune.search.spaces.symbolic import MetricSpace
 
 HIDDEN = "mul(abs(W),mul(powc(X_l2,0.7),powc(G_l2,0.3)))"
 RULE = MaskRule(0.5)
@@ -76,3 +89,69 @@ class PlantedWorker:
 def build(context: dict[str, Any]) -> PlantedWorker:
     """The factory that executors call."""
     return PlantedWorker()
+
+
+TERMINALS = frozenset({"W", "X_l2", "X_ss", "X_max", "G_l2", "G_mean"})
+SEEDS = {
+    name: criterion.expression
+    for name in CRITERIA
+    if isinstance(criterion := CRITERIA[name], Metric) and criterion.needs <= TERMINALS
+}
+
+
+class Session:
+    """A search on the planted target in a run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int = 0,
+        searcher: str = "evolution",
+        window: int = 16,
+        executor: Executor | None = None,
+    ) -> None:
+        space, archive = MetricSpace(TERMINALS), Archive()
+        options: dict[str, Any] = {} if searcher == "random" else {"power_budget": 0, "population": 64}
+        self.search = MetricSearch(
+            space,
+            SEARCHERS[searcher](space, archive, {"wanda": SEEDS["wanda"], "magnitude": SEEDS["magnitude"]}, **options),
+            archive,
+            SuccessiveHalving(2),
+            probe(),
+            RULE,
+            seed=seed,
+            prepared="",
+            identity="planted",
+            full_ladder=frozenset({"wanda"}),
+        )
+        exists = (folder / "run.json").exists()
+        self.run = RunDirectory.open(folder) if exists else RunDirectory.create("metric", {}, {}, run_dir=folder)
+        if exists:
+            self.run.lock()
+        self.log = EvaluationLog(folder / "evaluations.wal")
+        self.executor = executor or InlineExecutor("tests.search.planted:build", {}, threads=1)
+        self.executor.start()
+        self.loop = BirthLoop(self.search, self.executor, self.log, self.run, window=window)
+        self.loop.restore()
+
+    def go(self, evaluations: int, stop_after: int | None = None) -> None:
+        """Run; with `stop_after`, ask to stop after so many polls."""
+        polls = itertools.count()
+        stopping = (lambda: False) if stop_after is None else (lambda: next(polls) >= stop_after)
+        try:
+            self.loop.run(Budget(evaluations, stopping=stopping))
+        finally:
+            self.executor.close()
+            self.log.close()
+            self.run.close()
+
+    @property
+    def history(self) -> bytes:
+        return (self.run.path / "history.jsonl").read_bytes()
+
+    def overlap(self) -> float:
+        """Mean intersection over union of the best candidate's pruned sets with the hidden metric's."""
+        best = self.search.archive.best
+        assert best is not None
+        values = PlantedWorker().distances(best.expression)
+        return 1 - sum(values) / len(values)
