@@ -117,7 +117,7 @@ class Evolution:
             number, point = proposal.token
             tuner = self._tuners.get(number)
             if tuner is not None:
-                tuner.tell(point, value)
+                tuner.tell(point, value, None if candidate is None else candidate.birth)
                 if tuner.finished:
                     del self._tuners[number]
         if candidate is None:
@@ -199,10 +199,9 @@ class Evolution:
         if point is None:
             return None
         index, expression = point
-        power = tuner.parent is None
         return Proposal(
             expression,
-            "power" if power else "tune",
+            "power" if tuner.given else "tune",
             () if tuner.parent is None else (tuner.parent,),
             evolved=not tuner.in_grid,
             evolved_parent=tuner.evolved_parent,

@@ -97,6 +97,7 @@ class Tuner:
     ) -> None:
         self.template = template
         self.parent = parent
+        self.given = parent is None
         self.island = island
         self.evolved_parent = evolved_parent
         self._positions = parameters(template)
@@ -113,6 +114,7 @@ class Tuner:
         self.in_grid = bool(self._batch)
         self._next = 0
         self._values: list[float | None] = [None] * len(self._batch)
+        self._births: list[int | None] = [None] * len(self._batch)
         if not self._batch:
             self._differences()
 
@@ -141,9 +143,10 @@ class Tuner:
                 values[position] = round(coordinate, EXPONENT_DIGITS)
         return with_values(self.template, {position: value for position, value in values.items() if value is not None})
 
-    def tell(self, index: int, value: float | None) -> None:
-        """The fitness of point `index` at the first rung; None if it has none."""
+    def tell(self, index: int, value: float | None, birth: int | None = None) -> None:
+        """The fitness of point `index` at the first rung, None if it has none; and the birth that measured it."""
         self._told += 1
+        self._births[index] = birth
         self._values[index] = math.inf if value is None else value
         if all(known is not None for known in self._values):
             self._move()
@@ -155,6 +158,10 @@ class Tuner:
         jump = self._newton_point() if differences and self._value is not None else None
         if self._value is None or best_value < self._value:
             self._value, self._center = best_value, list(best_point)
+            birth = self._births[self._batch.index(best_point)]
+            if birth is not None:
+                # What comes next is derived from this point, which is itself tuned unless it was given.
+                self.parent, self.evolved_parent = birth, not self.in_grid
         if jump is not None:
             self._newton = False
             self._set_batch([jump])
@@ -193,6 +200,7 @@ class Tuner:
     def _set_batch(self, points: list[list[float]]) -> None:
         self.in_grid = False
         self._batch, self._values, self._next = points, [None] * len(points), 0
+        self._births = [None] * len(points)
 
     def _scale(self, axis: int) -> float:
         return self._step * (2 if self._start[axis].head == CONSTANT else 1)
@@ -225,6 +233,8 @@ class Tuner:
             "around": self._around,
             "newton": self._newton,
             "in_grid": self.in_grid,
+            "given": self.given,
+            "births": self._births,
             "batch": self._batch,
             "next": self._next,
             "values": [None if value is None else repr(value) for value in self._values],
@@ -238,6 +248,7 @@ class Tuner:
         tuner._step, tuner._budget, tuner._proposed = state["step"], state["budget"], state["proposed"]
         tuner._told, tuner.in_grid = state["told"], state["in_grid"]
         tuner._center, tuner._around, tuner._newton = state["center"], state["around"], state["newton"]
+        tuner.given, tuner._births = state["given"], state["births"]
         tuner._batch, tuner._next = state["batch"], state["next"]
         tuner._values = [None if value is None else float(value) for value in state["values"]]
         return tuner
