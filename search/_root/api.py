@@ -183,7 +183,7 @@ def evaluate(
         dense: the model before pruning; None leaves out the KL divergence.
         data: `corpus`, a file, a folder, or a data set; its side C is read.
         window: tokens in a window; None takes 256, or the model's context if that is shorter.
-        tokens: how much text; None takes as much as a search's report, 24,576 tokens, or all there is.
+        tokens: how much text; None takes as much as a search's report, 20,480 tokens, or all there is.
         progress: told what runs.
         loading: further arguments of `load_model`, where a model is given by name.
 

@@ -140,7 +140,7 @@ def evaluate(
         int | None, option("--window", metavar="N", help="tokens in a window", panel=TEXT, default=256)
     ] = None,
     tokens: Annotated[
-        int | None, option("--tokens", metavar="N", help="how much text", panel=TEXT, default="24576, or all there is")
+        int | None, option("--tokens", metavar="N", help="how much text", panel=TEXT, default="20480, or all there is")
     ] = None,
     tasks: Annotated[
         str | None, option("--tasks", metavar="NAMES", help=f"zero-shot tasks; {NOT_LANDED}", panel=TEXT)

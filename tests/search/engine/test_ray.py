@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from evoprune.metrics.errors import InvalidInput, WorkersFailed
+from evoprune.search.engine import ray as engine_ray
 from evoprune.search.engine.executor import Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.ray import RayExecutor
@@ -27,9 +27,11 @@ HERE = str(Path(__file__).parent)
 @pytest.fixture(scope="module", autouse=True)
 def private_ray() -> Iterator[None]:
     """One private instance for the whole module; executors use what is there and leave it alone."""
+    before = set(os.environ)
     ray = pytest.importorskip("ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray reads its token once per process, so every instance that this process starts needs the same one.
+        patch.setenv("RAY_AUTH_TOKEN", engine_ray._process_token)
         ray.init(
             address="local",
             num_cpus=3,
@@ -40,6 +42,8 @@ def private_ray() -> Iterator[None]:
         )
         yield
         ray.shutdown()
+    for name in [name for name in os.environ if name.startswith("RAY_AUTH") and name not in before]:
+        del os.environ[name]
 
 
 MakeExecutor = Callable[..., RayExecutor]
@@ -169,6 +173,7 @@ def test_senseless_sizes_are_refused() -> None:
 
 OWN_INSTANCE = """
 import os, sys
+from evoprune.search.engine import ray as engine_ray
 from evoprune.search.engine.executor import Job, evaluate
 from evoprune.search.engine.ray import RayExecutor
 if __name__ == "__main__":
