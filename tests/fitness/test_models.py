@@ -105,6 +105,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("Got: ConnectError")
 
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     assert "the Hub cannot be reached" in refusal("someone/some-model")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal("someone/some-model")
