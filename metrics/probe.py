@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import canonical_json, write_atomically
+from evoprune.metrics.interpreter import evaluate
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import TERMINALS
 
@@ -77,6 +79,11 @@ class Probe:
                     doubled[root] = doubled[square].sqrt()
             converted.append(doubled)
         return tuple(converted)
+
+    def typical(self, expression: Expression) -> float:
+        """The median magnitude of an expression's scores over the matrices of the model; 0.0 without any."""
+        scores = [evaluate(expression, inputs).abs().flatten() for inputs in self.real]
+        return torch.cat(scores).median().item() if scores else 0.0
 
     def save(self, path: Path) -> None:
         """Write the probe as one safetensors file."""

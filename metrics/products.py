@@ -9,7 +9,7 @@ zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,6 +91,18 @@ def factorise(expression: Expression) -> Product:
         assert value is not None
         product = _power(expression.args[0], value)
     return opaque(expression) if product is None else product
+
+
+def is_power_product(expression: Expression, names: Set[str]) -> bool:
+    """Whether a normal expression is a product of powers of some of the named terminals, up to a coefficient."""
+    return all(_root_of(base).head in names for base in factorise(expression).factors)
+
+
+def _root_of(base: Expression) -> Expression:
+    """What a factor is a power of: `t` of ``div(1,t)`` and of ``powc(t,-1)``."""
+    if _is_reciprocal(base):
+        return base.args[1]
+    return base.args[0] if base.head == "powc" else base
 
 
 def multiply(first: Product, second: Product) -> Product | None:

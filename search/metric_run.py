@@ -202,7 +202,8 @@ class MetricRun:
     def build_search(self, prepared: Prepared) -> MetricSearch:
         """The search as the configuration asks for it, at its beginning."""
         config = self._config
-        space = MetricSpace(config.terminals, self._context.group)
+        probe = prepared.probe()
+        space = MetricSpace(config.terminals, self._context.group, probe.typical)
         archive = Archive()
         seeds = self._seeds()
         options = config.searcher.model_dump(exclude={"name", "seeds"})
@@ -213,7 +214,7 @@ class MetricRun:
             searcher,
             archive,
             racing,
-            prepared.probe(),
+            probe,
             self._context.rule,
             seed=config.seed,
             prepared=str(prepared.folder),

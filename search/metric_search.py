@@ -12,6 +12,7 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.filters import reject_reason
 from evoprune.metrics.mask import MAX_TIED_ROWS
 from evoprune.metrics.probe import Probe
+from evoprune.metrics.products import is_power_product
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.signature import rank_signature
 from evoprune.search.archive import Archive
@@ -25,6 +26,9 @@ from evoprune.search.spaces.symbolic import MetricSpace
 # What breeding may hand to the canonicaliser; the limits on canonical forms are those of the birth filters.
 MAX_HEIGHT_BRED = 16
 MAX_SIZE_BRED = 80
+
+# A winner has to beat the best power product of these, whoever found it.
+POWER_TERMINALS = frozenset({"W", "X_l2", "X_ss", "G_l2"})
 
 # What an outcome's status is called in the history when it is no verdict on the candidate.
 _STATUS_REASONS = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "error": "ERROR"}
@@ -82,7 +86,7 @@ class MetricSearch:
         self._births = 0
         self._keys: dict[str, int] = {}
         self._signatures: dict[str, int] = {}
-        self._values: dict[int, float] = {}
+        self._rungs: dict[int, list[float]] = {}
 
     @property
     def births(self) -> int:
@@ -111,6 +115,7 @@ class MetricSearch:
         draws = [rng.random() for _ in range(self.racing.rungs - 1)]
         record["uniform"] = self.racing.is_uniform(draws)
         thresholds = self.racing.thresholds(draws)
+        thresholds[: proposal.rung] = [None] * len(thresholds[: proposal.rung])
         if proposal.origin.removeprefix("seed:") in self._full_ladder:
             thresholds = [None] * len(thresholds)
         return Birth(number, record, self._job(expression, thresholds, None if given else MAX_TIED_ROWS))
@@ -147,8 +152,7 @@ class MetricSearch:
             line |= self._take_in(birth, proposal, outcome)
         else:
             line["same_as"] = record.get("same_as")
-            same = record.get("same_as")
-            self._searcher.tell(proposal, None, None if same is None else self._values.get(same))
+            self._searcher.tell(proposal, None, self._value(record.get("same_as"), proposal.rung))
         if line["reason"] is not None:
             self.reasons[line["reason"]] += 1
         return line
@@ -171,19 +175,27 @@ class MetricSearch:
             stderr=outcome.values["stderr"],
             signature=birth.record["signature"],
         )
-        self._values[birth.number] = rungs[0]
+        self._rungs[birth.number] = list(rungs)
         self.racing.observe(rungs, birth.record["uniform"])
         finished = len(rungs) == self.racing.rungs
         joined = finished and self.archive.add(candidate)
-        if proposal.origin == "power" and (self.power is None or candidate.fitness > self.power.fitness):
+        if is_power_product(candidate.expression, POWER_TERMINALS) and (
+            self.power is None or candidate.fitness > self.power.fitness
+        ):
             self.power = candidate
         if proposal.origin.startswith("seed:"):
             self.seed_fitness[proposal.origin.removeprefix("seed:")] = candidate.value
         if self.best is None or candidate.fitness > self.best.fitness:
             self.best = candidate
-        self._searcher.tell(proposal, candidate, rungs[0])
+        self._searcher.tell(proposal, candidate, self._value(birth.number, proposal.rung))
         line: dict[str, Any] = {"rungs": list(rungs), "stderr": candidate.stderr, "front": joined}
         return line if finished else {**line, "reason": f"CUT_F{len(rungs) - 1}"}
+
+    def _value(self, birth: int | None, rung: int) -> float | None:
+        """Fitness of a birth at a rung, or at the top if the ladder is shorter; None if it did not get there."""
+        rungs = self._rungs.get(birth, []) if birth is not None else []
+        rung = min(rung, self.racing.rungs - 1)
+        return rungs[rung] if rung < len(rungs) else None
 
     def _reject(
         self, expression: Expression, number: int, record: dict[str, Any], given: bool
@@ -213,7 +225,7 @@ class MetricSearch:
             "births": self._births,
             "keys": self._keys,
             "signatures": self._signatures,
-            "values": {str(birth): value for birth, value in self._values.items()},
+            "rungs": {str(birth): rungs for birth, rungs in self._rungs.items()},
             "reasons": dict(self.reasons),
             "origins": dict(self.origins),
             "evolved_parents": self.evolved_parents,
@@ -229,7 +241,7 @@ class MetricSearch:
         self._births = state["births"]
         self._keys = state["keys"]
         self._signatures = state["signatures"]
-        self._values = {int(birth): value for birth, value in state["values"].items()}
+        self._rungs = {int(birth): rungs for birth, rungs in state["rungs"].items()}
         self.reasons = Counter(state["reasons"])
         self.origins = Counter(state["origins"])
         self.evolved_parents = state["evolved_parents"]
@@ -250,6 +262,7 @@ def _proposal_json(proposal: Proposal) -> dict[str, Any]:
         "evolved_parent": proposal.evolved_parent,
         "island": proposal.island,
         "token": None if proposal.token is None else list(proposal.token),
+        "rung": proposal.rung,
     }
 
 
@@ -263,4 +276,5 @@ def _proposal_from(values: Mapping[str, Any]) -> Proposal:
         values["evolved_parent"],
         values["island"],
         None if token is None else (token[0], token[1]),
+        values["rung"],
     )

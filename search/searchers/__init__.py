@@ -24,6 +24,7 @@ class Proposal:
         evolved_parent: at least one parent was itself evolved.
         island: where it will live.
         token: for the searcher's own use; comes back with the result.
+        rung: where the searcher wants to know the fitness; the candidate is not cut before.
     """
 
     expression: Expression
@@ -33,6 +34,7 @@ class Proposal:
     evolved_parent: bool = False
     island: int = 0
     token: tuple[int, int] | None = None
+    rung: int = 0
 
 
 class Searcher(Protocol):
@@ -46,7 +48,8 @@ class Searcher(Protocol):
 
         Args:
             candidate: None if the proposal was rejected, known already, or failed.
-            value: fitness at the first rung, also where an equivalent candidate was measured before; None if unknown.
+            value: fitness at the proposal's rung, also where an equivalent candidate was measured before; None if
+                unknown.
         """
 
     def state(self) -> dict[str, Any]:

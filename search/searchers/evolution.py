@@ -25,6 +25,9 @@ from evoprune.search.spaces.trees import seeded_deap
 POWER_PRODUCT = "mul(abs(W),mul(powc(X_l2,{a}),powc(G_l2,{b})))"
 POWER_PRODUCT_FORWARD = "mul(abs(W),powc(X_l2,{a}))"
 
+# The rung at which points of a tuner are compared. They differ little, so the first one has too few tokens for them.
+TUNING_RUNG = 1
+
 _POWER_GRID = (
     (0.5, 0.5),
     (0.0, 0.5),
@@ -107,8 +110,8 @@ class Evolution:
         first = self._parent(island, rng)
         if rng.random() < self._crossover:
             second = self._parent(rng.randrange(len(self._islands)) if rng.random() < 0.1 else island, rng)
-            child = self._space.crossover(first.expression, second.expression, rng)
-            return self._bred(child, "crossover", (first, second), island)
+            child, name = self._space.crossover(first.expression, second.expression, rng)
+            return self._bred(child, f"crossover:{name}", (first, second), island)
         child, name = self._space.mutate(first.expression, rng)
         return self._bred(child, f"mutate:{name}", (first,), island)
 
@@ -183,7 +186,7 @@ class Evolution:
             Tuner(
                 template,
                 parent=candidate.birth,
-                value=candidate.rungs[0],
+                value=candidate.rungs[min(TUNING_RUNG, len(candidate.rungs) - 1)],
                 island=candidate.island,
                 evolved_parent=candidate.evolved,
             )
@@ -207,6 +210,7 @@ class Evolution:
             evolved_parent=tuner.evolved_parent,
             island=tuner.island,
             token=(number, index),
+            rung=TUNING_RUNG,
         )
 
 

@@ -17,8 +17,9 @@ from evoprune.metrics.types import Type
 # More parameters than this would spend the budget on one round.
 MAX_PARAMETERS = 4
 
-# Finer exponents move no masks worth an evaluation.
+# Finer exponents and constants move no masks worth an evaluation.
 EXPONENT_DIGITS = 2
+CONSTANT_DIGITS = 3
 
 _MAX_EXPONENT = 4.0
 
@@ -75,7 +76,7 @@ class Tuner:
     Args:
         template: the expression.
         parent: birth that it comes from, None for a given form.
-        value: its fitness at the first rung, None if unknown.
+        value: its fitness where points are compared, None if unknown.
         island: where its offspring lives.
         evolved_parent: whether that birth was bred or tuned itself.
         step: first distance to look at; constants move by that much in their logarithm, times two.
@@ -138,13 +139,14 @@ class Tuner:
         for position, node, coordinate in zip(self._positions, self._start, point, strict=True):
             if node.head == CONSTANT:
                 assert node.value is not None
-                values[position] = constant(math.copysign(math.exp(coordinate), node.value)).value
+                size = float(f"{math.exp(coordinate):.{CONSTANT_DIGITS}g}")
+                values[position] = constant(math.copysign(size, node.value)).value
             else:
                 values[position] = round(coordinate, EXPONENT_DIGITS)
         return with_values(self.template, {position: value for position, value in values.items() if value is not None})
 
     def tell(self, index: int, value: float | None, birth: int | None = None) -> None:
-        """The fitness of point `index` at the first rung, None if it has none; and the birth that measured it."""
+        """The fitness of point `index`, None if it has none; and the birth that measured it."""
         self._told += 1
         self._births[index] = birth
         self._values[index] = math.inf if value is None else value

@@ -19,8 +19,8 @@ class SearchSpace(Protocol, Generic[G]):
     def mutate(self, genome: G, rng: random.Random) -> tuple[G, str]:
         """A changed copy, and the name of the change."""
 
-    def crossover(self, first: G, second: G, rng: random.Random) -> G:
-        """A mixture of two genomes."""
+    def crossover(self, first: G, second: G, rng: random.Random) -> tuple[G, str]:
+        """A mixture of two genomes, and the name of how it was made."""
 
     def key(self, genome: G) -> str:
         """Equal for genomes that are known to be equivalent without evaluating them."""

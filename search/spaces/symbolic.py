@@ -26,6 +26,11 @@ from evoprune.search.spaces.trees import (
 
 Mutation = Callable[[Expression, random.Random], Expression]
 
+_SHORT_STEPS = (0.25, 0.1, -0.1, -0.25)
+
+# Share of crossovers that add their parents.
+_BLENDS = 0.25
+
 
 class MetricSpace:
     """Expressions over some terminals.
@@ -33,21 +38,34 @@ class MetricSpace:
     Args:
         terminals: names that may occur.
         group: what scores are compared within; it decides which expressions are equivalent.
+        typical: the typical magnitude of an expression's scores. Sums are made with it, for a sum whose terms differ
+            by orders of magnitude ranks like its larger term; without it, their constants are drawn blindly.
     """
 
-    def __init__(self, terminals: Collection[str], group: Group = "row") -> None:
+    def __init__(
+        self, terminals: Collection[str], group: Group = "row", typical: Callable[[Expression], float] | None = None
+    ) -> None:
         self.terminals = frozenset(terminals)
         self.group = group
+        self._typical = typical
         self._pset = primitive_set(self.terminals)
         self._generator = Generator(self.terminals)
+        self._factors = [
+            name
+            for name in sorted(self.terminals)
+            if TERMINALS[name].cost != "none"
+            and -1 not in TERMINALS[name].sign
+            and TERMINALS[name].type.varies_with_column
+        ]
         self._mutations: dict[str, tuple[float, Mutation]] = {
-            "perturb": (0.30, self._perturb),
+            "perturb": (0.15, self._perturb),
+            "extend": (0.20, self._extend),
+            "append": (0.05, self._append),
             "subtree": (0.15, self._replace_subtree),
-            "node": (0.30, self._replace_node),
-            "insert": (0.08, self._insert),
+            "node": (0.25, self._replace_node),
+            "insert": (0.05, self._insert),
             "delete": (0.10, self._delete),
             "rotate": (0.05, self._rotate),
-            "wrap": (0.02, self._wrap),
         }
 
     def sample(self, rng: random.Random) -> Expression:
@@ -57,12 +75,15 @@ class MetricSpace:
         name = pick({name: weight for name, (weight, _) in self._mutations.items()}, rng)
         return self._mutations[name][1](genome, rng), name
 
-    def crossover(self, first: Expression, second: Expression, rng: random.Random) -> Expression:
-        """`first` with one subtree replaced by a subtree of `second` whose type fits there.
+    def crossover(self, first: Expression, second: Expression, rng: random.Random) -> tuple[Expression, str]:
+        """A sum of the two (`blend`), or `first` with one subtree replaced by a subtree of `second` (`subtree`)."""
+        if rng.random() < _BLENDS:
+            return self._sum(first, second, rng), "blend"
+        return self._swap_subtree(first, second, rng), "subtree"
 
-        DEAP's own typed crossover pairs equal types only, and draws them from a set, in an order that changes from
-        process to process.
-        """
+    def _swap_subtree(self, first: Expression, second: Expression, rng: random.Random) -> Expression:
+        """DEAP's own typed crossover pairs equal types only, and draws them from a set, in an order that changes from
+        process to process; here a subtree may stand wherever its type fits."""
         tree, donor = to_tree(first, self._pset), to_tree(second, self._pset)
         at = rng.randrange(len(tree))
         fitting = [index for index, node in enumerate(donor) if fits(node.ret, tree[at].ret)]
@@ -104,7 +125,7 @@ class MetricSpace:
             if not node.args and node.head != CONSTANT and node.head != "W" and node.type is not Type.SCAL
         ]
         if not leaves:
-            return self._wrap(genome, rng)
+            return self._extend(genome, rng)
         return replace_at(
             genome, rng.choice(leaves), lambda leaf: call("powc", leaf, exponent=rng.choice((0.5, 0.75, 1.25, 1.5)))
         )
@@ -145,19 +166,34 @@ class MetricSpace:
 
         return replace_at(genome, rng.choice(spots), rotated)
 
-    def _wrap(self, genome: Expression, rng: random.Random) -> Expression:
-        """Multiply the root by a power of a statistic that is never negative."""
-        names = [
-            name
-            for name in sorted(self.terminals)
-            if TERMINALS[name].cost != "none"
-            and -1 not in TERMINALS[name].sign
-            and TERMINALS[name].type.varies_with_column
-        ]
-        if not names:
+    def _extend(self, genome: Expression, rng: random.Random) -> Expression:
+        """Multiply the root by a small power of a statistic that is never negative.
+
+        In exponents a metric is a point, and this is a short step along one of its axes: what helps a little can be
+        tuned afterwards, while a large step of a wrong length is lost at once.
+        """
+        if not self._factors:
             return genome
-        factor = call("powc", terminal(rng.choice(names)), exponent=rng.choice(EXPONENTS))
+        factor = call("powc", terminal(rng.choice(self._factors)), exponent=rng.choice(_SHORT_STEPS))
         return call("mul", genome, factor)
+
+    def _append(self, genome: Expression, rng: random.Random) -> Expression:
+        """Add the weight times a power of a statistic that is never negative."""
+        if not self._factors:
+            return genome
+        factor = call("powc", terminal(rng.choice(self._factors)), exponent=rng.choice((0.5, 1.0, -0.5)))
+        return self._sum(genome, call("mul", call("abs", terminal("W")), factor), rng)
+
+    def _sum(self, first: Expression, second: Expression, rng: random.Random) -> Expression:
+        """`first` and a smaller share of `second`."""
+        ratio = 10 ** rng.uniform(-1.5, 0.0)
+        if self._typical is not None:
+            above, below = self._typical(first), self._typical(second)
+            ratio *= above / below if above > 0 and below > 0 else 1.0
+        else:
+            ratio *= 10 ** rng.uniform(-3.0, 3.0)
+        share = min(MAX_CONSTANT, float(f"{ratio:.2g}"))
+        return call("add", first, call("mul", constant(share), second)) if share > 0 else first
 
 
 def replace_at(genome: Expression, index: int, change: Callable[[Expression], Expression]) -> Expression:

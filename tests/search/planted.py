@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ def probe() -> Probe:
 class PlantedWorker:
     """Answers ``evaluate`` jobs; a rung shows one layer more."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: str = HIDDEN) -> None:
         self._layers = layers()
-        self._wanted = [mask(evaluate(parse(HIDDEN), inputs), RULE) for _, inputs in self._layers]
+        self._wanted = [mask(evaluate(parse(hidden), inputs), RULE) for _, inputs in self._layers]
 
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         values = self.distances(from_json(payload["criterion"]["expression"]))
@@ -88,7 +89,7 @@ class PlantedWorker:
 
 def build(context: dict[str, Any]) -> PlantedWorker:
     """The factory that executors call."""
-    return PlantedWorker()
+    return PlantedWorker(context.get("hidden", HIDDEN))
 
 
 TERMINALS = frozenset({"W", "X_l2", "X_ss", "X_max", "G_l2", "G_mean"})
@@ -109,15 +110,18 @@ class Session:
         searcher: str = "evolution",
         window: int = 16,
         executor: Executor | None = None,
+        hidden: str = HIDDEN,
     ) -> None:
-        space, archive = MetricSpace(TERMINALS), Archive()
+        self.hidden = hidden
+        layers_seen = probe()
+        space, archive = MetricSpace(TERMINALS, typical=layers_seen.typical), Archive()
         options: dict[str, Any] = {} if searcher == "random" else {"power_budget": 0, "population": 64}
         self.search = MetricSearch(
             space,
             SEARCHERS[searcher](space, archive, {"wanda": SEEDS["wanda"], "magnitude": SEEDS["magnitude"]}, **options),
             archive,
             SuccessiveHalving(2),
-            probe(),
+            layers_seen,
             RULE,
             seed=seed,
             prepared="",
@@ -129,7 +133,7 @@ class Session:
         if exists:
             self.run.lock()
         self.log = EvaluationLog(folder / "evaluations.wal")
-        self.executor = executor or InlineExecutor("tests.search.planted:build", {}, threads=1)
+        self.executor = executor or InlineExecutor("tests.search.planted:build", {"hidden": hidden}, threads=1)
         self.executor.start()
         self.loop = BirthLoop(self.search, self.executor, self.log, self.run, window=window)
         self.loop.restore()
@@ -153,5 +157,14 @@ class Session:
         """Mean intersection over union of the best candidate's pruned sets with the hidden metric's."""
         best = self.search.archive.best
         assert best is not None
-        values = PlantedWorker().distances(best.expression)
+        values = PlantedWorker(self.hidden).distances(best.expression)
         return 1 - sum(values) / len(values)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """One-sided p-value of a positive mean, by the exact paired sign-flip test over all 2^n sign patterns."""
+    flipped = [
+        sum(sign * difference for sign, difference in zip(signs, differences, strict=True))
+        for signs in itertools.product((1, -1), repeat=len(differences))
+    ]
+    return sum(total >= sum(differences) - 1e-12 for total in flipped) / len(flipped)

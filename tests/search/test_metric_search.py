@@ -5,7 +5,10 @@ import json
 import pytest
 
 from evoprune.metrics.errors import Interrupted
-from tests.search.planted import Session
+from evoprune.metrics.expression import parse
+from evoprune.metrics.products import is_power_product
+from evoprune.search.metric_search import POWER_TERMINALS
+from tests.search.planted import Session, sign_flip_p
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,28 @@ def test_the_planted_metric_is_found(tmp_path):
     session = Session(tmp_path / "run")
     session.go(2000)
     assert session.overlap() >= 0.99
+
+
+@pytest.mark.slow
+def test_evolution_beats_random_search_at_equal_evaluations(tmp_path):
+    """Symbolic pruning metrics, check 14: paired, ten seeds, p < 0.05 by an exact sign-flip test."""
+    differences = []
+    for seed in range(10):
+        found = {}
+        for searcher in ("evolution", "random"):
+            session = Session(tmp_path / f"{searcher}-{seed}", seed=seed, searcher=searcher)
+            session.go(250)
+            found[searcher] = session.overlap()
+        differences.append(found["evolution"] - found["random"])
+    assert sign_flip_p(differences) < 0.05
+
+
+def test_the_best_power_product_counts_whoever_found_it(finished):
+    products = [
+        line
+        for line in lines(finished)
+        if len(line.get("rungs", ())) == 2 and is_power_product(parse(line["expression"]), POWER_TERMINALS)
+    ]
+    best = min(products, key=lambda line: line["rungs"][-1])
+    assert finished.search.power.value == best["rungs"][-1]
+    assert len({line["origin"].partition(":")[0] for line in products}) > 1

@@ -54,7 +54,7 @@ def test_ten_thousand_variations_are_well_typed(space):
     pool = [space.sample(rng) for _ in range(60)]
     for turn in range(10_000):
         if rng.random() < 0.3:
-            child = space.crossover(rng.choice(pool), rng.choice(pool), rng)
+            child, _ = space.crossover(rng.choice(pool), rng.choice(pool), rng)
         else:
             child, _ = space.mutate(rng.choice(pool), rng)
         assert child.type.fits(Type.MAT)
@@ -75,7 +75,7 @@ def test_every_mutation_happens_and_most_change_something(space):
         parent = space.sample(rng)
         child, name = space.mutate(parent, rng)
         changed[name] = changed.get(name, 0) + (child != parent)
-    assert set(changed) == {"perturb", "subtree", "node", "insert", "delete", "rotate", "wrap"}
+    assert set(changed) == {"perturb", "subtree", "node", "insert", "delete", "rotate", "extend", "append"}
     assert all(count > 5 for count in changed.values())
 
 
@@ -105,7 +105,7 @@ junk = [object() for _ in range(int(sys.argv[1]))]
 space, rng = MetricSpace(set(DEFAULT_STATISTICS) | {"W"}), random.Random(0)
 pool = [space.sample(rng) for _ in range(20)]
 for _ in range(400):
-    child = space.crossover(rng.choice(pool), rng.choice(pool), rng)
+    child, _ = space.crossover(rng.choice(pool), rng.choice(pool), rng)
     pool[rng.randrange(20)] = space.mutate(child, rng)[0] if child.size < 40 else space.sample(rng)
 print("\\n".join(map(str, pool)))
 """
