@@ -27,6 +27,10 @@ POWER_PRODUCT_FORWARD = "mul(abs(W),powc(X_l2,{a}))"
 
 # The rung at which points of a tuner are compared. They differ little, so the first one has too few tokens for them.
 TUNING_RUNG = 1
+MAX_TUNERS = 4
+
+# So good a candidate is tuned though a simpler one is better: a new structure seldom comes with the right numbers.
+TUNED_RANK = 8
 
 _POWER_GRID = (
     (0.5, 0.5),
@@ -126,7 +130,7 @@ class Evolution:
         if candidate is None:
             return
         self._islands[candidate.island].append(candidate)
-        if candidate in self._archive.front and len(self._tuners) < 4:
+        if len(self._tuners) < MAX_TUNERS and (candidate in self._archive.front or self._rank(candidate) < TUNED_RANK):
             self._consider_tuning(candidate)
 
     def state(self) -> dict[str, Any]:
@@ -156,6 +160,10 @@ class Evolution:
             return tools.selDoubleTournament(
                 list(members), 1, fitness_size=self._tournament, parsimony_size=1.2, fitness_first=True
             )[0]
+
+    def _rank(self, candidate: Candidate) -> int:
+        """How many living members are better."""
+        return sum(member.fitness > candidate.fitness for island in self._islands for member in island)
 
     def _bred(self, child: Expression, origin: str, parents: tuple[Candidate, ...], island: int) -> Proposal:
         return Proposal(

@@ -60,9 +60,9 @@ class MetricSpace:
         self._mutations: dict[str, tuple[float, Mutation]] = {
             "perturb": (0.15, self._perturb),
             "extend": (0.20, self._extend),
-            "append": (0.05, self._append),
-            "subtree": (0.15, self._replace_subtree),
-            "node": (0.25, self._replace_node),
+            "append": (0.20, self._append),
+            "subtree": (0.10, self._replace_subtree),
+            "node": (0.15, self._replace_node),
             "insert": (0.05, self._insert),
             "delete": (0.10, self._delete),
             "rotate": (0.05, self._rotate),
@@ -178,11 +178,12 @@ class MetricSpace:
         return call("mul", genome, factor)
 
     def _append(self, genome: Expression, rng: random.Random) -> Expression:
-        """Add the weight times a power of a statistic that is never negative."""
-        if not self._factors:
-            return genome
-        factor = call("powc", terminal(rng.choice(self._factors)), exponent=rng.choice((0.5, 1.0, -0.5)))
-        return self._sum(genome, call("mul", call("abs", terminal("W")), factor), rng)
+        """Add a power of the weight, mostly times a power of a statistic that is never negative."""
+        term = call(rng.choice(("abs", "sqr")), terminal("W"))
+        if self._factors and rng.random() < 0.75:
+            factor = call("powc", terminal(rng.choice(self._factors)), exponent=rng.choice((0.5, 1.0, -0.5)))
+            term = call("mul", term, factor)
+        return self._sum(genome, term, rng)
 
     def _sum(self, first: Expression, second: Expression, rng: random.Random) -> Expression:
         """`first` and a smaller share of `second`."""
