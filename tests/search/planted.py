@@ -100,7 +100,11 @@ SEEDS = {
 
 
 class Session:
-    """A search on the planted target in a run folder."""
+    """A search on the planted target in a run folder.
+
+    Args:
+        search: `simplify` of the space; `probe` and `dead` of the search.
+    """
 
     def __init__(
         self,
@@ -109,20 +113,22 @@ class Session:
         searcher: str = "evolution",
         window: int = 16,
         executor: Executor | None = None,
+        **search: Any,
     ) -> None:
-        space, archive = MetricSpace(TERMINALS), Archive()
+        space, archive = MetricSpace(TERMINALS, simplify=search.pop("simplify", "canonical")), Archive()
         options: dict[str, Any] = {} if searcher == "random" else {"power_budget": 0, "population": 64}
         self.search = MetricSearch(
             space,
             SEARCHERS[searcher](space, archive, {"wanda": SEEDS["wanda"], "magnitude": SEEDS["magnitude"]}, **options),
             archive,
             SuccessiveHalving(2),
-            probe(),
+            search.pop("probe", None) or probe(),
             RULE,
             seed=seed,
             prepared="",
             identity="planted",
             full_ladder=frozenset({"wanda"}),
+            **search,
         )
         exists = (folder / "run.json").exists()
         self.run = RunDirectory.open(folder) if exists else RunDirectory.create("metric", {}, {}, run_dir=folder)
