@@ -151,9 +151,12 @@ class RunDirectory:
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
-            raise InvalidInput(f"{self.path / 'config.yaml'} cannot be read") from None
+            found = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise InvalidInput(f"{self.path / 'config.yaml'} cannot be read")
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -248,11 +251,14 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """What `write_result` wrote, or None."""
         try:
-            return json.loads((self.path / "result.json").read_bytes())
+            found = json.loads((self.path / "result.json").read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError:
-            raise InvalidInput(f"{self.path / 'result.json'} is damaged: it is not what evoprune wrote") from None
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or "best" not in found:
+            raise InvalidInput(f"{self.path / 'result.json'} is damaged: it is not what evoprune wrote")
+        return found
 
 
 def list_runs(parent: Path | None = None) -> list[RunDirectory]:
