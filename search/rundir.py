@@ -84,7 +84,7 @@ class RunDirectory:
         run_id = f"{moment:%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(2)}"
         path = Path(run_dir) if run_dir is not None else runs_folder() / run_id
         with disk_errors(path):
-            made = not path.exists()
+            made, made_parent = not path.exists(), not path.parent.exists()
             path.mkdir(parents=True, exist_ok=True)
             if not made and any(path.iterdir()):
                 raise InvalidInput(
@@ -101,6 +101,9 @@ class RunDirectory:
             except BaseException:
                 lock.release()
                 _remove_contents(path, itself=made)
+                if made_parent:
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
                 raise
         run = cls(path)
         run._lock = lock
