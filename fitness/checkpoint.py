@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from evoprune.fitness.cache import disk_errors
 from evoprune.fitness.card import WeightCounts, model_card, public_name
 from evoprune.fitness.hub import one_line, silence
 from evoprune.fitness.models import LanguageModel
 from evoprune.metrics.errors import EvopruneError, InvalidInput
-from evoprune.metrics.files import write_atomically
+from evoprune.metrics.files import user_path, write_atomically
 
 FORMAT = "evoprune checkpoint 1"
 RECORD = "evoprune.json"
@@ -53,7 +52,7 @@ def write_checkpoint(
     model = language_model.model
     dtype = _exact_dtype(model, language_model.stored_dtype)
     state = _state_as(model, dtype)
-    with _disk_errors(out):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_name(f".{out.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
         try:
@@ -88,10 +87,13 @@ def check_out_dir(out_dir: Path | str) -> Path:
     Raises:
         InvalidInput: it is a file, or holds something else than an evoprune checkpoint.
     """
-    out = Path(out_dir).expanduser().resolve()
+    try:
+        out = user_path(out_dir).resolve()
+    except RuntimeError as error:  # a loop of links
+        raise InvalidInput(f"cannot write {out_dir}: {one_line(error)}") from None
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"{out_dir} is a file: give a new or empty folder for the checkpoint")
-    with _disk_errors(out):
+    with disk_errors(out):
         if out.is_dir() and any(out.iterdir()) and not _is_checkpoint(out):
             raise InvalidInput(f"{out_dir} holds other files: give a new or empty folder for the checkpoint")
     return out
@@ -108,23 +110,6 @@ def _is_checkpoint(folder: Path) -> bool:
         and record.get("format") == FORMAT
         and not any(path.is_dir() for path in folder.iterdir())
     )
-
-
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turn what a disk can do to us into one line."""
-    try:
-        yield
-    except Exception as error:
-        # The safetensors and tokenizers libraries report the disk's errors in words of this form only.
-        told = re.search(r"([^:]+) \(os error \d+\)", str(error))
-        if isinstance(error, OSError):
-            reason = error.strerror or one_line(error)
-        elif told is not None:
-            reason = told[1].strip()
-        else:
-            raise
-        raise InvalidInput(f"cannot write {out}: {reason}") from error
 
 
 def _exact_dtype(model: PreTrainedModel, stored: torch.dtype | None) -> torch.dtype:

@@ -13,7 +13,7 @@ from typing import Any
 from evoprune.fitness.cache import cache_folder
 from evoprune.fitness.hub import one_line, silence
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.files import content_hash, write_atomically
+from evoprune.metrics.files import content_hash, user_path, write_atomically
 
 TEXT_SUFFIXES = (".txt", ".py", ".md")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -33,7 +33,7 @@ def read_documents(source: str) -> list[str]:
     Raises:
         InvalidInput: there is no such source, or it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         if path.is_file():
             return _capped(_read_file(path))

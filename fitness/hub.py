@@ -19,7 +19,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.utils import logging as transformers_logging
 
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.files import file_hash
+from evoprune.metrics.files import file_hash, user_path
 
 REFERENCE = Path(__file__).parent / "reference"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
@@ -68,7 +68,7 @@ def model_folder(name: str, *, revision: str | None, trust_remote_code: bool, we
     """
     if name == "reference":
         return REFERENCE
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if name and folder.is_dir():
         return folder
     if folder.is_file():

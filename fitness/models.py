@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -109,6 +110,9 @@ def load_model(
             raise InvalidInput(f"model {name!r} does not fit on {target}: {one_line(error)}") from error
     elif any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidInput(f"model {name!r} does not fit on the devices of device_map: part of it went to the disk")
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax()):  # of a NaN both are NaN
+            raise InvalidInput(f"the weights in {folder} are damaged: {parameter_name} holds a NaN or an infinity")
     known = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokenizer.vocab_size > known:
         raise InvalidInput(
@@ -126,13 +130,19 @@ def check_model(
     """(local folder with the weights, config) of a model that `load_model` can load, without loading it.
 
     Raises:
-        InvalidInput: no such model, no config, a family that is not supported, or no safetensors.
+        InvalidInput: no such model, no config, a family that is not supported, no tokenizer, or no whole safetensors.
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     config = _config(folder, trust_remote_code)
     _refuse_unsupported(name, config, trust_remote_code)
+    _check_tokenizer_files(folder, trust_remote_code)
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=True)
-    weight_files(folder)
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):  # reads what the file says of itself, and compares its length
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InvalidInput(f"the weights in {folder} cannot be read: {file.name}: {one_line(error)}") from error
     return folder, config
 
 
@@ -193,10 +203,13 @@ def _refuse_unsupported(name: str, config: PreTrainedConfig, trust_remote_code: 
     list_sites(empty)
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _check_tokenizer_files(folder: Path, trust_remote_code: bool) -> None:
     # Without any of these files transformers would build an empty tokenizer for some families.
     if not trust_remote_code and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise InvalidInput(f"{folder} has no tokenizer: copy tokenizer.json there from the original model")
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         with silence():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

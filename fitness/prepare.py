@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from evoprune.fitness.cache import cache_folder
+from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
@@ -88,7 +88,8 @@ def prepare(
         progress: told what runs, how much of it is done and how much there is.
 
     Raises:
-        InvalidInput: a text is too short, a statistic does not exist, the width does not fit the pattern.
+        InvalidInput: a text is too short, a statistic does not exist, the width does not fit the pattern, or the disk
+            is full or read-only.
     """
     tokenizer = language_model.tokenizer
     check_widths(language_model, context)
@@ -110,6 +111,19 @@ def prepare(
     statistics = statistics_for(
         language_model, calibration, needs, progress=lambda done, total: progress("statistics", done, total)
     )
+    with disk_errors(cache_folder()):
+        return _prepared(language_model, context, windows, statistics, needs, progress)
+
+
+def _prepared(
+    language_model: LanguageModel,
+    context: EvaluationContext,
+    windows: dict[str, Tensor],
+    statistics: Statistics,
+    needs: frozenset[str],
+    progress: Callable[[str, int, int], None],
+) -> Prepared:
+    """The set of these inputs: the one in the cache, or a new one."""
     dense = _dense_file(language_model)
     identity = {
         "format": FORMAT,

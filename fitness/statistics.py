@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from evoprune.fitness.allocator import freed_tensors_released
-from evoprune.fitness.cache import cache_folder
+from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.statistics_gradient import loss_scale
 from evoprune.fitness.statistics_passes import PassSettings, Progress, run_passes
@@ -93,7 +93,7 @@ def collect_statistics(
     terminals of a large one, are collected for a group of decoder blocks at a time, in as many passes.
 
     Raises:
-        InvalidInput: unknown names, unusable windows, or `folder` is something else.
+        InvalidInput: unknown names, unusable windows, `folder` is something else, or the disk is full or read-only.
         EvopruneError: a statistic is not finite or cannot be defined for this architecture.
     """
     stored = stored_names(names)
@@ -108,7 +108,7 @@ def collect_statistics(
         "provenance": dict(provenance or {}),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    with new_folder(folder) as partial, freed_tensors_released():
+    with disk_errors(folder), new_folder(folder) as partial, freed_tensors_released():
         writer = SetWriter(partial)
         leaders = run_passes(language_model, windows, stored, settings, writer, progress)
         writer.finish(site_facts((bound.site for bound in language_model.sites), leaders), facts)

@@ -21,7 +21,10 @@ from evoprune.fitness.statistics_store import (
 )
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import file_hash
-from evoprune.metrics.terminals import FREE_TERMINALS
+from evoprune.metrics.terminals import FREE_TERMINALS, TERMINALS
+
+# Along more rows than this a statistic may not be all zero (symbolic pruning metrics, section 3.7).
+DEAD_ROWS = 0.01
 
 
 class Statistics:
@@ -109,8 +112,7 @@ class Statistics:
             have = ", ".join(sorted(self.names)) or "none"
             raise InvalidInput(f"the statistics in {self.folder} hold no {name[:80]!r}; they hold {have}")
         stored = SQUARE_ROOTS.get(name, name)
-        owner = site if stored[:2] in ("G_", "Y_") else facts["input_of"]
-        tensor = self._read(facts["block"], f"{owner}::{stored}", device)
+        tensor = self._read(facts["block"], self._key(site, stored), device)
         rows, columns = facts["shape"]
         shape = {"G": (rows, columns), "Y": (rows, 1)}.get(stored[0], (1, columns))
         if tuple(tensor.shape) != ((columns, columns) if stored == GRAM else shape):
@@ -121,6 +123,23 @@ class Statistics:
         """Several statistics of one site; terminals that need no data are passed over. See `tensor`."""
         return {name: self.tensor(site, name, device) for name in sorted(set(names) - FREE_TERMINALS)}
 
+    def dead(self) -> frozenset[str]:
+        """The names that are all zero along at least `DEAD_ROWS` of the rows of all matrices.
+
+        A statistic of the inputs has one row, which counts for every row of its matrix.
+        """
+        counts: dict[str, int] = self.manifest["dead_rows"]
+        rows = sum(facts["shape"][0] for facts in self._sites.values())
+        found = set()
+        for name in self.names - {GRAM}:
+            dead = 0
+            for site, facts in self._sites.items():
+                count = counts.get(self._key(site, SQUARE_ROOTS.get(name, name)), 0)
+                dead += count if TERMINALS[name].type.varies_with_row else count * facts["shape"][0]
+            if dead and dead >= DEAD_ROWS * rows:
+                found.add(name)
+        return frozenset(found)
+
     def verify(self) -> None:
         """Compare every file with its hash in the manifest.
 
@@ -130,6 +149,11 @@ class Statistics:
         for name, file in self.manifest["files"].items():
             if file_hash(self.folder / name) != file["sha256"]:
                 raise self._damaged(name)
+
+    def _key(self, site: str, stored: str) -> str:
+        """Where a stored statistic of a site is: that of its inputs under the first site that shares them."""
+        owner = site if stored[:2] in ("G_", "Y_") else self._sites[site]["input_of"]
+        return f"{owner}::{stored}"
 
     def _read(self, block: int, key: str, device: torch.device | str) -> Tensor:
         try:

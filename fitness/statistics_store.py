@@ -26,7 +26,7 @@ from evoprune.metrics.files import canonical_json, file_hash, write_atomically
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import FREE_TERMINALS, STATISTICS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Raised whenever a terminal's definition changes: older sets are then refused.
 DEFINITION_VERSION = 1
 MANIFEST = "manifest.json"
@@ -112,6 +112,7 @@ class SetWriter:
         self._folder = folder
         self._parts: dict[int, list[Path]] = {}
         self._zeros: dict[str, float] = {}
+        self._dead_rows: dict[str, int] = {}
 
     def add(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Write what `encode` made for decoder block `block`, or a part of it."""
@@ -121,6 +122,8 @@ class SetWriter:
         for key, tensor in tensors.items():
             if tensor.dtype == torch.float16:
                 self._zeros[key] = 1 - torch.count_nonzero(tensor).item() / tensor.numel()
+            if tensor.dim() == 2 and (dead := tensor.shape[0] - int(tensor.any(1).sum())):
+                self._dead_rows[key] = dead
 
     def finish(self, sites: list[dict[str, Any]], facts: Mapping[str, Any]) -> None:
         """Join the parts and write the manifest.
@@ -145,6 +148,7 @@ class SetWriter:
             "definitions": DEFINITION_VERSION,
             "files": files,
             "zero_fractions": self._zeros,
+            "dead_rows": self._dead_rows,
             "sites": sites,
         }
         write_atomically(self._folder / MANIFEST, canonical_json(manifest) + "\n")

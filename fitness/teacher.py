@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evoprune.metrics.errors import InvalidInput
+
 # Tokens whose logits exist at one time: small enough for a processor's cache.
 CHUNK = 512
 
@@ -121,7 +123,7 @@ def build_teacher(model: PreTrainedModel, head: nn.Linear | None, windows: Tenso
         head: what `linear_head` found.
 
     Raises:
-        MemoryError: log-probabilities are needed and exceed `MAX_LOG_PROBABILITY_BYTES` even in half precision.
+        InvalidInput: log-probabilities are needed and exceed `MAX_LOG_PROBABILITY_BYTES` even in half precision.
     """
     n, predictions = len(windows), windows.shape[1] - 1
     negative_entropy = torch.empty(n * predictions)
@@ -134,7 +136,10 @@ def build_teacher(model: PreTrainedModel, head: nn.Linear | None, windows: Tenso
         vocabulary = model.get_output_embeddings().weight.shape[0]
         dtype = torch.float32 if n * predictions * vocabulary * 4 <= MAX_LOG_PROBABILITY_BYTES else torch.float16
         if n * predictions * vocabulary * 2 > MAX_LOG_PROBABILITY_BYTES:
-            raise MemoryError(f"log-probabilities of {n * predictions} tokens do not fit; use fewer or shorter windows")
+            raise InvalidInput(
+                f"log-probabilities of {n * predictions} tokens for a vocabulary of {vocabulary} take more than "
+                f"{MAX_LOG_PROBABILITY_BYTES >> 30} GiB: use fewer or shorter windows of text"
+            )
         log_probabilities = torch.empty(n * predictions, vocabulary, dtype=dtype)
     for first in range(0, n, batch):
         chunk = windows[first : first + batch].to(model.device)

@@ -52,6 +52,8 @@ def token_windows(
         raise InvalidInput(f"window {window} is too short: its first token is not predicted, so give 2 or more")
     if count is not None and count < 1:
         raise InvalidInput(f"{count} windows of text are too few: give 1 or more")
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise InvalidInput(f"seed {seed} cannot be: give a whole number from 0 to {(1 << 63) - 1}")
     enough = count * window if count is not None and seed is None else None
     stream = token_stream(tokenizer, side_documents(source, side), enough)
     available, needed = len(stream) // window, 1 if count is None else count

@@ -9,6 +9,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from evoprune.metrics.errors import InvalidInput
+
 
 def canonical_json(value: Any) -> str:
     """`value` as JSON with sorted keys and no spaces, equal for equal values.
@@ -31,6 +33,18 @@ def file_hash(path: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person types it, with ``~`` expanded.
+
+    Raises:
+        InvalidInput: it begins with the home of somebody who has none here.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InvalidInput(f"no home folder for {Path(text).parts[0]!r}: give the whole path") from None
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

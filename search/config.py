@@ -101,6 +101,9 @@ class SearcherConfig(_Section):
     tournament: int = Field(5, ge=1, description="candidates compared to choose a parent")
     power_budget: int = Field(30, ge=0, description="evaluations for the tuned power product")
     seeds: tuple[str, ...] | None = Field(None, description="criteria to start from; none takes all that can be scored")
+    simplify: Literal["canonical", "opposing"] = Field(
+        "canonical", description="births: canonical form, or the published removal of opposite operators"
+    )
 
 
 class MetricSearchConfig(_Section):
@@ -117,8 +120,8 @@ class MetricSearchConfig(_Section):
         DEFAULT_STATISTICS, validate_default=True, description="statistics that candidates may read"
     )
     evaluations: int = Field(250, ge=1, description="candidates with a forward pass, at most")
-    minutes: float | None = Field(None, gt=0, description="time for the search, at most")
-    seed: int = Field(0, ge=0, description="fixes texts A and B and the search")
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time for the search, at most")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="fixes texts A and B and the search")
     window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")
     threads: int = Field(1, ge=1, description="torch threads of a worker on a CPU; part of a run's identity")
     seed_from: str | None = Field(None, description="exported metric or run to start from")
@@ -189,8 +192,8 @@ def resolve(
             raise InvalidInput(f"--set {assignment!r} is not of the form key.sub=value")
         try:
             _assign(values, key, yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise InvalidInput(f"--set {key}: {text!r} is not a YAML value") from None
+        except (yaml.YAMLError, RecursionError):
+            raise InvalidInput(f"--set {key}: {text[:80]!r} is not a YAML value") from None
     return validated(values)
 
 
@@ -216,7 +219,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInput(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise InvalidInput(f"{path} is not a YAML file") from None
     if values is None:
         return {}

@@ -203,10 +203,17 @@ class MetricRun:
         """The search as the configuration asks for it, at its beginning."""
         config = self._config
         probe = prepared.probe()
-        space = MetricSpace(config.terminals, self._context.group, probe.typical)
+        dead = prepared.statistics().dead()
+        if dead:
+            self._progress.line(
+                f"warning: {', '.join(sorted(dead))}: zero along 1 % or more of all rows, so no candidate may read it"
+            )
+        space = MetricSpace(
+            config.terminals - dead, self._context.group, simplify=config.searcher.simplify, typical=probe.typical
+        )
         archive = Archive()
         seeds = self._seeds()
-        options = config.searcher.model_dump(exclude={"name", "seeds"})
+        options = config.searcher.model_dump(exclude={"name", "seeds", "simplify"})
         searcher = SEARCHERS[config.searcher.name](space, archive, seeds, **options)
         racing = SuccessiveHalving(len(config.racing.rungs), config.racing.keep, config.racing.uniform)
         return MetricSearch(
@@ -220,6 +227,7 @@ class MetricRun:
             prepared=str(prepared.folder),
             identity=self._identity,
             full_ladder=frozenset(BASELINES),
+            dead=dead,
         )
 
     def _seeds(self) -> dict[str, Expression]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evoprune.metrics.canonical import canonicalise
 from evoprune.metrics.expression import Expression, from_json
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.filters import reject_reason
@@ -35,7 +36,7 @@ _STATUS_REASONS = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "
 
 
 class MetricSearch:
-    """Births of metrics, in canonical form, none of them ever evaluated twice.
+    """Births of metrics, simplified as the space does it, none of them ever evaluated twice.
 
     Args:
         space: what candidates are made of.
@@ -48,7 +49,7 @@ class MetricSearch:
         prepared: folder that evaluations read.
         identity: hash of everything that an evaluation depends on beside its candidate.
         full_ladder: names of seeds that run every rung, because they stand in the result's table.
-        dead: statistics that are zero almost everywhere; expressions that read them are rejected.
+        dead: statistics that are zero along too many rows; expressions that read them are rejected.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class MetricSearch:
         record: dict[str, Any] = {"proposal": _proposal_json(proposal)}
         if proposal.expression.height > MAX_HEIGHT_BRED or proposal.expression.size > MAX_SIZE_BRED:
             return Birth(number, {**record, "reason": "LIMIT"}, None)
-        expression = self._space.canonical(proposal.expression)
+        expression = self._space.simplified(proposal.expression)
         record["expression"] = expression.to_json()
         given = proposal.origin.startswith("seed:")
         reason, same_as = self._reject(expression, number, record, given)
@@ -179,7 +180,8 @@ class MetricSearch:
         self.racing.observe(rungs, birth.record["uniform"])
         finished = len(rungs) == self.racing.rungs
         joined = finished and self.archive.add(candidate)
-        if is_power_product(candidate.expression, POWER_TERMINALS) and (
+        canonical = canonicalise(candidate.expression, self._rule.group)
+        if is_power_product(canonical, POWER_TERMINALS) and (
             self.power is None or candidate.fitness > self.power.fitness
         ):
             self.power = candidate
@@ -205,9 +207,11 @@ class MetricSearch:
         if key in self._keys:
             return "DUP_KEY", self._keys[key]
         self._keys[key] = number
-        reason = reject_reason(expression, allowed_terminals=self._space.terminals, group=self._rule.group)
-        if reason is None and expression.terminals & self._dead:
-            reason = "STAT_DEAD"
+        reason = (
+            "STAT_DEAD"
+            if expression.terminals & self._dead
+            else reject_reason(expression, allowed_terminals=self._space.terminals, group=self._rule.group)
+        )
         if reason is not None:
             return reason, None
         signature = rank_signature(expression, self._probe, self._rule)

@@ -84,7 +84,7 @@ class RunDirectory:
         run_id = f"{moment:%Y%m%d-%H%M%S}-{kind}-{secrets.token_hex(2)}"
         path = Path(run_dir) if run_dir is not None else runs_folder() / run_id
         with disk_errors(path):
-            made = not path.exists()
+            made, made_parent = not path.exists(), not path.parent.exists()
             path.mkdir(parents=True, exist_ok=True)
             if not made and any(path.iterdir()):
                 raise InvalidInput(
@@ -101,6 +101,9 @@ class RunDirectory:
             except BaseException:
                 lock.release()
                 _remove_contents(path, itself=made)
+                if made_parent:
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()
                 raise
         run = cls(path)
         run._lock = lock
@@ -151,9 +154,12 @@ class RunDirectory:
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
         try:
-            return yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError):
-            raise InvalidInput(f"{self.path / 'config.yaml'} cannot be read") from None
+            found = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise InvalidInput(f"{self.path / 'config.yaml'} cannot be read")
+        return found
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -248,11 +254,14 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """What `write_result` wrote, or None."""
         try:
-            return json.loads((self.path / "result.json").read_bytes())
+            found = json.loads((self.path / "result.json").read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError:
-            raise InvalidInput(f"{self.path / 'result.json'} is damaged: it is not what evoprune wrote") from None
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or "best" not in found:
+            raise InvalidInput(f"{self.path / 'result.json'} is damaged: it is not what evoprune wrote")
+        return found
 
 
 def list_runs(parent: Path | None = None) -> list[RunDirectory]:

@@ -71,7 +71,8 @@ def bind_sites(model: PreTrainedModel, adapter: ModelAdapter) -> list[SiteModule
     """The sites that `adapter` names, block by block.
 
     Raises:
-        InvalidInput: a block holds weights that the adapter does not name, or two sites share one weight.
+        InvalidInput: a block holds weights that the adapter does not name, two sites share one weight, or there is no
+            block.
     """
     blocks = block_list(model, adapter)
     sites: list[SiteModule] = []
@@ -94,6 +95,8 @@ def bind_sites(model: PreTrainedModel, adapter: ModelAdapter) -> list[SiteModule
             out_features, in_features = weight.T.shape if transposed else weight.shape
             site = Site(name, kind, index, len(blocks), out_features, in_features)
             sites.append(SiteModule(site, linear, transposed))
+    if not sites:
+        raise InvalidInput(f"{type(model).__name__} has nothing to prune: {adapter.blocks} is empty")
     return sites
 
 

@@ -47,6 +47,8 @@ INTERRUPTED = 130
 # What a disk says when it is the user's to mend.
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG)
 _WANTED = "it needs a writable folder with room in it"
+# What it says of a name that leads nowhere.
+_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,6 +117,8 @@ def explain(error: Exception) -> tuple[str, int]:
             f"cannot write{what}: {str(error.strerror).lower()} (it needs a writable folder with room in it)",
             BAD_INPUT,
         )
+    if isinstance(error, OSError) and error.errno in _NAMES:
+        return f"{str(error.filename)[:80]!r} is no place for a file: {str(error.strerror).lower()}", BAD_INPUT
     text = one_line(str(error))
     return f"{type(error).__name__}{': ' if text else ''}{text} (--debug shows where)", 1
 

@@ -10,6 +10,7 @@ import typer
 
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import user_path
 from evoprune.options import (
     MODEL,
     OUTPUT,
@@ -210,6 +211,8 @@ def stats(
             names["names"] = load_metric(metric).needs
         elif statistics is not None:
             names["names"] = [name.strip() for name in statistics.split(",") if name.strip()]
+            if not names["names"]:
+                raise InvalidInput("--statistics names none: give some of `evoprune list terminals`, such as X_l2,G_l2")
         found = api.collect_statistics(
             model,
             seed=seed,
@@ -234,9 +237,10 @@ def stats(
                 }
             )
         else:
+            what = ", ".join(sorted(found.names)) or "no statistics"
             output.tell(
-                f"{', '.join(sorted(found.names))} of {len(found.sites)} matrices, from {manifest['sequences']} × "
-                f"{manifest['window']} tokens of {calibration or 'corpus'}; {size / 2**20:.1f} MiB"
+                f"{what} of {len(found.sites)} matrices, from {manifest['sequences']} × {manifest['window']} tokens of "
+                f"{calibration or 'corpus'}; {size / 2**20:.1f} MiB"
             )
             output.line(str(found.folder))
 
@@ -247,7 +251,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         InvalidInput: what is there is no folder, or not ours to write to.
     """
-    existing = folder.expanduser().absolute()
+    existing = user_path(folder).absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():

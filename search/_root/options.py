@@ -95,7 +95,7 @@ ExecutorOption = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    option("--workers", metavar="N", help="worker processes", panel=WORKERS, default="one per core, or per GPU"),
+    option("--workers", metavar="N", min=1, help="worker processes", panel=WORKERS, default="one per core, or per GPU"),
 ]
 GpusPerWorker = Annotated[
     float | None,

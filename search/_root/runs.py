@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.files import write_atomically
+from evoprune.metrics.files import user_path, write_atomically
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.rundir import RunDirectory, RunState
 from evoprune.search.rundir import list_runs as run_directories
@@ -124,7 +124,7 @@ class Run:
         Raises:
             InvalidInput: another ending, the run is not finished, its exports are damaged, or the disk's fault.
         """
-        target = Path(path).expanduser()
+        target = user_path(path)
         if target.suffix not in EXPORTS:
             raise InvalidInput(f"cannot export a metric to {target.name!r}: the ending must be .py, .json or .tex")
         winner = self._finished()["best"]["expression"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ def start(
 ) -> RunDirectory:
     """Make a run's folder and search to the end; a folder that bad input made useless is removed again."""
     check_names(config)
+    _check_resources(resources)
     if resources.storage is not None:
         check_storage(resources.storage)
     parent = runs_folder() if run_dir is None else Path(run_dir)
@@ -40,15 +42,20 @@ def start(
     if forked_from is not None:
         identity["forked_from"] = forked_from.run_id
     directory = RunDirectory.create("metric", config.model_dump(mode="json"), identity, run_dir=run_dir)
+    log = directory.path / "evaluations.wal"
+    known = b""
     try:
-        if forked_from is not None and (log := forked_from.path / "evaluations.wal").exists():
+        if forked_from is not None and (source := forked_from.path / log.name).exists():
+            known = source.read_bytes()
             with disk_errors(directory.path):
-                write_atomically(directory.path / log.name, log.read_bytes())
+                write_atomically(log, known)
         return drive(directory, resources, quiet)
-    except InvalidInput:
+    except InvalidInput as error:
         directory.close()
-        if directory.peek() is None:
+        if directory.peek() is None and not (log.exists() and log.stat().st_size > len(known)):
             _remove(directory.path, made, parent)
+        elif isinstance(error.__cause__, OSError):  # the disk's fault: what was evaluated counts once it is mended
+            raise InvalidInput(f"{error}; then continue with `{resume_command(directory.path)}`") from error
         raise
 
 
@@ -77,6 +84,7 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     Raises:
         EvopruneError: where the run can go on, its message says how.
     """
+    _check_resources(resources)
     go_on = f"continue with `{resume_command(directory.path)}`"
     try:
         resume_metric_search(directory, resources, stream=io.StringIO() if quiet else None)
@@ -87,6 +95,18 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     if not (directory.path / "report.html").exists():
         _report(directory)
     return directory
+
+
+def _check_resources(resources: Resources) -> None:
+    """Refuse numbers of workers and GPUs that cannot be.
+
+    Raises:
+        InvalidInput: no worker, or GPUs below zero.
+    """
+    if resources.workers is not None and resources.workers < 1:
+        raise InvalidInput(f"{resources.workers} workers cannot search: give 1 or more")
+    if resources.gpus_per_worker is not None and not 0 <= resources.gpus_per_worker < math.inf:
+        raise InvalidInput(f"{resources.gpus_per_worker} GPUs per worker cannot be: give 0, a fraction of one, or more")
 
 
 def _report(directory: RunDirectory) -> None:

@@ -17,7 +17,7 @@ class Proposal:
     """What a searcher wants to be born.
 
     Attributes:
-        expression: as bred; the search brings it into canonical form.
+        expression: as bred; the search simplifies it.
         origin: how it came about.
         parents: births it was made from.
         evolved: bred or tuned, not given or drawn.

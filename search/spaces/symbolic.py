@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection
+from typing import Literal
 
 from deap import gp
 
 from evoprune.metrics.canonical import canonicalise, metric_key
 from evoprune.metrics.expression import CONSTANT, MAX_CONSTANT, Expression, call, constant, terminal
+from evoprune.metrics.opposing import oppose
 from evoprune.metrics.records import Group
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.metrics.types import Type
@@ -25,6 +27,7 @@ from evoprune.search.spaces.trees import (
 )
 
 Mutation = Callable[[Expression, random.Random], Expression]
+Simplification = Literal["canonical", "opposing"]
 
 _SHORT_STEPS = (0.25, 0.1, -0.1, -0.25)
 
@@ -38,15 +41,23 @@ class MetricSpace:
     Args:
         terminals: names that may occur.
         group: what scores are compared within; it decides which expressions are equivalent.
+        simplify: how births are simplified: to their canonical form, which ranks alike, or by the published removal of
+            opposite operators, which may change what an expression means. Keys are of canonical forms either way.
         typical: the typical magnitude of an expression's scores. Sums are made with it, for a sum whose terms differ
             by orders of magnitude ranks like its larger term; without it, their constants are drawn blindly.
     """
 
     def __init__(
-        self, terminals: Collection[str], group: Group = "row", typical: Callable[[Expression], float] | None = None
+        self,
+        terminals: Collection[str],
+        group: Group = "row",
+        *,
+        simplify: Simplification = "canonical",
+        typical: Callable[[Expression], float] | None = None,
     ) -> None:
         self.terminals = frozenset(terminals)
         self.group = group
+        self._simplify = simplify
         self._typical = typical
         self._pset = primitive_set(self.terminals)
         self._generator = Generator(self.terminals)
@@ -96,9 +107,9 @@ class MetricSpace:
     def key(self, genome: Expression) -> str:
         return metric_key(genome, self.group)
 
-    def canonical(self, genome: Expression) -> Expression:
-        """The form in which equivalent genomes are equal."""
-        return canonicalise(genome, self.group)
+    def simplified(self, genome: Expression) -> Expression:
+        """The form in which `genome` is born."""
+        return oppose(genome) if self._simplify == "opposing" else canonicalise(genome, self.group)
 
     def _perturb(self, genome: Expression, rng: random.Random) -> Expression:
         """Move one exponent or constant; without any, give one vector or matrix factor an exponent."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
@@ -49,6 +52,8 @@ def refused(run: Run, place: Path) -> Callable[..., str]:
     return call
 
 
+RUN = '{"run": "x", "kind": "metric", "created": "2026-01-01T00:00:00+00:00"}'
+
 # Models
 
 
@@ -79,6 +84,46 @@ def test_unknown_family(refused: Callable[..., str], place: Path) -> None:
     assert "knows no model family 'strange'" in refused("eval", folder)
 
 
+def test_damaged_checkpoints(refused: Callable[..., str], tiny: Path, place: Path, small: Path) -> None:
+    """Each is refused in one line, by a search too, before it makes a run's folder."""
+    weights = load_file(tiny / "model.safetensors")
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(tiny, place / name))
+
+    cut = copy("cut")
+    content = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
+    shards = copy("shards")
+    (shards / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00002.safetensors")}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    mute = copy("mute")
+    (mute / "tokenizer.json").unlink()
+    empty = copy("empty-stack")
+    config = json.loads((empty / "config.json").read_text())
+    (empty / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
+    for folder, said in (
+        (cut, "cannot be read: model.safetensors"),
+        (shards, "which model.safetensors.index.json lists, is missing"),
+        (mute, "has no tokenizer"),
+        (empty, "nothing to prune: model.layers is empty"),
+    ):
+        search = ("search", "metric", folder, "--config", small, "--executor", "inline")
+        for command in (("eval", folder), ("stats", folder), ("prune", folder, "--out", "out"), search):
+            assert said in refused(*command)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_numbers(value: float, refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    folder = Path(shutil.copytree(tiny, place / "broken"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 2] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for command in (("eval", folder), ("stats", folder), ("prune", folder, "--out", "out", "--metric", "magnitude")):
+        assert "model.layers.1.mlp.up_proj.weight holds a NaN or an infinity" in refused(*command)
+
+
 def test_a_search_on_a_bad_model_leaves_no_run(run: Run, place: Path, small: Path) -> None:
     (place / "empty").mkdir()
     before = tree(place)
@@ -102,6 +147,28 @@ def test_text(refused: Callable[..., str], tiny: Path, place: Path) -> None:
     assert "no text './nowhere.txt'" in refused("search", "metric", tiny, "--data", "./nowhere.txt")
     assert "reads at most 64 tokens" in refused("eval", tiny, "--window", 128)
     assert "do not fill one window" in refused("eval", tiny, "--tokens", 3)
+
+
+def test_files_that_hold_no_text(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    noise = bytes(range(256)) * 20
+    for name, content, said in (
+        ("empty.jsonl", b"", "text too short"),
+        ("blank.jsonl", b"\n\n \n", "text too short"),
+        ("other.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 is no JSON object"),
+        ("noise.jsonl", noise, "is damaged"),
+        ("noise.jsonl.gz", noise, "cannot be read"),
+        ("noise.parquet", noise, "is no Parquet file"),
+        ("noise", noise, "is no text that evoprune reads"),
+        ("noise.zip", b"PK\3\4" + noise, "is no text that evoprune reads"),
+    ):
+        (place / name).write_bytes(content)
+        assert said in refused("eval", tiny, "--data", name)
+    (place / "none").mkdir()
+    assert "holds no text" in refused("eval", tiny, "--data", "none")
+    table = pytest.importorskip("pyarrow").table
+    write = pytest.importorskip("pyarrow.parquet").write_table
+    write(table({"words": ["a"]}), place / "words.parquet")
+    assert "has no column 'text', only words" in refused("eval", tiny, "--data", "words.parquet")
 
 
 def test_a_search_on_a_short_text_leaves_no_run(run: Run, place: Path, tiny: Path, small: Path) -> None:
@@ -200,7 +267,93 @@ def test_folders_that_are_no_run(refused: Callable[..., str], place: Path) -> No
     assert "is not a run folder" in refused("show", "other")
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"run.json": "{"}, "is not a run folder"),
+        ({"run.json": '{"run": "x"}'}, "is not a run folder"),
+        ({"run.json": RUN}, "config.yaml cannot be read"),
+        ({"run.json": RUN, "config.yaml": "- 1"}, "config.yaml cannot be read"),
+        ({"run.json": RUN, "config.yaml": "[" * 1200}, "config.yaml cannot be read"),
+        ({"run.json": RUN, "config.yaml": "seed: 1", "result.json": "{}"}, "result.json is damaged"),
+        ({"run.json": RUN, "config.yaml": "seed: 1", "result.json": "[1]"}, "result.json is damaged"),
+    ],
+)
+def test_damaged_run_folders(files: dict[str, str], said: str, refused: Callable[..., str], place: Path) -> None:
+    (place / "run").mkdir()
+    for name, text in files.items():
+        (place / "run" / name).write_text(text)
+    for command in (["show", "run"], ["show", "run", "--json"]):
+        assert said in refused(*command)
+    for command in (["resume", "run"], ["report", "run"], ["export", "run", "--to", "m.py"]):
+        refused(*command)
+
+
+# Names
+
+
+def test_names_that_lead_nowhere(refused: Callable[..., str], tiny: Path, place: Path, small: Path) -> None:
+    for name in ("loop", "loop.json", "loop.txt", "loop.yaml"):
+        (place / name).symlink_to(name)
+    search, prune = ("search", "metric", tiny, "--config", small), ("prune", tiny, "--out")
+    for stem in ("loop", "x" * 300, "~nobody-of-this-name/x"):
+        for command in (
+            ("eval", stem),
+            ("eval", tiny, "--data", f"{stem}.txt"),
+            ("show", stem),
+            ("resume", stem),
+            (*prune, stem),
+            (*prune, f"{stem}/out"),
+            (*prune, "out", "--metric", f"{stem}.json"),
+            (*search, "--seed-from", f"{stem}.json"),
+            ("search", "metric", tiny, "--config", f"{stem}.yaml"),
+        ):
+            refused(*command)
+        if not stem.startswith("~"):
+            refused(*search, "--run-dir", stem)
+
+
 # Options of a search
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\tseed: 1", "is not a YAML file"),
+        ("data:\n\twindow: 32", "is not a YAML file"),
+        ("[" * 1200, "is not a YAML file"),
+        ("!!python/object/apply:os.system ['touch hacked']", "is not a YAML file"),
+        ("\0", "is not a YAML file"),
+        ("- 1", "does not hold options by name"),
+        ("1: 2", "1: "),
+        ("data: 3", "data: "),
+        ("seed: 2020-01-01", "seed: "),
+        ("evaluations: .inf", "evaluations: "),
+        ("minutes: .inf", "minutes: "),
+        (f"seed: {10**30}", "seed: "),
+        ("target: {sparsity: .nan}", "is not between 0 and 1"),
+        ("racing: {rungs: [4, 2]}", "rungs are numbers of windows that increase"),
+        ("searcher: {simplify: none}", "searcher.simplify: "),
+        ("kind: policy", "kind: "),
+    ],
+)
+def test_configuration_files(text: str, said: str, refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    (place / "bad.yaml").write_text(text)
+    assert said in refused("search", "metric", tiny, "--config", "bad.yaml")
+    assert not (place / "hacked").exists()
+
+
+def test_numbers_that_cannot_be(refused: Callable[..., str], tiny: Path, small: Path) -> None:
+    search = ("search", "metric", tiny, "--config", small, "--executor", "inline")
+    for option, value in (
+        ("--workers", 0), ("--workers", -1), ("--gpus-per-worker", "nan"), ("--gpus-per-worker", -1),
+        ("--minutes", "inf"), ("--minutes", "nan"), ("--seed", 10**30), ("--seed", -1), ("--threads", 0),
+        ("--population", 3), ("--window", 0),
+    ):  # fmt: skip
+        refused(*search, option, value)
+    refused(*search, "--set", "seed=" + "[" * 1200)
+    assert "seed 1000" in refused("prune", tiny, "--out", "out", "--seed", 10**30)
+    assert "--statistics names none" in refused("stats", tiny, "--statistics", "")
 
 
 def test_options_of_a_search(refused: Callable[..., str], tiny: Path, place: Path) -> None:
@@ -240,6 +393,59 @@ def test_a_read_only_folder(refused: Callable[..., str], tiny: Path, monkeypatch
     """As `os.access` tells it, root or not."""
     monkeypatch.setattr("evoprune.commands_model.os.access", lambda path, mode: False)
     assert "is read-only; give a folder that can be written" in refused("prune", tiny, "--out", "out")
+
+
+@contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system refuses to write on, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_files_that_do_not_fit(
+    run: Run, tiny: Path, place: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real writes that fail, in the middle of a checkpoint, of statistics, and of what a search prepares."""
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cold"))
+    calibration = ("--calibration-window", 32, "--calibration-sequences", 4)
+    for size, command in (
+        (50_000, ("prune", tiny, "--out", "out", "--metric", "magnitude")),
+        (3_000, ("prune", tiny, "--out", "out", *calibration)),
+        (3_000, ("stats", tiny, "--statistics", "G_l2", *calibration)),
+        (3_000, ("search", "metric", tiny, "--config", small, "--executor", "inline")),
+        (100, ("search", "metric", tiny, "--config", small, "--executor", "inline")),
+    ):
+        with full_after(size):
+            done = run(*command)
+        assert (done.code, done.out) == (2, ""), done
+        last = done.err.splitlines()[-1]
+        assert last.startswith("error: cannot write ") and "file too large" in last.lower()
+        assert tree(place) == set()
+        # What is whole may stay; what is being written has a name that begins with a dot.
+        assert not [path for path in (tmp_path / "cold").rglob("*") if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_during_a_search(
+    run: Run, tiny: Path, place: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evoprune.sessions.write_report", lambda run: None)
+    search = ("search", "metric", tiny, "--config", small, "--executor", "inline", "--run-dir")
+    assert run(*search, "whole").code == 0
+    history = (place / "whole" / "history.jsonl").read_bytes()
+    with full_after((place / "whole" / "evaluations.wal").stat().st_size // 2):
+        done = run(*search, "cut")
+    assert (done.code, done.out) == (2, ""), done
+    last = done.err.splitlines()[-1]
+    assert "cannot write" in last and last.endswith("then continue with `evoprune resume cut`")
+    assert not [path for path in tree(place / "cut") if path.endswith(".part")]
+    assert run("resume", "cut", "--executor", "inline").code == 0
+    assert (place / "cut" / "history.jsonl").read_bytes() == history
 
 
 def test_a_full_disk(run: Run, tiny: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

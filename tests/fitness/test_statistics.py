@@ -197,6 +197,30 @@ def test_dead_gradients_are_counted_and_reported(tmp_path: Path, caplog: pytest.
     assert not statistics.tensor(dead.site.name, "G_l2").any()
 
 
+def test_statistics_that_are_dead_along_rows_are_named(tmp_path: Path) -> None:
+    language_model, windows = tiny_language_model(), random_windows(2, 8)
+    names = ["X_l2", "X_l1", "X_max", "Y_l2", "G_l2", "Hinv"]
+    assert collect_statistics(language_model, windows, names, folder=tmp_path / "live").dead() == frozenset()
+    rows = sum(bound.site.out_features for bound in language_model.sites)
+    up = language_model.model.get_submodule("model.layers.1.mlp.up_proj")
+    down = language_model.model.get_submodule("model.layers.1.mlp.down_proj")
+    # Neurons that nothing reads: gradients of their rows in up_proj and gate_proj are zero.
+    for dead, expected in ((2, frozenset()), (3, frozenset({"G_l2"}))):
+        assert (2 * dead >= 0.01 * rows) == bool(expected)
+        down.weight[:, :dead] = 0
+        found = collect_statistics(language_model, windows, names, folder=tmp_path / str(dead))
+        assert found.dead() == expected
+    # Outputs that are zero, and with them one input of down_proj each; no row of the input statistics is all zero.
+    up.weight[:8] = 0
+    found = collect_statistics(language_model, windows, names, folder=tmp_path / "outputs")
+    assert {"Y_ss", "Y_l2"} <= found.dead() and not found.dead() & {"X_ss", "X_l2", "X_max", "Hinv"}
+    # An input that is zero altogether, which all rows of its matrix see.
+    up.weight.zero_()
+    found = collect_statistics(language_model, windows, names, folder=tmp_path / "inputs")
+    assert {"X_ss", "X_l2", "X_gate_l2", "X_l1", "X_max"} <= found.dead() and "Hinv" not in found.dead()
+    assert Statistics.open(found.folder).dead() == found.dead()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wanda_mode_repeats_the_reference_update_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     language_model, windows = tiny_language_model(), random_windows(5, 12)

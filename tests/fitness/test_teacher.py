@@ -5,7 +5,8 @@ import torch
 
 from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.teacher import build_teacher, linear_head, window_losses
-from tests.models import FAMILIES, random_windows, tiny_model
+from evoprune.metrics.errors import InvalidInput
+from tests.models import FAMILIES, VOCABULARY, random_windows, tiny_model
 
 WINDOWS = random_windows(5, 16)
 
@@ -48,6 +49,16 @@ def test_linear_heads_keep_one_vector_a_token_and_capped_logits_keep_log_probabi
     }
     assert linear_head(capped, WINDOWS[:1]) is None
     assert "log_probabilities" in build_teacher(capped, None, WINDOWS).tensors()
+
+
+def test_log_probabilities_that_do_not_fit_are_refused(monkeypatch):
+    capped = tiny_model("gemma2", final_logit_softcapping=2.0)
+    needed = WINDOWS.shape[0] * (WINDOWS.shape[1] - 1) * VOCABULARY * 2
+    monkeypatch.setattr("evoprune.fitness.teacher.MAX_LOG_PROBABILITY_BYTES", needed)
+    assert build_teacher(capped, None, WINDOWS).log_probabilities.dtype == torch.float16
+    monkeypatch.setattr("evoprune.fitness.teacher.MAX_LOG_PROBABILITY_BYTES", needed - 1)
+    with pytest.raises(InvalidInput, match="use fewer or shorter windows"):
+        build_teacher(capped, None, WINDOWS)
 
 
 def test_without_a_teacher_there_is_no_kl():

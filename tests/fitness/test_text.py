@@ -219,6 +219,19 @@ def test_a_saved_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert len(read_documents(str(tmp_path))) == 40
 
 
+def test_a_data_set_that_the_library_saved(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    texts = [essay(number) for number in range(40)]
+    saved = datasets.Dataset.from_dict({"text": texts})
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"test": saved.select([0]), "train": saved}).save_to_disk(str(tmp_path / "splits"))
+    rows = write_rows(tmp_path / "a.jsonl", texts)
+    for name in ("one", "splits"):
+        assert source_hash(str(tmp_path / name), "B") == source_hash(str(rows), "B")
+    saved.rename_column("text", "words").save_to_disk(str(tmp_path / "other"))
+    assert "has no field 'text', only words" in refusal(tmp_path / "other")
+
+
 def test_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 12)
     assert "text too short: side A of" in refusal(tmp_path / "a.txt", count=100)
@@ -245,3 +258,5 @@ def test_bad_sources(tmp_path: Path) -> None:
 def test_bad_windows() -> None:
     assert "give 2 or more" in refusal("corpus", window=1)
     assert "give 1 or more" in refusal("corpus", count=0)
+    for seed in (-1, 1 << 63):
+        assert f"seed {seed} cannot be" in refusal("corpus", count=1, seed=seed)

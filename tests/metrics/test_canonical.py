@@ -16,6 +16,7 @@ from evoprune.metrics.expression import Expression, call, from_json, parse, term
 from evoprune.metrics.interpreter import evaluate
 from evoprune.metrics.mask import mask
 from evoprune.metrics.normal_form import normal
+from evoprune.metrics.operators import BOUND
 from evoprune.metrics.opposing import oppose
 from evoprune.metrics.records import GROUPS, Group, MaskRule
 
@@ -41,6 +42,11 @@ def _ties(score: Tensor, group: Group) -> int:
     return int((values[:, 1:] == values[:, :-1]).sum())
 
 
+def _binds(expression: Expression, given: Inputs) -> bool:
+    """Whether some part of an expression reaches the bound of the language."""
+    return any(bool((evaluate(part, given).abs() >= 0.999 * BOUND).any()) for part in expression.walk())
+
+
 def _near_cut(score: Tensor, group: Group, sparsity: float) -> Tensor:
     rows = _rows(score, group)
     cut = rows.sort(1).values[:, int(rows.shape[1] * sparsity) - 1, None]
@@ -49,9 +55,12 @@ def _near_cut(score: Tensor, group: Group, sparsity: float) -> Tensor:
 
 
 @pytest.mark.parametrize("group", ["row", "layer"])
-def test_masks_stay_and_the_form_is_final(group: Group, tree: Callable[..., Expression], probes: list[Inputs]) -> None:
+@pytest.mark.parametrize("trees", [range(400), pytest.param(range(400, 1000), marks=pytest.mark.slow)], ids=str)
+def test_masks_stay_and_the_form_is_final(
+    trees: range, group: Group, tree: Callable[..., Expression], probes: list[Inputs]
+) -> None:
     freed = 0
-    for index in range(500):
+    for index in trees:
         draw = random.Random(f"canonical {group} {index}")
         expression = tree(draw, height=draw.randint(1, 4))
         form = canonicalise(expression, group)
@@ -66,10 +75,11 @@ def test_masks_stay_and_the_form_is_final(group: Group, tree: Callable[..., Expr
             changed = _rows(mask(before, rule) != mask(after, rule), group)
             near = _near_cut(before, group, sparsity) | _near_cut(after, group, sparsity)
             if (changed & ~near).any():
-                # Only a stripped function that had saturated, which leaves fewer ties.
-                assert _ties(after, group) < _ties(before, group), (expression.text, form.text)
+                # Only a stripped function that had saturated, which leaves fewer ties, or a bound that binds elsewhere.
+                fewer = _ties(after, group) < _ties(before, group)
+                assert fewer or _binds(expression, given) or _binds(form, given), (expression.text, form.text)
                 freed += 1
-    assert freed <= 15
+    assert freed <= 0.03 * len(trees)
 
 
 def test_masks_stay_across_matrices(tree: Callable[..., Expression], probes: list[Inputs]) -> None:

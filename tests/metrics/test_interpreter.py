@@ -15,8 +15,9 @@ from torch import Tensor
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.interpreter import evaluate, free_inputs
+from evoprune.metrics.mask import mask
 from evoprune.metrics.operators import OPERATORS
-from evoprune.metrics.records import Site
+from evoprune.metrics.records import MaskRule, Site
 from evoprune.metrics.terminals import TERMINALS
 
 SHAPES = [(4, 6), (1, 6), (4, 1), (1, 1)]
@@ -87,6 +88,33 @@ def test_reductions_see_the_whole_matrix(inputs: Callable[..., dict[str, Tensor]
     torch.testing.assert_close(
         evaluate(parse("tl2(Y_l2)"), given), (8 * given["Y_ss"].double().sum()).sqrt().float().expand(3, 8)
     )
+
+
+def test_shards_of_rows_score_and_mask_like_the_whole(
+    tree: Callable[..., Expression], inputs: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Where no operator looks beyond a row, rows may be scored apart, a metric of a tensor-parallel layer, say."""
+    given = inputs(6, 24, 64)
+    shards = [slice(0, 8), slice(8, 9), slice(9, 24)]
+    compared = exact = 0
+    for index in range(400):
+        expression = tree(random.Random(f"shard {index}"), height=3)
+        if any(node.args and node.operator.scope == "matrix" for node in expression.walk()):
+            continue
+        compared += 1
+        whole = evaluate(expression, given)
+        parts = [
+            evaluate(expression, {name: value[rows] if len(value) == 24 else value for name, value in given.items()})
+            for rows in shards
+        ]
+        # Vectorised and single powers of a vector may differ in the last bit.
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0, msg=expression.text)
+        exact += torch.equal(torch.cat(parts), whole)
+        for rule in (MaskRule(0.5), MaskRule(0.7), MaskRule(pattern=(2, 4)), MaskRule(pattern=(4, 8))):
+            sharded = torch.cat([mask(part, rule) for part in parts])
+            assert torch.equal(sharded, mask(torch.cat(parts), rule)), expression.text
+            assert torch.equal(sharded, mask(whole, rule)), expression.text
+    assert compared > 100 and exact > 0.9 * compared
 
 
 def test_distinct_parts_are_computed_once(

@@ -14,6 +14,7 @@ from evoprune.metrics.interpreter import evaluate, free_inputs
 from evoprune.metrics.mask import mask
 from evoprune.metrics.records import MaskRule, Site
 from evoprune.metrics.terminals import STATISTICS
+from tests import wanda
 
 Inputs = Mapping[str, Tensor]
 
@@ -76,6 +77,44 @@ def test_contract(name: str, inputs: Callable[..., dict[str, Tensor]]) -> None:
     assert (criterion.tags.data == "data-free") == (not criterion.needs)
 
 
+def _power(given: Inputs, a: float, b: float) -> Tensor:
+    return given["W"].abs() * given["X_l2"] ** a * given["G_l2"] ** b
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return x.exp() / x.exp().sum(1, keepdim=True)
+
+
+# Families that published searches draw from: every member has to be sayable, not to be listed.
+FAMILIES: dict[str, Callable[[Inputs], Tensor]] = {
+    "mul(abs(W),mul(powc(X_l2,0),powc(G_l2,0)))": lambda given: _power(given, 0, 0),
+    "mul(abs(W),mul(powc(X_l2,1),powc(G_l2,0)))": lambda given: _power(given, 1, 0),
+    "mul(abs(W),mul(powc(X_l2,0.7),powc(G_l2,0.3)))": lambda given: _power(given, 0.7, 0.3),
+    "mul(abs(W),mul(powc(X_l2,-0.5),powc(G_l2,3/2)))": lambda given: _power(given, -0.5, 1.5),
+    # OptiShear: transformed weight times transformed norm, each with a scale of the layer; arXiv:2502.10735.
+    "mul(mul(rmean(abs(W)),sqr(abs(W))),mul(tmean(X_l2),sqrt(X_l2)))": lambda given: (
+        given["W"].abs().mean(1, keepdim=True) * given["W"] ** 2 * given["X_l2"].mean() * given["X_l2"] ** 0.5
+    ),
+    "mul(div(log1p(abs(W)),tl2(W)),exp(div(X_l2,tmax(X_l2))))": lambda given: (
+        given["W"].abs().log1p() / given["W"].norm() * (given["X_l2"] / given["X_l2"].max()).exp()
+    ),
+    "mul(add(0.5,mul(0.5,tanh(mul(0.5,abs(W))))),log(X_l2))": lambda given: (
+        given["W"].abs().sigmoid() * given["X_l2"].log()
+    ),
+    "mul(div(exp(abs(W)),rsum(exp(abs(W)))),X_l2)": lambda given: _softmax(given["W"].abs()) * given["X_l2"],
+}
+
+
+@pytest.mark.parametrize("text", FAMILIES)
+def test_published_families_can_be_said(text: str, inputs: Callable[..., dict[str, Tensor]]) -> None:
+    for seed in range(3):
+        given = inputs(seed)
+        expected = FAMILIES[text]({key: value.double() for key, value in given.items()})
+        score = evaluate(parse(text), given)
+        assert torch.isfinite(score).all()
+        torch.testing.assert_close(score.double(), expected, rtol=2e-6, atol=1e-6 * expected.abs().mean().item())
+
+
 @pytest.mark.parametrize("metric", sorted(FORMULAS))
 def test_values(metric: str, inputs: Callable[..., dict[str, Tensor]]) -> None:
     for seed in range(3):
@@ -83,24 +122,6 @@ def test_values(metric: str, inputs: Callable[..., dict[str, Tensor]]) -> None:
         expected = FORMULAS[metric]({key: value.double() for key, value in given.items()})
         score = CRITERIA[metric].score(SITE, given)
         torch.testing.assert_close(score.double(), expected, rtol=1e-6, atol=1e-6 * expected.abs().mean().item())
-
-
-def _wanda_keep(weight: Tensor, scaler_row: Tensor, sparsity: float) -> Tensor:
-    """Wanda's own mask, as its released code computes it, from its own accumulator."""
-    scores = torch.abs(weight) * torch.sqrt(scaler_row.reshape((1, -1)))
-    removed = torch.zeros_like(scores, dtype=torch.bool)
-    _, order = torch.sort(scores, dim=-1, stable=True)
-    removed.scatter_(1, order[:, : int(scores.shape[1] * sparsity)], True)
-    return ~removed
-
-
-def _wanda_keep_pattern(weight: Tensor, scaler_row: Tensor, gone: int, width: int) -> Tensor:
-    scores = torch.abs(weight) * torch.sqrt(scaler_row.reshape((1, -1)))
-    removed = torch.zeros_like(scores, dtype=torch.bool)
-    for start in range(0, scores.shape[1], width):
-        block = scores[:, start : start + width].float()
-        removed.scatter_(1, start + torch.topk(block, gone, dim=1, largest=False)[1], True)
-    return ~removed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -111,10 +132,10 @@ def test_wanda_mask_is_its_own_bit_for_bit(dtype: torch.dtype, sparsity: float) 
     scaler_row = (torch.randn(320, generator=generator) * 2).exp()
     given = {**free_inputs(SITE, weight, sparsity), "X_l2": scaler_row.sqrt().view(1, -1)}
     score = CRITERIA["wanda"].score(SITE, given)
-    assert torch.equal(mask(score, MaskRule(sparsity)), _wanda_keep(weight, scaler_row, sparsity))
+    assert torch.equal(mask(score, MaskRule(sparsity)), wanda.keep(weight, scaler_row, sparsity))
     for gone, width in ((2, 4), (4, 8)):
         keep = mask(score, MaskRule(pattern=(width - gone, width)))
-        assert torch.equal(keep, _wanda_keep_pattern(weight, scaler_row, gone, width))
+        assert torch.equal(keep, wanda.keep_pattern(weight, scaler_row, gone, width))
 
 
 def _same_but_for_near_ties(first: Tensor, second: Tensor, score: Tensor, sparsity: float) -> bool:
@@ -140,6 +161,21 @@ def test_known_equal_rankings(one: str, other: str, inputs: Callable[..., dict[s
     score, twin = evaluate(parse(one), given), evaluate(parse(other), given)
     rule = MaskRule(0.5)
     assert _same_but_for_near_ties(mask(score, rule), mask(twin, rule), score, 0.5)
+
+
+def test_squared_taylor_of_single_sequences_ranks_as_the_fisher_does() -> None:
+    """Σ(w g_s)², summed from the gradient of each sequence, against the criterion on the collected norm."""
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(64, 256, generator=generator)
+    gradients = 1e-4 * torch.randn(7, 64, 256, generator=generator)
+    squared_taylor = (weight * gradients).square().sum(0)
+    fisher = weight.square() * gradients.square().mean(0)
+    given = {"W": weight, "G_l2": gradients.square().sum(0).sqrt()}
+    score = CRITERIA["gblm-gradient"].score(SITE, given)
+    for sparsity in (0.5, 0.7):
+        rule = MaskRule(sparsity)
+        for other in (squared_taylor, fisher):
+            assert _same_but_for_near_ties(mask(score, rule), mask(other, rule), score, sparsity)
 
 
 def test_random_scores_depend_on_the_site_and_the_seed_only(inputs: Callable[..., dict[str, Tensor]]) -> None:

@@ -73,6 +73,17 @@ def test_patterns(kind: str, pattern: tuple[int, int]) -> None:
     assert (keep.reshape(-1, width).sum(1) == kept).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_masks_as_a_cpu_does(kind: str) -> None:
+    scores, other = _scores(kind), _scores("tied", 4, 10)
+    rules = [MaskRule(float(sparsity), group=group) for sparsity in SPARSITIES for group in ("row", "layer")]
+    for rule in [*rules, MaskRule(pattern=(2, 4)), MaskRule(pattern=(1, 3)), MaskRule(pattern=(17, 24))]:
+        assert torch.equal(mask(scores.cuda(), rule).cpu(), mask(scores, rule)), rule
+    found = global_masks([scores.cuda(), other.cuda()], 0.6)
+    assert all(map(torch.equal, (keep.cpu() for keep in found), global_masks([scores, other], 0.6)))
+
+
 def test_counts_are_those_of_the_decimal_number() -> None:
     assert int(100 * 0.29) == 28
     assert removed_count(0.29, 100) == 29

@@ -101,7 +101,11 @@ SEEDS = {
 
 
 class Session:
-    """A search on the planted target in a run folder."""
+    """A search on the planted target in a run folder.
+
+    Args:
+        search: `simplify` of the space; `probe` and `dead` of the search.
+    """
 
     def __init__(
         self,
@@ -111,22 +115,25 @@ class Session:
         window: int = 16,
         executor: Executor | None = None,
         hidden: str = HIDDEN,
+        **search: Any,
     ) -> None:
         self.hidden = hidden
-        layers_seen = probe()
-        space, archive = MetricSpace(TERMINALS, typical=layers_seen.typical), Archive()
+        seen = search.pop("probe", None) or probe()
+        space = MetricSpace(TERMINALS, simplify=search.pop("simplify", "canonical"), typical=seen.typical)
+        archive = Archive()
         options: dict[str, Any] = {} if searcher == "random" else {"power_budget": 0, "population": 64}
         self.search = MetricSearch(
             space,
             SEARCHERS[searcher](space, archive, {"wanda": SEEDS["wanda"], "magnitude": SEEDS["magnitude"]}, **options),
             archive,
             SuccessiveHalving(2),
-            layers_seen,
+            seen,
             RULE,
             seed=seed,
             prepared="",
             identity="planted",
             full_ladder=frozenset({"wanda"}),
+            **search,
         )
         exists = (folder / "run.json").exists()
         self.run = RunDirectory.open(folder) if exists else RunDirectory.create("metric", {}, {}, run_dir=folder)

@@ -1,5 +1,6 @@
 """Whole metric searches on a tiny random model: from a folder on disk to the exported winner."""
 
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
@@ -193,6 +195,37 @@ def test_other_objectives_run(world, tmp_path, objective):
         config(world, objective=objective, evaluations=20), Resources(executor="inline"), run_dir=tmp_path / "run"
     )
     assert run.result["best"]["fitness"] <= min(row["fitness"] for row in run.result["baselines"] if row["fitness"])
+
+
+def test_a_statistic_that_is_dead_is_left_out(world, tmp_path):
+    """Neurons that nothing reads have no gradient: whole rows of up_proj and gate_proj are zero."""
+    folder = save_tiny(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for block in (0, 1):
+        weights[f"model.layers.{block}.mlp.down_proj.weight"][:, :8] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    stream = io.StringIO()
+    run = start_metric_search(
+        config(world, evaluations=12, **{"model.name": str(folder), "statistics": ["X_l2", "G_l2"]}),
+        Resources(executor="inline"),
+        run_dir=tmp_path / "run",
+        stream=stream,
+    )
+    lines = [json.loads(line) for line in history(run).splitlines()]
+    dead = [line for line in lines if line["expression"] and "G_l2" in line["expression"]]
+    assert dead and {line["reason"] for line in dead} <= {"STAT_DEAD", "DUP_KEY"}
+    assert "warning: G_l2: zero along 1 % or more of all rows" in stream.getvalue()
+    # A published metric is measured all the same, and stands in the table.
+    assert "gblm" in {row["name"] for row in run.result["baselines"]}
+
+
+def test_births_may_be_simplified_as_published(world, tmp_path):
+    run = start_metric_search(
+        config(world, evaluations=16, **{"searcher.simplify": "opposing"}),
+        Resources(executor="inline"),
+        run_dir=tmp_path / "run",
+    )
+    assert run.state == "finished" and run.config["searcher"]["simplify"] == "opposing"
 
 
 def test_a_pattern_and_forward_only_statistics(world, tmp_path):

@@ -1,14 +1,20 @@
 """The search itself, on a planted target: nothing is mocked but the model."""
 
 import json
+import math
+import statistics
+from dataclasses import replace
 
 import pytest
 
 from evoprune.metrics.errors import Interrupted
 from evoprune.metrics.expression import parse
+from evoprune.metrics.opposing import oppose
 from evoprune.metrics.products import is_power_product
+from evoprune.search.engine.executor import Outcome
 from evoprune.search.metric_search import POWER_TERMINALS
-from tests.search.planted import Session, sign_flip_p
+from evoprune.search.searchers import Proposal
+from tests.search.planted import PlantedWorker, Session, probe, sign_flip_p
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,101 @@ def test_random_search_breeds_nothing(tmp_path):
     session.go(40)
     assert set(session.search.origins) == {"seed", "random"}
     assert session.search.evolved_parents == 0
+
+
+def test_a_search_with_the_published_simplification_runs(finished, tmp_path):
+    session = Session(tmp_path / "run", simplify="opposing")
+    session.go(60)
+    evaluated = [line for line in lines(session) if "rungs" in line]
+    assert len({line["signature"] for line in evaluated}) == len(evaluated) == 60
+    for line in lines(session):
+        if line["expression"] is not None:
+            assert oppose(parse(line["expression"])).text == line["expression"]
+    assert session.history != finished.history[: len(session.history)]
+
+
+class Given:
+    """Proposes what it was given, once each."""
+
+    def __init__(self, texts):
+        self.told = []
+        self._texts = list(texts)
+
+    def propose(self, birth, rng):
+        return Proposal(parse(self._texts[birth]), "random")
+
+    def tell(self, proposal, candidate, value):
+        self.told.append(candidate)
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
+
+DEGENERATE = {
+    "mul(X_max,rsum(abs(W)))": "NO_ELEM",
+    "mul(X_l2,csum(abs(W)))": "NO_ELEM",
+    "X_l2": "NO_ELEM",
+    "rmean(abs(W))": "NO_J",
+    # One canonical form for all constants: the second is a duplicate.
+    "sub(W,W)": "DUP_KEY",
+    "min(abs(W),0.000001)": "TIES",
+    "add(mul(0.000001,W),tanh(mul(1000000,add(1,X_ss))))": "TIES",
+    "mul(abs(W),G_mean)": "NONFINITE",
+    "mul(abs(W),G_l2)": "STAT_DEAD",
+    "mul(abs(W),Hinv)": "STAT_MISSING",
+    "abs(" * 17 + "W" + ")" * 17: "LIMIT",
+}
+
+
+def test_degenerate_candidates_get_their_reason_and_nothing_else(tmp_path):
+    """Symbolic pruning metrics, check 15; a statistic that is not finite is the only way to a score that is not."""
+    sound = probe()
+    broken = dict(sound.inputs[0])
+    broken["G_mean"] = broken["G_mean"].clone().fill_(math.nan)
+    spoilt = replace(sound, inputs=(broken, *sound.inputs[1:]))
+    session = Session(tmp_path / "run", probe=spoilt, dead=frozenset({"G_l2"}))
+    session.search._searcher = searcher = Given(DEGENERATE)
+    for text, reason in DEGENERATE.items():
+        birth = session.search.next_birth()
+        assert birth.job is None, text
+        assert session.search.apply(birth, None)["reason"] == reason, text
+    assert searcher.told == [None] * len(DEGENERATE)
+    assert session.search.archive.front == [] and session.search.archive.best is None
+    assert session.search.best is None and session.search.distinct == 0
+    session.executor.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "reason"),
+    [("invalid", "NONFINITE", "NONFINITE"), ("invalid", "TIES", "TIES"), ("timeout", "", "TIMEOUT")],
+)
+def test_a_candidate_without_a_fitness_never_joins(tmp_path, status, error, reason):
+    session = Session(tmp_path / "run")
+    session.search._searcher = searcher = Given(["mul(abs(W),X_l2)"])
+    birth = session.search.next_birth()
+    line = session.search.apply(birth, Outcome(birth.job.key, status, {}, error))
+    assert line["reason"] == reason
+    assert searcher.told == [None] and session.search.best is None and session.search.archive.front == []
+    session.executor.close()
+
+
+def test_the_ladder_cuts_those_that_are_worse(finished):
+    """Symbolic pruning metrics, check 15: every candidate that was cut, run to the end after all."""
+    racing = finished.search.racing
+    assert all(row["tau"] is not None and row["n"] >= 8 for row in racing.correlations())
+    evaluated = [line for line in lines(finished) if "rungs" in line]
+    survivors = [line["rungs"][-1] for line in evaluated if len(line["rungs"]) == 2]
+    worker = PlantedWorker()
+    cut = [
+        statistics.fmean(worker.distances(parse(line["expression"]))) for line in evaluated if len(line["rungs"]) == 1
+    ]
+    threshold = statistics.median(survivors)
+    assert len(cut) > 30
+    assert min(cut) > min(survivors)
+    assert sum(value < threshold for value in cut) <= 0.1 * len(cut)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from evoprune.metrics.types import Type
 from evoprune.search.config import DEFAULT_STATISTICS
 from evoprune.search.spaces.generator import Generator
 from evoprune.search.spaces.symbolic import MetricSpace, replace_at
-from evoprune.search.spaces.trees import primitive_set, to_expression, to_tree
+from evoprune.search.spaces.trees import Exponent, InVec, Mat, OutVec, Scal, primitive_set, to_expression, to_tree
 
 TERMINAL_NAMES = frozenset(TERMINALS)
 
@@ -47,25 +47,60 @@ def test_a_drawn_expression_fits_its_slot(type_):
     assert all(generator.draw(rng, type_).type.fits(type_) for _ in range(500))
 
 
+def assert_well_typed(tree):
+    """Every argument of a DEAP tree is of its slot's type or a subtype, and the tree has one root."""
+
+    def read(at, slot):
+        node = tree[at]
+        assert issubclass(node.ret, slot), (str(tree), at)
+        at += 1
+        for argument in node.args if node.arity else ():
+            at = read(at, argument)
+        return at
+
+    assert read(0, Mat) == len(tree)
+
+
+def broadcasts(tensor, type_):
+    """Whether a value, expanded to its matrix, varies only along what its type says."""
+    return (type_.varies_with_row or torch.equal(tensor, tensor[:1].expand_as(tensor))) and (
+        type_.varies_with_column or torch.equal(tensor, tensor[:, :1].expand_as(tensor))
+    )
+
+
 def test_ten_thousand_variations_are_well_typed(space):
     """Every product of crossover and mutation types, prints, reads back and, for a sample, evaluates to its shape."""
     rng, inputs = random.Random(2), synthetic_inputs()
     shape = tuple(inputs["W"].shape)
+    pset = primitive_set(TERMINAL_NAMES)
     pool = [space.sample(rng) for _ in range(60)]
     for turn in range(10_000):
         if rng.random() < 0.3:
             child, _ = space.crossover(rng.choice(pool), rng.choice(pool), rng)
         else:
             child, _ = space.mutate(rng.choice(pool), rng)
-        assert child.type.fits(Type.MAT)
+        assert_well_typed(to_tree(child, pset))
         if len(child.text) < 1000:
             assert parse(child.text) == child
         if turn % 20 == 0:
             score = evaluate(child, inputs)
             assert tuple(score.shape) == shape
             assert torch.isfinite(score).all()
+        if turn % 200 == 0:
+            for node in child.walk():
+                assert broadcasts(evaluate(node, inputs), node.type), node.text
         if child.size <= 30:
             pool[rng.randrange(len(pool))] = child
+
+
+def test_a_badly_typed_tree_is_seen():
+    pset = primitive_set(TERMINAL_NAMES)
+    tree = to_tree(parse("mul(X_l2,sqrt(X_l2))"), pset)
+    assert {InVec, OutVec, Scal, Exponent} > {node.ret for node in tree}
+    assert_well_typed(tree)
+    tree[1] = pset.mapping["Y_l2"]
+    with pytest.raises(AssertionError):
+        assert_well_typed(tree)
 
 
 def test_every_mutation_happens_and_most_change_something(space):
@@ -77,6 +112,15 @@ def test_every_mutation_happens_and_most_change_something(space):
         changed[name] = changed.get(name, 0) + (child != parent)
     assert set(changed) == {"perturb", "subtree", "node", "insert", "delete", "rotate", "extend", "append"}
     assert all(count > 5 for count in changed.values())
+
+
+def test_births_may_be_simplified_as_published():
+    expression = parse("mul(sqrt(sqr(W)),div(mul(X_l2,Y_l2),Y_l2))")
+    published = MetricSpace(TERMINAL_NAMES, simplify="opposing")
+    assert published.simplified(expression) == parse("mul(W,X_l2)")
+    assert MetricSpace(TERMINAL_NAMES).simplified(expression) == parse("mul(abs(W),X_l2)")
+    # Whatever it is born as, equal rankings share a key.
+    assert published.key(parse("sqr(mul(W,X_l2))")) == published.key(parse("mul(abs(W),X_l2)"))
 
 
 def test_replace_at_counts_as_walk_does():
