@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from evoprune import completion
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.options import (
@@ -54,13 +55,21 @@ def prune(
             metavar="M",
             help="a listed criterion, an expression such as mul(abs(W),X_l2), or an exported .json or .py",
             rich_help_panel=TARGET,
+            autocompletion=completion.plugins("evoprune.metrics.library"),
         ),
     ] = "wanda",
     sparsity: PruneSparsity = None,
     pattern: Pattern = None,
     group: PruneGroup = None,
     compressor: Annotated[
-        str, typer.Option("--compressor", metavar="C", help="what the other weights become", rich_help_panel=TARGET)
+        str,
+        typer.Option(
+            "--compressor",
+            metavar="C",
+            help="what the other weights become",
+            rich_help_panel=TARGET,
+            autocompletion=completion.plugins("evoprune.fitness.compressors"),
+        ),
     ] = "mask",
     allocation: Annotated[
         Path | None, option("--allocation", metavar="A", help=f"sparsity per layer; {NOT_LANDED}", panel=TARGET)
@@ -125,7 +134,13 @@ def evaluate(
     model: ModelArgument,
     dense: Annotated[
         str | None,
-        option("--dense", metavar="MODEL", help="the model before pruning, for the KL", panel=TEXT),
+        option(
+            "--dense",
+            metavar="MODEL",
+            help="the model before pruning, for the KL",
+            panel=TEXT,
+            autocompletion=completion.models,
+        ),
     ] = None,
     data: Annotated[
         str,
@@ -176,7 +191,14 @@ def evaluate(
 def stats(
     model: ModelArgument,
     metric: Annotated[
-        str | None, option("--metric", metavar="M", help="collect what this metric reads", panel=MODEL)
+        str | None,
+        option(
+            "--metric",
+            metavar="M",
+            help="collect what this metric reads",
+            panel=MODEL,
+            autocompletion=completion.plugins("evoprune.metrics.library"),
+        ),
     ] = None,
     statistics: Annotated[
         str | None,

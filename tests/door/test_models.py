@@ -37,6 +37,7 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     assert document["removed"] == sum(int(where.sum()) for where in zeros(place / "out").values())
     assert document["sparsity"] == document["removed"] / document["prunable"]
     assert len(document["layers"]) == 7 * LAYERS
+    assert all(list(layer) == ["name", "shape", "sparsity", "error"] for layer in document["layers"])
     last = document["layers"][-1]
     assert (last["name"], last["shape"]) == ("model.layers.1.mlp.down_proj", [32, INNER])
     assert last["sparsity"] == int(0.6 * INNER) / INNER

@@ -87,7 +87,10 @@ def test_show_as_json(run: Run, finished: Path) -> None:
     assert document["best"]["expression"] and document["best"]["fitness"] > 0
     names = [row["name"] for row in document["baselines"]]
     assert {"random", "magnitude", "wanda", "ria", "gblm", "gblm-gradient", "pruner-zero", "power"} == set(names)
-    assert all(set(row["heldout"]) == HELDOUT for row in document["baselines"])
+    for row in document["baselines"]:
+        assert (set(row), set(row["heldout"])) == ({"name", "fitness", "heldout"}, HELDOUT)
+    assert set(document["dense"]) == {"heldout"}
+    assert {"expression", "fitness", "heldout"} <= set(document["best"])
     text = json.dumps([document[name] for name in ("best", "front", "baselines", "dense")])
     assert str(finished) not in text
 
