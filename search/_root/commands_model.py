@@ -43,11 +43,11 @@ def register(app: typer.Typer) -> None:
 
 
 def prune(
-    model: ModelArgument,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="the checkpoint, new or empty", rich_help_panel=OUTPUT),
     ],
+    model: ModelArgument = "reference",
     metric: Annotated[
         str,
         typer.Option(
@@ -131,7 +131,7 @@ def prune(
 
 
 def evaluate(
-    model: ModelArgument,
+    model: ModelArgument = "reference",
     dense: Annotated[
         str | None,
         option(
@@ -189,7 +189,7 @@ def evaluate(
 
 
 def stats(
-    model: ModelArgument,
+    model: ModelArgument = "reference",
     metric: Annotated[
         str | None,
         option(

@@ -90,6 +90,10 @@ CalibrationText = Annotated[
     str | None,
     option("--calibration", metavar="TEXT", help="text of the statistics (its side A)", panel=TEXT, default="corpus"),
 ]
+SearchCalibrationText = Annotated[
+    str | None,
+    option("--calibration", metavar="TEXT", help="text of the statistics (side A)", panel=TEXT, default="as --data"),
+]
 CalibrationSequences = Annotated[
     int | None,
     option("--calibration-sequences", metavar="N", help="windows of it", panel=TEXT, default=64),

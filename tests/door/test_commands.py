@@ -64,8 +64,8 @@ def test_all_commands_have_their_place_in_the_help() -> None:
     [
         (["nope"], "No such command 'nope'"),
         (["search"], "Missing command"),
-        (["prune"], "Missing argument 'MODEL'"),
-        (["prune", "reference"], "Missing option '--out'"),
+        (["prune"], "Missing option '--out'"),
+        (["export"], "Missing option '--to'"),
         (["eval", "reference", "--nope"], "No such option: --nope"),
         (["eval", "reference", "--tokens", "many"], "Invalid value for '--tokens'"),
         (["list", "nope"], "'nope' is not one of 'criteria'"),

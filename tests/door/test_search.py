@@ -214,7 +214,23 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document["target"] == {"sparsity": None, "pattern": "2:4", "group": "row"}
     replaced = run("search", "metric", "--dry-run", "--config", "resolved.yaml", "--sparsity", 0.7, "--json").json
     assert replaced["target"] == {"sparsity": 0.7, "pattern": None, "group": "row"}
-    assert {path.name for path in place.iterdir()} == {"resolved.yaml"}
+    both = run("search", "metric", "--dry-run", "--sparsity", 0.7, "--set", "target.pattern=2:4")
+    assert both.code == 2 and "not both" in both.err
+    Path("default.yaml").write_text(run("search", "metric", "--dry-run").out)
+    assert yaml.safe_load(Path("default.yaml").read_text())["target"]["sparsity"] == 0.6
+    pattern = ("--dry-run", "--config", "default.yaml", "--set", "target.pattern=2:4", "--json")
+    assert run("search", "metric", *pattern).json["target"] == {"sparsity": None, "pattern": "2:4", "group": "row"}
+    assert {path.name for path in place.iterdir()} == {"resolved.yaml", "default.yaml"}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "'2:4'", "1:16", "12:64"])
+def test_a_pattern_in_yaml_needs_no_quotes(pattern: str, run: Run, place: Path) -> None:
+    """YAML knows numbers to the base of 60."""
+    (place / "c.yaml").write_text(f"target: {{pattern: {pattern}}}")
+    plain = pattern.strip("'")
+    assert run("search", "metric", "--dry-run", "--json", "--config", "c.yaml").json["target"]["pattern"] == plain
+    words = ("search", "metric", "--dry-run", "--json", "--set", f"target.pattern={pattern}")
+    assert run(*words).json["target"]["pattern"] == plain
 
 
 def test_every_option_reaches_the_configuration(run: Run) -> None:
