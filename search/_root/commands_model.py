@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,7 +127,8 @@ def prune(
         if as_json:
             output.json(document)
         else:
-            output.tell(layers_table(document), f"try it: evoprune eval {document['out']} --dense {model}")
+            words = ["evoprune", "eval", document["out"], "--dense", model]
+            output.tell(layers_table(document), f"try it: {shlex.join(words)}")
             output.line(document["out"])
 
 

@@ -12,6 +12,7 @@ import typer
 
 import evoprune
 from evoprune.cli import ORDER, app, explain, one_line
+from evoprune.console import StepProgress
 from evoprune.listing import rows_of
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput, NoCapacity
@@ -142,6 +143,15 @@ def test_completion_knows_the_commands() -> None:
         [sys.executable, "-m", "evoprune"], env=words, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.split() == ["prune"]
+
+
+def test_a_plain_line_is_written_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long is told once where nothing changes, and again where it has got further."""
+    monkeypatch.setattr("evoprune.console.PLAIN_SECONDS", -1.0)
+    progress = StepProgress()
+    for what, done, total in (("loading", 0, 1), ("measuring", 0, 1), ("measuring", 1, 1), ("pruning", 1, 2)):
+        progress.step(what, done, total)
+    assert capsys.readouterr().err == "measuring\npruning: 1 of 2\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
