@@ -71,7 +71,7 @@ def front(data: ReportData) -> Figure | None:
     figure.legend(loc="outside lower center", ncols=len(canvas.NEEDS_COLOURS), handletextpad=0.2, columnspacing=1.5)
     numbered = _front_line(axes, data.front)
     names = [(label(entry.origin.removeprefix("seed:")), *_place(entry)) for entry in visible if entry.family == "seed"]
-    annotate_points(axes, names, [*map(_place, visible), *numbered], size=7.5, color=canvas.MUTED)
+    annotate_points(axes, names, list(map(_place, visible)), numbered=numbered, size=7.5, color=canvas.MUTED)
     return figure
 
 
@@ -94,7 +94,7 @@ def fronts(data: ReportData) -> Figure | None:
         # What a complexity reaches, every greater one reaches too.
         line = [*some, (last + 1, some[-1][1])]
         # A front lies on those of narrower classes wherever they agree: these stay visible as a wider line below.
-        axes.step(*columns(line), where="post", color=colour, linewidth=1.4 + 1.8 * (len(points) - 1 - place))
+        axes.step(*columns(line), where="post", color=colour, linewidth=1.3 + 1.0 * (len(points) - 1 - place))
         axes.scatter(*columns(some), s=20, marker=canvas.FRONT_MARKERS[needs], color=colour, linewidth=0)
     values = [fitness for some in points.values() for _, fitness in some]
     limit(axes, min(values), max(values), values)

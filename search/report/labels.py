@@ -75,6 +75,7 @@ def annotate_points(
     names: Sequence[tuple[str, float, float]],
     points: Sequence[tuple[float, float]],
     *,
+    numbered: Sequence[tuple[float, float]] = (),
     size: float,
     color: str,
 ) -> None:
@@ -83,6 +84,7 @@ def annotate_points(
     Args:
         names: (text, x, y), the most important first.
         points: all that is drawn, in data coordinates.
+        numbered: those of them with a number at their lower left.
         size: of the font, in points.
     """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # fixes the axes' place
@@ -94,6 +96,7 @@ def annotate_points(
 
     frame = axes.bbox
     taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in (at(*point) for point in points)]
+    taken += [(x - 16, y - 14, x - 3, y - 4) for x, y in (at(*point) for point in numbered)]
     for text, x, y in names:
         across, up = at(x, y)
         best: tuple[float, float, float, Box] | None = None
