@@ -114,6 +114,13 @@ def test_criteria_are_those_of_the_registry(run: Run) -> None:
     assert {row["name"] for row in run("list", "operators", "--json").json} == set(OPERATORS)
 
 
+def test_what_is_listed_says_what_it_is(run: Run) -> None:
+    whats = {row["name"]: row["what"] for row in run("list", "objectives", "--json").json}
+    assert whats["kl"].startswith("KL divergence from the dense")
+    one_per = {row["name"]: row["one_per"] for row in run("list", "terminals", "--json").json}
+    assert (one_per["W"], one_per["X_l2"], one_per["Y_l2"], one_per["depth"]) == ("weight", "input", "output", "matrix")
+
+
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("evoprune.checks.ESSENTIAL", ("numpy",))
     done = run("doctor", "--json")

@@ -51,7 +51,15 @@ def test_a_search_from_the_command_line(run: Run, tiny: Path, small: Path, place
     assert folder.parent == Path("runs") and folder.name.endswith(tuple("0123456789abcdef"))
     for name in ("config.yaml", "run.json", "history.jsonl", "evaluations.wal", "optuna.log", "result.json"):
         assert (folder / name).is_file(), name
-    for text in ("dense", "evolved winner", "wanda", "had an evolved parent", "export/metric.py", "report.html"):
+    for text in (
+        "dense",
+        "evolved winner",
+        "wanda",
+        "needed no forward pass",
+        "had an evolved parent",
+        "export/metric.py",
+        "report.html",
+    ):
         assert text in done.err
     assert json.loads((folder / "run.json").read_text())["argv"][0] == "evoprune"
 
