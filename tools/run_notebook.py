@@ -35,6 +35,22 @@ def run(path: Path, folder: Path) -> NotebookNode:
         record_timing=False,
     )
     client.execute()
+    return cleaned(notebook)
+
+
+def cleaned(notebook: NotebookNode) -> NotebookNode:
+    """Without progress bars and warnings of other packages (stderr), and with what a cell prints in one piece."""
+    for cell in notebook.cells:
+        kept: list[NotebookNode] = []
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr":
+                continue
+            if kept and output.get("name") == "stdout" == kept[-1].get("name"):
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = kept
     notebook.metadata["language_info"] = {"name": "python"}  # without the version of this interpreter
     return notebook
 
