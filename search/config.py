@@ -46,12 +46,29 @@ class DataConfig(_Section):
     calibration_window: int = Field(256, ge=8, description="tokens in each of them")
 
 
+DEFAULT_SPARSITY = 0.6
+
+
 class TargetConfig(_Section):
     """How much goes, and what is compared."""
 
-    sparsity: float | None = Field(None, description="fraction to remove, in (0, 1)")
+    sparsity: float | None = Field(None, description="fraction to remove, in (0, 1); 0.6 unless there is a pattern")
     pattern: str | None = Field(None, description="N:M, N kept of every M")
     group: Literal["row", "layer", "global"] = Field("row", description="what scores are compared within")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _neither(cls, values: Any) -> Any:
+        """The default is written out, so that a resolved configuration says what is removed."""
+        if isinstance(values, dict) and values.get("sparsity") is None and values.get("pattern") is None:
+            return {**values, "sparsity": DEFAULT_SPARSITY}
+        return values
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _sexagesimal(cls, value: Any) -> Any:
+        """YAML 1.1 reads an unquoted 2:4 as 2 minutes and 4 seconds; M of 60 and more it leaves alone."""
+        return "{}:{}".format(*divmod(value, 60)) if type(value) is int else value
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TargetConfig:
@@ -68,10 +85,10 @@ class TargetConfig(_Section):
 
     @property
     def rule(self) -> MaskRule:
-        """The mask rule; 60 % sparsity if nothing else is asked for."""
+        """The mask rule."""
         if self.pattern is not None:
             return MaskRule(None, parse_pattern(self.pattern), "row")
-        return MaskRule(0.6 if self.sparsity is None else self.sparsity, None, self.group)
+        return MaskRule(self.sparsity, None, self.group)
 
 
 class RacingConfig(_Section):

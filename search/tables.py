@@ -70,7 +70,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
 
     best = result["best"]
     births = max(result["births"], 1)
-    evolved = result["evolved_parents"]
+    evolved, spared = result["evolved_parents"], result["births"] - result["evaluations"]
     winner = _facts(
         {
             "winner": Text(best["expression"], style="bold green"),
@@ -79,6 +79,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             f"{result['rung_tokens'][len(best['rungs']) - 1]:,} tokens), complexity {best['complexity']}",
             "search": f"{result['evaluations']} evaluations of {result['births']} births, "
             f"{result['distinct']} different rankings, seed {result['seed']}",
+            "spared": f"{spared} of {result['births']} births ({spared / births:.0%}) needed no forward pass",
             "ancestry": f"{evolved} of {result['births']} births ({evolved / births:.0%}) had an evolved parent",
         }
     )

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,38 +222,6 @@ def source_files(folder: Path) -> Iterator[Path]:
     """Files that belong to the packages: everything in their folders but caches."""
     for name in FOLDERS:
         yield from (p for p in (folder / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_everything_and_works_elsewhere(tmp_path: Path) -> None:
-    """Built from a copy, so that no build folder appears here; installed and imported where the repository is not."""
-    tree = tmp_path / "tree"
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
-    run_python(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(tree), cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {f"{package_of(p.parent).replace('.', '/')}/{p.name}" for p in source_files(ROOT)}
-    assert packed == expected
-    assert "evoprune/py.typed" in packed
-
-    site = tmp_path / "site"
-    run_python(*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
-    # -S leaves out the editable install's import hook, which would find in the repository what the wheel lacks.
-    names = [m.name for m in MODULES if not m.name.endswith("__main__")]
-    code = f"""
-import importlib, sys
-sys.path[:0] = [{str(site)!r}]
-sys.path += {[p for p in sys.path if "site-packages" in p]!r}
-print(*(importlib.import_module(name).__file__ for name in {names}), sep="\\n")
-"""
-    files = run_python("-I", "-S", "-c", code, cwd=tmp_path).stdout.splitlines()
-    assert [file for file in files if not file.startswith(str(site))] == []
-    assert len(files) == len(names)
 
 
 def test_constraints_are_plain_pins() -> None:

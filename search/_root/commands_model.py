@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from evoprune import completion
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import user_path
@@ -43,11 +45,11 @@ def register(app: typer.Typer) -> None:
 
 
 def prune(
-    model: ModelArgument,
     out: Annotated[
         Path,
         typer.Option("--out", metavar="DIR", help="the checkpoint, new or empty", rich_help_panel=OUTPUT),
     ],
+    model: ModelArgument = "reference",
     metric: Annotated[
         str,
         typer.Option(
@@ -55,13 +57,21 @@ def prune(
             metavar="M",
             help="a listed criterion, an expression such as mul(abs(W),X_l2), or an exported .json or .py",
             rich_help_panel=TARGET,
+            autocompletion=completion.plugins("evoprune.metrics.library"),
         ),
     ] = "wanda",
     sparsity: PruneSparsity = None,
     pattern: Pattern = None,
     group: PruneGroup = None,
     compressor: Annotated[
-        str, typer.Option("--compressor", metavar="C", help="what the other weights become", rich_help_panel=TARGET)
+        str,
+        typer.Option(
+            "--compressor",
+            metavar="C",
+            help="what the other weights become",
+            rich_help_panel=TARGET,
+            autocompletion=completion.plugins("evoprune.fitness.compressors"),
+        ),
     ] = "mask",
     allocation: Annotated[
         Path | None, option("--allocation", metavar="A", help=f"sparsity per layer; {NOT_LANDED}", panel=TARGET)
@@ -118,15 +128,22 @@ def prune(
         if as_json:
             output.json(document)
         else:
-            output.tell(layers_table(document), f"try it: evoprune eval {document['out']} --dense {model}")
+            words = ["evoprune", "eval", document["out"], "--dense", model]
+            output.tell(layers_table(document), f"try it: {shlex.join(words)}")
             output.line(document["out"])
 
 
 def evaluate(
-    model: ModelArgument,
+    model: ModelArgument = "reference",
     dense: Annotated[
         str | None,
-        option("--dense", metavar="MODEL", help="the model before pruning, for the KL", panel=TEXT),
+        option(
+            "--dense",
+            metavar="MODEL",
+            help="the model before pruning, for the KL",
+            panel=TEXT,
+            autocompletion=completion.models,
+        ),
     ] = None,
     data: Annotated[
         str,
@@ -175,9 +192,16 @@ def evaluate(
 
 
 def stats(
-    model: ModelArgument,
+    model: ModelArgument = "reference",
     metric: Annotated[
-        str | None, option("--metric", metavar="M", help="collect what this metric reads", panel=MODEL)
+        str | None,
+        option(
+            "--metric",
+            metavar="M",
+            help="collect what this metric reads",
+            panel=MODEL,
+            autocompletion=completion.plugins("evoprune.metrics.library"),
+        ),
     ] = None,
     statistics: Annotated[
         str | None,

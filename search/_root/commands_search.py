@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evoprune import completion
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.options import (
@@ -19,7 +20,6 @@ from evoprune.options import (
     WORKERS,
     Address,
     CalibrationSequences,
-    CalibrationText,
     CalibrationWindow,
     Device,
     Dtype,
@@ -31,6 +31,7 @@ from evoprune.options import (
     Revision,
     RunArgument,
     RunDir,
+    SearchCalibrationText,
     SearchGroup,
     Settings,
     Sparsity,
@@ -101,12 +102,18 @@ def search_metric(
             help="a name from `evoprune list searchers`",
             panel=SEARCH,
             default="evolution",
+            autocompletion=completion.plugins("evoprune.search.searchers"),
         ),
     ] = None,
     objective: Annotated[
         str | None,
         option(
-            "--objective", metavar="NAME", help="a name from `evoprune list objectives`", panel=SEARCH, default="kl"
+            "--objective",
+            metavar="NAME",
+            help="a name from `evoprune list objectives`",
+            panel=SEARCH,
+            default="kl",
+            autocompletion=completion.plugins("evoprune.fitness.objectives"),
         ),
     ] = None,
     window: Annotated[
@@ -117,7 +124,13 @@ def search_metric(
     ] = None,
     seed_from: Annotated[
         str | None,
-        option("--seed-from", metavar="FILE|RUN", help="an exported metric, or a run, to start from", panel=SEARCH),
+        option(
+            "--seed-from",
+            metavar="FILE|RUN",
+            help="an exported metric, or a run, to start from",
+            panel=SEARCH,
+            autocompletion=completion.runs,
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -129,7 +142,7 @@ def search_metric(
             default="corpus, embedded",
         ),
     ] = None,
-    calibration: CalibrationText = None,
+    calibration: SearchCalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
     dtype: Dtype = None,

@@ -34,6 +34,8 @@ KEYS = {
     "seed_from": "seed_from",
 }
 
+_EITHER = (KEYS["sparsity"], KEYS["pattern"])
+
 
 def metric_config(
     options: Mapping[str, Any],
@@ -56,9 +58,10 @@ def metric_config(
     given = {KEYS[name]: value for name, value in options.items() if value is not None}
     if options.get("sparsity") is not None and options.get("pattern") is not None:
         raise InvalidInput("give --sparsity or --pattern, not both")
+    assignments = list(assignments)
     # One of the two, given here, replaces the other where a file has it.
-    replaced = {"sparsity": "target.pattern=null", "pattern": "target.sparsity=null"}
-    cleared = [text for name, text in replaced.items() if options.get(name) is not None]
+    named = {*given, *(settings or {}), *(assignment.partition("=")[0] for assignment in assignments)}
+    cleared = [f"{other}=null" for other, key in (_EITHER, _EITHER[::-1]) if key in named and other not in named]
     return resolve(files, given | dict(settings or {}), [*cleared, *assignments])
 
 

@@ -71,6 +71,7 @@ class StepProgress:
         self._task: TaskID | None = None
         self._what = ""
         self._last_line: float | None = None
+        self._said = ""
 
     def step(self, what: str, done: int, total: int) -> None:
         """`done` of `total` parts of `what` are finished."""
@@ -82,9 +83,11 @@ class StepProgress:
         if self._last_line is None:
             self._last_line = now
         elif now - self._last_line > PLAIN_SECONDS:
-            self._last_line = now
-            sys.stderr.write(f"{what}{f': {done} of {total}' if total > 1 else ''}\n")
-            sys.stderr.flush()
+            line = f"{what}{f': {done} of {total}' if total > 1 else ''}\n"
+            if line != self._said:
+                self._last_line, self._said = now, line
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
     def stop(self) -> None:
         """Leave the bars as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,10 +12,14 @@ from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
 from evoprune.metrics.terminals import TERMINALS
+from evoprune.metrics.types import Type
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces import SPACES
 
 Row = dict[str, Any]
+
+# How many values a terminal has for a matrix.
+_ONE_PER = {Type.MAT: "weight", Type.INVEC: "input", Type.OUTVEC: "output", Type.SCAL: "matrix"}
 
 
 def rows_of(kind: str) -> list[Row]:
@@ -60,7 +65,7 @@ def _operators() -> list[Row]:
 
 def _terminals() -> list[Row]:
     return [
-        {"name": name, "varies_with": terminal.type.name.lower(), "pass": terminal.cost, "meaning": terminal.meaning}
+        {"name": name, "one_per": _ONE_PER[terminal.type], "pass": terminal.cost, "meaning": terminal.meaning}
         for name, terminal in TERMINALS.items()
     ]
 
@@ -84,7 +89,7 @@ def _objectives() -> list[Row]:
             "role": OBJECTIVES[name].role,
             "unit": OBJECTIVES[name].unit,
             "needs": sorted(OBJECTIVES[name].needs),
-            "what": _first_line(type(OBJECTIVES[name])),
+            "what": _first_line(sys.modules[type(OBJECTIVES[name]).__module__]),
         }
         for name in OBJECTIVES
     ]

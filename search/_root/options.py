@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from evoprune import completion
+
 TARGET, BUDGET, TEXT, SEARCH, MODEL, WORKERS, CONFIG, OUTPUT = (
     "Target", "Budget", "Text", "Search", "Model", "Workers", "Configuration", "Output",
 )  # fmt: skip
@@ -19,7 +21,12 @@ def option(*names: str, help: str, panel: str, default: object = None, **more: A
 
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="`reference` (embedded), a local folder, or a Hub id")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="`reference` (embedded), a local folder, or a Hub id",
+        autocompletion=completion.models,
+    ),
 ]
 OptionalModel = Annotated[
     str | None,
@@ -27,9 +34,13 @@ OptionalModel = Annotated[
         metavar="MODEL",
         help="`reference` (embedded), a local folder, or a Hub id [dim]\\[default: reference][/dim]",
         show_default=False,
+        autocompletion=completion.models,
     ),
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder or id, or `latest`")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="a run's folder or id, or `latest`", autocompletion=completion.runs),
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document to stdout", rich_help_panel=OUTPUT)]
 
 # Target
@@ -78,6 +89,10 @@ TrustRemoteCode = Annotated[
 CalibrationText = Annotated[
     str | None,
     option("--calibration", metavar="TEXT", help="text of the statistics (its side A)", panel=TEXT, default="corpus"),
+]
+SearchCalibrationText = Annotated[
+    str | None,
+    option("--calibration", metavar="TEXT", help="text of the statistics (side A)", panel=TEXT, default="as --data"),
 ]
 CalibrationSequences = Annotated[
     int | None,

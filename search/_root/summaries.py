@@ -9,7 +9,9 @@ from typing import Any
 
 from evoprune.search.rundir import RunDirectory
 
-_FROM_RESULT = ("best", "baselines", "dense", "front", "evaluations", "distinct")
+_FROM_RESULT = ("best", "dense", "front", "evaluations", "distinct")
+# Of a baseline; `result.json` says more.
+_BASELINE = ("name", "fitness", "heldout")
 
 
 def run_document(run: RunDirectory) -> dict[str, Any]:
@@ -29,7 +31,8 @@ def run_document(run: RunDirectory) -> dict[str, Any]:
     }
     result = run.result
     if result is not None:
-        return document | {name: result[name] for name in _FROM_RESULT}
+        baselines = [{name: row[name] for name in _BASELINE} for row in result["baselines"]]
+        return document | {name: result[name] for name in _FROM_RESULT} | {"baselines": baselines}
     history = list(run.history())
     return document | {
         # A birth that was answered without an evaluation names the one that it is like, or None.

@@ -7,7 +7,7 @@ from statistics import quantiles
 from typing import TYPE_CHECKING, Any
 
 from evoprune.search.report import canvas
-from evoprune.search.report.numbers import compact
+from evoprune.search.report.numbers import alike, compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,10 +23,19 @@ def columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[fl
 
 
 def plain_numbers(axis: Any) -> None:
-    """Tick labels such as 0.05 and 20, never powers of ten in math."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """Tick labels such as 0.05 and 20, never powers of ten in math; as many decimals on each tick of a linear axis."""
+    from matplotlib.ticker import Formatter, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+    class Plain(Formatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return compact(value)
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            if axis.get_scale() != "linear":
+                return [compact(value) for value in values]
+            return alike(values)
+
+    axis.set_major_formatter(Plain())
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -73,7 +82,7 @@ def limit(axes: Axes, low: float, high: float, values: Sequence[float]) -> int:
 
 
 def note_beyond(axes: Axes, beyond: int, named: Sequence[str] = ()) -> None:
-    """Say above the axes what lies above them."""
+    """Say above the axes how many points lie beyond them."""
     if beyond:
         words = f"{beyond} above the axis" + (f", such as {', '.join(named)}" if named else "")
         axes.set_title(words, loc="right", fontsize=7.5, fontweight="normal", color=canvas.MUTED)

@@ -22,6 +22,9 @@ WINNER = "#0072b2"
 POWER = "#d55e00"
 NEEDS_COLOURS = {"data-free": "#7b8794", "forward": "#009e73", "backward": "#e69f00", "second-order": "#cc79a7"}
 NEEDS_MARKERS = {"data-free": "s", "forward": "o", "backward": "^", "second-order": "D"}
+# Of fronts by what their members need at most; the front of all metrics is the winner's.
+FRONT_COLOURS = {**{name: NEEDS_COLOURS[name] for name in ("data-free", "forward", "backward")}, "any": WINNER}
+FRONT_MARKERS = {**{name: NEEDS_MARKERS[name] for name in ("data-free", "forward", "backward")}, "any": "D"}
 
 WIDTH = 7.2
 """Of a figure, in inches."""
@@ -31,7 +34,9 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "evoprune",
     "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
+    # By its generic name, so that a viewer without the font takes another sans-serif and not its default.
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.5,
     "axes.labelsize": 8.5,
     "axes.titlesize": 9,

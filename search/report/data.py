@@ -174,6 +174,16 @@ class ReportData:
         return {name: min(members, key=lambda entry: entry.fitness, default=None) for name, members in fronts.items()}
 
     @cached_property
+    def fronts(self) -> dict[str, list[Entry]]:
+        """The front among metrics that need no more than each of `CLASSES` says, simplest first.
+
+        Where the search's own state is missing, the best of each class stands for its front.
+        """
+        fronts = {name: [self._entry(member) for member in self._archive(name)] for name in CLASSES}
+        fronts["any"] = self.front
+        return {name: members or [best for best in [self.classes[name]] if best] for name, members in fronts.items()}
+
+    @cached_property
     def levels(self) -> dict[str, float]:
         """Fitness at the top rung of the named seeds that got there, and of the tuned power product."""
         levels = {

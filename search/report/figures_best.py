@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from evoprune.search.report import canvas
 from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, without_outliers
 from evoprune.search.report.data import Entry, ReportData
-from evoprune.search.report.labels import annotate_points, spread
-from evoprune.search.report.names import label, objective_text
+from evoprune.search.report.labels import annotate_points, name_levels
+from evoprune.search.report.names import label, needs_text, objective_text
 from evoprune.search.report.numbers import count, nats
 
 if TYPE_CHECKING:
@@ -71,7 +71,42 @@ def front(data: ReportData) -> Figure | None:
     figure.legend(loc="outside lower center", ncols=len(canvas.NEEDS_COLOURS), handletextpad=0.2, columnspacing=1.5)
     numbered = _front_line(axes, data.front)
     names = [(label(entry.origin.removeprefix("seed:")), *_place(entry)) for entry in visible if entry.family == "seed"]
-    annotate_points(axes, names, [*map(_place, visible), *numbered], size=7.5, color=canvas.MUTED)
+    annotate_points(axes, names, list(map(_place, visible)), numbered=numbered, size=7.5, color=canvas.MUTED)
+    return figure
+
+
+def fronts(data: ReportData) -> Figure | None:
+    """The front of each class of metrics by what they need at most, as staircases; equal ones are drawn once."""
+    shown: dict[str, list[Entry]] = {}
+    for needs, members in data.fronts.items():
+        if members and members not in shown.values():
+            shown[needs] = members
+    if len(shown) < 2:
+        return None
+    from matplotlib.ticker import MaxNLocator
+
+    figure = canvas.new_figure(3.2)
+    axes = figure.add_subplot()
+    points = {needs: list(map(_place, members)) for needs, members in shown.items()}
+    last = max(complexity for some in points.values() for complexity, _ in some)
+    for place, (needs, some) in enumerate(points.items()):
+        colour = canvas.FRONT_COLOURS[needs]
+        # What a complexity reaches, every greater one reaches too.
+        line = [*some, (last + 1, some[-1][1])]
+        # A front lies on those of narrower classes wherever they agree: these stay visible as a wider line below.
+        axes.step(*columns(line), where="post", color=colour, linewidth=1.3 + 1.0 * (len(points) - 1 - place))
+        axes.scatter(*columns(some), s=20, marker=canvas.FRONT_MARKERS[needs], color=colour, linewidth=0)
+    values = [fitness for some in points.values() for _, fitness in some]
+    limit(axes, min(values), max(values), values)
+    axes.set_xlim(right=last + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("complexity")
+    axes.set_ylabel(f"{objective_text(data.config.objective)} on text B")
+    best = {needs: some[-1][1] for needs, some in points.items()}
+    names = [
+        (f"{needs_text(needs)}  {nats(level)}", level, canvas.FRONT_COLOURS[needs]) for needs, level in best.items()
+    ]
+    name_levels(axes, names)
     return figure
 
 
@@ -98,35 +133,14 @@ def _progress(axes: Axes, data: ReportData, rung: int, levels: Sequence[float] =
 
 def _mark_levels(axes: Axes, levels: dict[str, float], beyond: int) -> None:
     """Known metrics as lines with names in the right margin; those above the axis in the note."""
-    low, high = axes.get_ylim()
-    inside = {name: level for name, level in levels.items() if level <= high}
-    # Names need their room on the page, whatever the scale.
-    to_page, to_data = axes.transScale.transform, axes.transScale.inverted().transform
-    heights = [to_page((1, level))[1] for level in inside.values()]
-    gap = 0.065 * (to_page((1, high))[1] - to_page((1, low))[1])
-    places = [to_data((1, height))[1] for height in spread(heights, gap)]
-    for (name, level), place in zip(inside.items(), places, strict=True):
-        colour = canvas.POWER if name == "power" else canvas.MUTED
-        axes.axhline(level, color=colour, linewidth=1.1 if name == "power" else 0.7, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            f"{label(name)}  {nats(level)}",
-            (1, level),
-            (1.03, place),
-            xycoords=("axes fraction", "data"),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-            color=colour,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 0,
-                "relpos": (0, 0.5),
-            },
-            annotation_clip=False,
-        )
+    high = axes.get_ylim()[1]
+    names = []
+    for name, level in levels.items():
+        if level <= high:
+            colour, width = (canvas.POWER, 1.1) if name == "power" else (canvas.MUTED, 0.7)
+            axes.axhline(level, color=colour, linewidth=width, linestyle=(0, (4, 3)), zorder=1)
+            names.append((f"{label(name)}  {nats(level)}", level, colour))
+    name_levels(axes, names)
     named = [f"{label(name)} {nats(level)}" for name, level in levels.items() if level > high]
     note_beyond(axes, beyond, named)
 

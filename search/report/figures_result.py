@@ -59,6 +59,7 @@ def agreement(data: ReportData) -> Figure | None:
     if not data.agreement:
         return None
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     # Wanda first: the file has the names in alphabetical order.
     names = sorted(data.agreement, key=lambda name: name != "wanda")
@@ -89,7 +90,7 @@ def agreement(data: ReportData) -> Figure | None:
         axes.set_yticks([row + 0.5 for row in range(len(kinds))], kinds)
         if len(blocks) <= 10:
             _write_cells(axes, table, halfway=(1 + smallest) / 2)
-    bar = figure.colorbar(image, ax=list(panels), fraction=0.035, pad=0.02)
+    bar = figure.colorbar(image, ax=list(panels), fraction=0.035, pad=0.02, ticks=MaxNLocator(5))
     bar.outline.set_visible(False)
     bar.set_label("agreement (IoU)")
     plain_numbers(bar.ax.yaxis)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from evoprune.search.report import canvas
-from evoprune.search.report.axes import columns, fit_scale
+from evoprune.search.report.axes import columns, fit_scale, note_beyond, without_outliers
 from evoprune.search.report.data import ReportData
 from evoprune.search.report.lineage import ancestors
 from evoprune.search.report.names import label, objective_text
@@ -47,7 +47,7 @@ def origins(data: ReportData) -> Figure | None:
 
 
 def rungs(data: ReportData) -> Figure | None:
-    """Fitness at each rung against the next, for all that ran both."""
+    """Fitness at each rung against the next, for all that ran both; the few that are far worse lie beyond the axes."""
     if not any(len(entry.rungs) > 1 for entry in data.entries):
         return None
     panels = data.n_rungs - 1
@@ -55,17 +55,21 @@ def rungs(data: ReportData) -> Figure | None:
     for rung in range(panels):
         axes = figure.add_subplot(1, panels, rung + 1)
         pairs = [(entry.rungs[rung], entry.rungs[rung + 1]) for entry in data.entries if len(entry.rungs) > rung + 1]
-        both = [value for pair in pairs for value in pair]
+        # What the race decides is among the good; to the scale of the worst, those are one dot.
+        highest = max(without_outliers([value for pair in pairs for value in pair]), default=0.0)
+        near = [pair for pair in pairs if max(pair) <= highest]
+        both = [value for pair in near for value in pair]
         if both:
             ends = [min(both), max(both)]
             axes.plot(ends, ends, color=canvas.FAINT, linewidth=1, zorder=1)
-            axes.scatter(*columns(pairs), s=16, color=canvas.WINNER, alpha=0.55, linewidth=0, zorder=2)
+            axes.scatter(*columns(near), s=16, color=canvas.WINNER, alpha=0.55, linewidth=0, zorder=2)
         fit_scale(axes, "x", both)
         fit_scale(axes, "y", both)
         axes.set_xlabel(f"at {count(data.rung_tokens[rung])} tokens")
         axes.set_ylabel(f"at {count(data.rung_tokens[rung + 1])} tokens")
         tau, n = data.correlations[rung]
-        axes.set_title("τ not known yet" if tau is None else f"τ = {tau:.2f}, n = {n}".replace("-", "−"))
+        axes.set_title(f"τ {'not known' if tau is None else f'= {tau:.2f}'}, n = {n}".replace("-", "−"))
+        note_beyond(axes, len(pairs) - len(near))
     return figure
 
 

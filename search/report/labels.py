@@ -36,11 +36,46 @@ def _end(block: Sequence[int], places: Sequence[float], gap: float) -> float:
     return _start(block, places, gap) + gap * (len(block) - 1)
 
 
+def name_levels(axes: Axes, levels: Sequence[tuple[str, float, str]]) -> None:
+    """Write names in the right margin, each joined to its height on the right edge, none on another.
+
+    Args:
+        levels: (text, y in data coordinates, colour).
+    """
+    low, high = axes.get_ylim()
+    # Names need their room on the page, whatever the scale.
+    to_page, to_data = axes.transScale.transform, axes.transScale.inverted().transform
+    heights = [to_page((1, level))[1] for _, level, _ in levels]
+    gap = 0.065 * (to_page((1, high))[1] - to_page((1, low))[1])
+    places = [to_data((1, height))[1] for height in spread(heights, gap)]
+    for (text, level, colour), place in zip(levels, places, strict=True):
+        axes.annotate(
+            text,
+            (1, level),
+            (1.03, place),
+            xycoords=("axes fraction", "data"),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color=colour,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+            annotation_clip=False,
+        )
+
+
 def annotate_points(
     axes: Axes,
     names: Sequence[tuple[str, float, float]],
     points: Sequence[tuple[float, float]],
     *,
+    numbered: Sequence[tuple[float, float]] = (),
     size: float,
     color: str,
 ) -> None:
@@ -49,6 +84,7 @@ def annotate_points(
     Args:
         names: (text, x, y), the most important first.
         points: all that is drawn, in data coordinates.
+        numbered: those of them with a number at their lower left.
         size: of the font, in points.
     """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # fixes the axes' place
@@ -60,6 +96,7 @@ def annotate_points(
 
     frame = axes.bbox
     taken: list[Box] = [(x - 3, y - 3, x + 3, y + 3) for x, y in (at(*point) for point in points)]
+    taken += [(x - 16, y - 14, x - 3, y - 4) for x, y in (at(*point) for point in numbered)]
     for text, x, y in names:
         across, up = at(x, y)
         best: tuple[float, float, float, Box] | None = None

@@ -17,6 +17,13 @@ _LABELS = {
     "pruner-zero": "Pruner-Zero",
 }
 
+_NEEDS = {
+    "data-free": "no data",
+    "forward": "a forward pass",
+    "backward": "a backward pass",
+    "any": "anything",
+}
+
 _OBJECTIVES = {"kl": "KL to dense", "perplexity": "loss", "reconstruction": "relative output error"}
 
 
@@ -28,6 +35,11 @@ def label(name: str) -> str:
 def reason_text(code: str) -> str:
     """What a reason code means."""
     return REASONS.get(code, "")
+
+
+def needs_text(name: str) -> str:
+    """What a class of metrics needs at most."""
+    return _NEEDS[name]
 
 
 def objective_text(name: str) -> str:

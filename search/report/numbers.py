@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -37,6 +39,12 @@ def signed(value: float) -> str:
 def compact(value: float) -> str:
     """An axis label: three digits at most."""
     return f"{value:.3g}".replace("-", MINUS)
+
+
+def alike(values: Sequence[float]) -> list[str]:
+    """Labels of a linear axis: all with the decimals of the one that needs most."""
+    decimals = max((len(f"{value:.6f}".rstrip("0").partition(".")[2]) for value in values), default=0)
+    return [f"{value + 0.0:.{decimals}f}".replace("-", MINUS) for value in values]
 
 
 def seconds(value: float) -> str:

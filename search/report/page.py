@@ -23,7 +23,7 @@ from evoprune.search.report.data import ReportData
 from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.latex_table import latex_table
 from evoprune.search.report.lineage import ancestors, main_line
-from evoprune.search.report.names import label, objective_text, reason_text
+from evoprune.search.report.names import label, needs_text, objective_text, reason_text
 from evoprune.search.report.tree import kind_of, tree_svg
 from evoprune.search.rundir import RunDirectory
 
@@ -36,6 +36,7 @@ FIGURES: dict[str, Callable[[ReportData], Figure | None]] = {
     "baselines": figures_result.baselines,
     "convergence": figures_best.convergence,
     "front": figures_best.front,
+    "fronts": figures_best.fronts,
     "lineage": figures_search.lineage,
     "origins": figures_search.origins,
     "rungs": figures_search.rungs,
@@ -126,7 +127,9 @@ def _environment() -> Environment:
         "signed": numbers.signed,
         "duration": numbers.seconds,
         "label": label,
+        "needs": needs_text,
         "reason": reason_text,
+        "breakable": breakable,
         "formula": formula,
         "score": score,
         "symbol": lambda terminal: formula(Expression(terminal.name)),
@@ -156,6 +159,13 @@ def score(expression: Expression, relation: str = "=") -> Markup | str:
     text = f"S {'=' if relation == '=' else '∝'} {to_text(expression)}"
     svg = formula_svg(f"S {relation} {latex(expression)}", text, display=True)
     return text if svg is None else _markup(svg)
+
+
+def breakable(text: str) -> Markup:
+    """An expression that a narrow column breaks after its commas; it is copied as it is."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=,)", text))
 
 
 def origin_text(origin: str) -> str:

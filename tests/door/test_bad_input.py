@@ -136,6 +136,12 @@ def test_a_search_on_a_bad_model_leaves_no_run(run: Run, place: Path, small: Pat
     assert tree(place) == before | {"mine"}
 
 
+def test_a_search_says_which_windows_a_model_can_read(run: Run, tiny: Path) -> None:
+    done = run("search", "metric", tiny, "--executor", "inline", "--calibration-window", 32)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.splitlines()[-1].endswith("at most 64: give --set data.window=64 --calibration-window 32")
+
+
 # Text
 
 

@@ -12,6 +12,7 @@ import typer
 
 import evoprune
 from evoprune.cli import ORDER, app, explain, one_line
+from evoprune.console import StepProgress
 from evoprune.listing import rows_of
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput, NoCapacity
@@ -64,8 +65,8 @@ def test_all_commands_have_their_place_in_the_help() -> None:
     [
         (["nope"], "No such command 'nope'"),
         (["search"], "Missing command"),
-        (["prune"], "Missing argument 'MODEL'"),
-        (["prune", "reference"], "Missing option '--out'"),
+        (["prune"], "Missing option '--out'"),
+        (["export"], "Missing option '--to'"),
         (["eval", "reference", "--nope"], "No such option: --nope"),
         (["eval", "reference", "--tokens", "many"], "Invalid value for '--tokens'"),
         (["list", "nope"], "'nope' is not one of 'criteria'"),
@@ -113,6 +114,13 @@ def test_criteria_are_those_of_the_registry(run: Run) -> None:
     assert {row["name"] for row in run("list", "operators", "--json").json} == set(OPERATORS)
 
 
+def test_what_is_listed_says_what_it_is(run: Run) -> None:
+    whats = {row["name"]: row["what"] for row in run("list", "objectives", "--json").json}
+    assert whats["kl"].startswith("KL divergence from the dense")
+    one_per = {row["name"]: row["one_per"] for row in run("list", "terminals", "--json").json}
+    assert (one_per["W"], one_per["X_l2"], one_per["Y_l2"], one_per["depth"]) == ("weight", "input", "output", "matrix")
+
+
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("evoprune.checks.ESSENTIAL", ("numpy",))
     done = run("doctor", "--json")
@@ -142,6 +150,15 @@ def test_completion_knows_the_commands() -> None:
         [sys.executable, "-m", "evoprune"], env=words, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.split() == ["prune"]
+
+
+def test_a_plain_line_is_written_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long is told once where nothing changes, and again where it has got further."""
+    monkeypatch.setattr("evoprune.console.PLAIN_SECONDS", -1.0)
+    progress = StepProgress()
+    for what, done, total in (("loading", 0, 1), ("measuring", 0, 1), ("measuring", 1, 1), ("pruning", 1, 2)):
+        progress.step(what, done, total)
+    assert capsys.readouterr().err == "measuring\npruning: 1 of 2\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

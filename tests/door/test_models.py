@@ -37,6 +37,7 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     assert document["removed"] == sum(int(where.sum()) for where in zeros(place / "out").values())
     assert document["sparsity"] == document["removed"] / document["prunable"]
     assert len(document["layers"]) == 7 * LAYERS
+    assert all(list(layer) == ["name", "shape", "sparsity", "error"] for layer in document["layers"])
     last = document["layers"][-1]
     assert (last["name"], last["shape"]) == ("model.layers.1.mlp.down_proj", [32, INNER])
     assert last["sparsity"] == int(0.6 * INNER) / INNER
@@ -62,12 +63,13 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
 
 
 def test_what_people_see(run: Run, tiny: Path, place: Path) -> None:
-    pruned = run("prune", tiny, "--out", "out", "--metric", "magnitude")
+    pruned = run("prune", tiny, "--out", "my out", "--metric", "magnitude")
     assert pruned.code == 0
-    assert pruned.out == f"{place / 'out'}\n"
+    assert pruned.out == f"{place / 'my out'}\n"
+    assert f"try it: evoprune eval '{place / 'my out'}' --dense {tiny}" in pruned.err
     assert "model.layers.0.self_attn.q_proj" in pruned.err
     assert "removed 7,680 of 15,360 prunable weights (50.00%) by magnitude" in pruned.err
-    evaluated = run("eval", "out", "--dense", tiny, "--tokens", 512)
+    evaluated = run("eval", "my out", "--dense", tiny, "--tokens", 512)
     assert "50.0000% of the prunable weights are zero" in evaluated.out
     assert "corpus (text C), 504 predicted tokens, windows of 64" in evaluated.out
     assert "nats per token from" in evaluated.out

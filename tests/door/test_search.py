@@ -51,7 +51,15 @@ def test_a_search_from_the_command_line(run: Run, tiny: Path, small: Path, place
     assert folder.parent == Path("runs") and folder.name.endswith(tuple("0123456789abcdef"))
     for name in ("config.yaml", "run.json", "history.jsonl", "evaluations.wal", "optuna.log", "result.json"):
         assert (folder / name).is_file(), name
-    for text in ("dense", "evolved winner", "wanda", "had an evolved parent", "export/metric.py", "report.html"):
+    for text in (
+        "dense",
+        "evolved winner",
+        "wanda",
+        "needed no forward pass",
+        "had an evolved parent",
+        "export/metric.py",
+        "report.html",
+    ):
         assert text in done.err
     assert json.loads((folder / "run.json").read_text())["argv"][0] == "evoprune"
 
@@ -87,7 +95,10 @@ def test_show_as_json(run: Run, finished: Path) -> None:
     assert document["best"]["expression"] and document["best"]["fitness"] > 0
     names = [row["name"] for row in document["baselines"]]
     assert {"random", "magnitude", "wanda", "ria", "gblm", "gblm-gradient", "pruner-zero", "power"} == set(names)
-    assert all(set(row["heldout"]) == HELDOUT for row in document["baselines"])
+    for row in document["baselines"]:
+        assert (set(row), set(row["heldout"])) == ({"name", "fitness", "heldout"}, HELDOUT)
+    assert set(document["dense"]) == {"heldout"}
+    assert {"expression", "fitness", "heldout"} <= set(document["best"])
     text = json.dumps([document[name] for name in ("best", "front", "baselines", "dense")])
     assert str(finished) not in text
 
@@ -211,7 +222,23 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document["target"] == {"sparsity": None, "pattern": "2:4", "group": "row"}
     replaced = run("search", "metric", "--dry-run", "--config", "resolved.yaml", "--sparsity", 0.7, "--json").json
     assert replaced["target"] == {"sparsity": 0.7, "pattern": None, "group": "row"}
-    assert {path.name for path in place.iterdir()} == {"resolved.yaml"}
+    both = run("search", "metric", "--dry-run", "--sparsity", 0.7, "--set", "target.pattern=2:4")
+    assert both.code == 2 and "not both" in both.err
+    Path("default.yaml").write_text(run("search", "metric", "--dry-run").out)
+    assert yaml.safe_load(Path("default.yaml").read_text())["target"]["sparsity"] == 0.6
+    pattern = ("--dry-run", "--config", "default.yaml", "--set", "target.pattern=2:4", "--json")
+    assert run("search", "metric", *pattern).json["target"] == {"sparsity": None, "pattern": "2:4", "group": "row"}
+    assert {path.name for path in place.iterdir()} == {"resolved.yaml", "default.yaml"}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "'2:4'", "1:16", "12:64"])
+def test_a_pattern_in_yaml_needs_no_quotes(pattern: str, run: Run, place: Path) -> None:
+    """YAML knows numbers to the base of 60."""
+    (place / "c.yaml").write_text(f"target: {{pattern: {pattern}}}")
+    plain = pattern.strip("'")
+    assert run("search", "metric", "--dry-run", "--json", "--config", "c.yaml").json["target"]["pattern"] == plain
+    words = ("search", "metric", "--dry-run", "--json", "--set", f"target.pattern={pattern}")
+    assert run(*words).json["target"]["pattern"] == plain
 
 
 def test_every_option_reaches_the_configuration(run: Run) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import pytest
@@ -23,19 +24,20 @@ from evoprune.metrics.terminals import TERMINALS
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.metric_run import Resources, start_metric_search
 from evoprune.search.report import write_report
-from evoprune.search.report.data import Contender, ReportData
+from evoprune.search.report.data import Contender, Entry, ReportData
 from evoprune.search.report.figures_result import agreement, split_site
 from evoprune.search.report.figures_search import rungs
 from evoprune.search.report.formula import formula_svg, mathtext
 from evoprune.search.report.labels import spread
 from evoprune.search.report.latex_table import latex_table
 from evoprune.search.report.lineage import ancestors, main_line
+from evoprune.search.report.numbers import alike
 from evoprune.search.report.page import render
 from evoprune.search.report.tree import tree_svg
 from evoprune.search.rundir import RunDirectory
 from tests.models import save_tiny
 
-VOID = {"meta", "br", "link", "img", "input", "hr"}
+VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
@@ -141,7 +143,7 @@ def test_it_says_what_the_result_says(finished: Path) -> None:
 
 def test_figures_are_files_too(finished: Path) -> None:
     names = {path.stem for path in (finished / "plots").iterdir()}
-    assert names >= {"baselines", "convergence", "front", "origins", "rungs", "agreement"}
+    assert names >= {"baselines", "convergence", "front", "fronts", "origins", "rungs", "agreement"}
     for path in (finished / "plots").iterdir():
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
         assert "<image" not in path.read_text() and "dc:date" not in path.read_text()
@@ -170,6 +172,38 @@ def test_history_alone_gives_the_counts_of_the_result(changed: RunDirectory) -> 
     assert whole.best is not None and whole.best == partial.best
     assert whole.classes == partial.classes
     assert sum(n for _, forward, n in whole.reasons if not forward) == whole.n_births - whole.n_evaluations
+
+
+def test_fronts_by_what_they_need(changed: RunDirectory) -> None:
+    """Each class's front holds no metric that needs more, none that another member beats, and the best of the class."""
+    data = ReportData(changed)
+    assert data.fronts["any"] == data.front
+    allowed = {"data-free": {"data-free"}, "forward": {"data-free", "forward"}}
+    for name, members in data.fronts.items():
+        assert members, name
+        assert {entry.needs for entry in members} <= allowed.get(name, {"data-free", "forward", "backward"})
+        best = data.classes[name]
+        assert best is not None and best.fitness == min(entry.fitness for entry in members)
+        assert all(a.complexity < b.complexity and a.fitness > b.fitness for a, b in pairwise(map(point, members)))
+    page = page_of(changed.path)
+    assert "figure-fronts" in page.ids
+    for text in ("no data", "a forward pass", "a backward pass", "anything"):
+        assert text in page.text
+    for path in changed.path.glob("state*"):
+        path.unlink()
+    bare = ReportData(RunDirectory.open(changed.path)).fronts
+    assert {name: members[-1].birth for name, members in bare.items()} == {
+        name: best and best.birth for name, best in data.classes.items()
+    }
+
+
+class Point(NamedTuple):
+    complexity: int
+    fitness: float
+
+
+def point(entry: Entry) -> Point:
+    return Point(entry.expression.complexity, entry.fitness)
 
 
 def test_an_unfinished_run_gives_what_it_has(changed: RunDirectory) -> None:
@@ -209,7 +243,7 @@ def test_without_agreement_and_tau(changed: RunDirectory) -> None:
     assert agreement(data) is None
     figure = rungs(data)
     assert figure is not None
-    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == ["τ not known yet"] * 2
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == ["τ not known, n = 0"] * 2
     assert "agreement" not in Page(render(data, {})).ids
 
 
@@ -312,6 +346,12 @@ def test_boxes_of_a_tree_do_not_touch() -> None:
         assert x >= 0 and y >= 0 and x + w <= width and y + h <= height
         for other_x, other_y, other_w, _ in boxes[:index]:
             assert y != other_y or x + w < other_x or other_x + other_w < x
+
+
+def test_ticks_of_an_axis_are_written_alike() -> None:
+    assert alike([0.2, 0.25, 0.3]) == ["0.20", "0.25", "0.30"]
+    assert alike([-1.0, 0.0, 0.1 + 0.2]) == ["−1.0", "0.0", "0.3"]
+    assert alike([0, 50, 100]) == ["0", "50", "100"]
 
 
 def test_spread_keeps_order_and_distance() -> None:
