@@ -26,33 +26,43 @@ POWER = "power (tuned)"
 
 def heldout_table(result: Mapping[str, Any]) -> Table:
     """Everyone on held-out text, the lowest loss first."""
-    rows = sorted(_rows(result), key=lambda row: row["heldout"]["loss"])
-    tokens = result["best"]["heldout"]["tokens"]
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{result['model']} at {_target(result)}, held-out text",
+        title=f"{result['model']} at {target_text(result)}, held-out text",
         title_style="bold",
         title_justify="left",
-        caption=f"{tokens:,} predicted tokens of {result['data']} (text C), windows of {result['window']}. "
-        "Loss and KL from the dense model in nats per token, ± standard error over windows. "
-        "The last column is the loss minus the winner's, ± paired standard error.",
+        caption=heldout_caption(result),
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
     for name in ("perplexity", "loss", "KL", "minus winner's"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
+    for name, *numbers in heldout_rows(result):
+        table.add_row(name, *numbers, style={WINNER: "bold green", "dense": "dim"}.get(name, ""))
+    return table
+
+
+def heldout_caption(result: Mapping[str, Any]) -> str:
+    """What the numbers of `heldout_rows` are."""
+    return (
+        f"{result['best']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), windows of "
+        f"{result['window']}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
+        "The last column is the loss minus the winner's, ± paired standard error."
+    )
+
+
+def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Name, perplexity, loss, KL and difference to the winner of everyone, as text, the lowest loss first."""
+    for row in sorted(_rows(result), key=lambda row: row["heldout"]["loss"]):
         heldout, difference = row["heldout"], row["difference"]
-        table.add_row(
+        yield (
             row["name"],
             f"{heldout['perplexity']:,.2f}",
             f"{heldout['loss']:.4f} ± {heldout['stderr']:.4f}",
             "" if row["name"] == "dense" else f"{heldout['kl']:.4f}",
             "" if difference is None else f"{-difference['loss']:+.4f} ± {difference['stderr']:.4f}",
-            style={WINNER: "bold green", "dense": "dim"}.get(row["name"], ""),
         )
-    return table
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -117,7 +127,7 @@ def unfinished_view(
         "run": document["run"],
         "state": Text(document["state"], style=_STATUS_STYLES[document["state"]]),
         "model": f"{config['model']['name']}, seed {document['seed']}",
-        "evaluations": f"{document['evaluations']} of {config['evaluations']} in {clock(document['seconds'])}",
+        "evaluations": f"{document['evaluations']}{_budget(config)} in {clock(document['seconds'])}",
     }
     if best is not None:
         facts["best"] = Text(f"{best['fitness']:.5g}  {best['expression']}", style="green")
@@ -132,6 +142,13 @@ def unfinished_view(
     else:
         facts["continue"] = f"evoprune resume {quoted}"
     return [_facts(facts)]
+
+
+def _budget(config: Mapping[str, Any]) -> str:
+    """Such as `` of 250`` or `` of 250, at most 10 min``."""
+    evaluations, minutes = config["evaluations"], config["minutes"]
+    parts = [] if evaluations is None else [f" of {evaluations}"]
+    return ",".join([*parts, *([] if minutes is None else [f" at most {minutes:g} min"])])
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -247,7 +264,7 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _target(result: Mapping[str, Any]) -> str:
+def target_text(result: Mapping[str, Any]) -> str:
     """Such as ``60% sparsity per row`` or ``2:4``."""
     target = result["target"]
     return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"

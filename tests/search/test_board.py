@@ -80,7 +80,7 @@ def live(tmp_path: Path, url: str | None) -> Path:
     for one in RECORDS:
         board.add(one)
     board.set_attributes({"model": "reference", "nan": math.nan})
-    board.set_counters({"DUP_SIG": 7})
+    board.set_attributes({"counters": {"DUP_SIG": 7}})
     assert board.close()
     return tmp_path
 
