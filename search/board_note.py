@@ -1,11 +1,12 @@
-"""The note of a run's study: Markdown with formulas, which the dashboard renders."""
+"""The note of a run's study, in Markdown, which the dashboard renders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from evoprune.metrics.emit import latex
+from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
 from evoprune.search.config import MetricSearchConfig
@@ -50,12 +51,13 @@ def searching_note(
     )
 
 
-def finished_note(result: Mapping[str, Any], winner: Expression) -> str:
+def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Collection[str] = ()) -> str:
     """What a search has found: the winner, and everyone on held-out text.
 
     Args:
         result: the run's ``result.json``.
         winner: its expression.
+        artifacts: names of the study's artifacts; pictures among them are shown.
     """
     best = result["best"]
     rows = [
@@ -66,6 +68,7 @@ def finished_note(result: Mapping[str, Any], winner: Expression) -> str:
         [
             f"## Winner: {result['model']} at {target_text(result)}",
             "",
+            *_picture("formula.svg", to_text(winner), artifacts),
             *_formula(winner),
             *_table(("held-out text", "perplexity", "loss", "KL", "minus winner's"), rows),
             "",
@@ -73,13 +76,30 @@ def finished_note(result: Mapping[str, Any], winner: Expression) -> str:
             "",
             f"Found as birth {best['birth']} ({best['origin']}) in {result['evaluations']:,} evaluations of "
             f"{result['births']:,} births, seed {result['seed']}; fitness {best['fitness']:.5f} ({result['objective']} "
-            f"on text B), complexity {best['complexity']}. The files are below, under Artifacts.",
+            f"on text B), complexity {best['complexity']}. Metric and report are among the study's artifacts.",
+            "",
+            *_picture("convergence.svg", "best so far by evaluations", artifacts),
+            *_picture("front.svg", "fitness against complexity", artifacts),
         ]
     )
 
 
+def _picture(name: str, words: str, artifacts: Collection[str]) -> list[str]:
+    return [f"![{words.replace('[', '(').replace(']', ')')}](artifact:{name})", ""] if name in artifacts else []
+
+
 def _formula(expression: Expression) -> list[str]:
-    return ["$$", f"S = {latex(expression)}", "$$", "", f"`{expression.text}`", ""]
+    """The formula to read, to copy into a paper, and to give to `--metric`; the dashboard itself sets no formulas."""
+    return [
+        f"**S = {_escaped(to_text(expression))}**",
+        "",
+        *("```latex", f"S = {latex(expression)}", "```", ""),
+        *("```python", expression.text, "```", ""),
+    ]
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", text)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

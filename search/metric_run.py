@@ -116,7 +116,7 @@ class MetricRun:
             comparison.export(self._run, result)
         finally:
             executor.close()
-            self._watch.close()
+            self._watch.close(stopping)
             self._log.close()
         self._run.write_result(result)
         return result
@@ -158,7 +158,7 @@ class MetricRun:
 
     def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Prepared:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
-        self._watch.phase("loading the model, collecting statistics and teacher", " (cached for the next run)")
+        self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
         job = Job(f"prepare-{self._run.run_id}", "prepare", {})
         executor.submit([job])
         arrived: list[Outcome] = []

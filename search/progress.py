@@ -197,15 +197,15 @@ class Progress:
     def _render(self) -> RenderableType:
         """The live display."""
         head = Table.grid(padding=(0, 1))
-        title = f"{self._title}: {self._phase}" if self._title else self._phase
-        head.add_row(self._spinner, Text(title, style="bold"), Text(self._elapsed(), style="dim"))
+        head.add_row(self._spinner, Text(self._phase, style="bold"), Text(self._elapsed(), style="dim"))
         bar = Table.grid(padding=(0, 1))
         pace = " · ".join([self._count(), *self._pace()])
         spent = ProgressBar(
             total=1.0, completed=self.fraction, width=BAR_WIDTH, complete_style="cyan", finished_style="green"
         )
         bar.add_row("", spent, Text(pace))
-        rows: list[RenderableType] = [head, bar]
+        title = Text(self._title, style="dim", no_wrap=True, overflow="ellipsis")
+        rows: list[RenderableType] = [*([title] if self._title else []), head, bar]
         if self._best is not None:
             best = Text.assemble("  best ", (f"{self._best:.5g}", "bold green"), "  ", (self._expression, "green"))
             best.truncate(self._console.width - 1, overflow="ellipsis")

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.expression import parse
+from evoprune.metrics.expression import Expression, parse
+from evoprune.metrics.files import write_atomically
 from evoprune.search.board_note import finished_note
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.report.formula import formula_picture
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.trials import DESCRIPTORS, Trials
 
@@ -89,14 +92,19 @@ def _tell_result(board: Board, run: RunDirectory) -> None:
     result = run.result
     if result is None:
         return
-    board.note(finished_note(result, parse(result["best"]["expression"])))
-    board.set_attributes({"counters": result["reasons"], "evaluations": result["evaluations"]})
-    for path in _files(run.path):
+    winner = parse(result["best"]["expression"])
+    files = list(_files(run.path, winner))
+    for path in files:
         board.add_artifact(path)
+    board.note(finished_note(result, winner, [path.name for path in files]))
+    board.set_attributes({"counters": result["reasons"], "evaluations": result["evaluations"]})
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """What a finished run leaves for people to take."""
+def _files(folder: Path, winner: Expression) -> Iterator[Path]:
+    """What a finished run leaves for people to take, after a picture of the winner's formula."""
+    picture = formula_picture(f"S = {latex(winner)}", f"S = {to_text(winner)}")
+    if picture is not None and (folder / "plots").is_dir():
+        write_atomically(folder / "plots" / "formula.svg", picture)
     yield from sorted((folder / "export").glob("metric.*"))
     yield from sorted((folder / "plots").glob("*.svg"))
     if (folder / "report.html").exists():

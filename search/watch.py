@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from evoprune.search.board_note import searching_note
@@ -22,6 +22,10 @@ EVENT_SECONDS = 15.0
 """Between two events `progress`, from which `evoprune show --follow` lives."""
 NOTE_SECONDS = 20.0
 """Between two versions of the board's note. Each stays in the journal file, with some hundred bytes."""
+
+
+STOP_SECONDS = 5.0
+"""How long the board may keep a user who has asked to stop."""
 
 
 class Watch:
@@ -109,11 +113,16 @@ class Watch:
             self._last_note = now
             self._tell_board()
 
-    def close(self, timeout: float = 30.0) -> None:
-        """The session ends: a last note of how far it came, and whatever still waits for the board."""
+    def close(self, stopping: Callable[[], bool]) -> None:
+        """The session ends: a last note of how far it came, and whatever still waits for the board.
+
+        Args:
+            stopping: the user does not want to wait; what is missing on the board is written when the run goes on.
+        """
         if self._board is not None:
             self._tell_board()
-            self._board.close(timeout)
+            begin = time.monotonic()
+            self._board.close(enough=lambda: stopping() and time.monotonic() - begin > STOP_SECONDS)
         if self._loop is not None:
             self._run.events("info", "progress", **self._facts())
 

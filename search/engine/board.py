@@ -70,7 +70,7 @@ class Board:
         self._replace(plain(attributes), None)
 
     def note(self, markdown: str) -> None:
-        """Replace the study's note, which the dashboard renders with formulas and tables."""
+        """Replace the study's note, Markdown that the dashboard renders; see `Studies.note`."""
         self._replace({}, markdown)
 
     def add_artifact(self, path: Path) -> None:
@@ -107,9 +107,9 @@ class Board:
         except Exception as problem:
             raise InvalidInput(f"the board cannot be rebuilt: {self._describe(problem)}") from None
 
-    def close(self, timeout: float = 30.0) -> bool:
-        """Write what waits, for at most `timeout` seconds. False if the board is incomplete."""
-        complete = self._background.close(timeout) and not self._lost
+    def close(self, patience: float = 30.0, enough: Callable[[], bool] = lambda: False) -> bool:
+        """Write what waits; see `Background.close`. False if the board is incomplete."""
+        complete = self._background.close(patience, enough) and not self._lost
         if not complete:
             self._warn("the board is incomplete; `evoprune dashboard RUN --rebuild` writes it again from the history")
         return complete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 Numbered = tuple[int, int, TrialRecord]
 """Number of the trial, number of its point of the front if it is one, and the record."""
+
+
+_ARTIFACT = re.compile(r"(?<=\()artifact:([\w.-]+)(?=\))")  # as the address of a Markdown link or picture
 
 
 class OtherTrial(Exception):
@@ -73,11 +77,23 @@ class Studies:
             self._main.set_user_attr(name, value)
 
     def note(self, markdown: str) -> None:
-        """Replace the main study's note, if the dashboard is installed, whose format that is."""
+        """Replace the main study's note, if the dashboard is installed, whose format that is.
+
+        Args:
+            markdown: an address `artifact:NAME` becomes that of the artifact in the dashboard.
+        """
         with contextlib.suppress(ImportError):
             from optuna_dashboard import save_note
 
-            save_note(self._main, markdown)
+            save_note(self._main, _ARTIFACT.sub(self._address, markdown))
+
+    def _address(self, found: re.Match[str]) -> str:
+        from optuna.artifacts import get_all_artifact_meta
+
+        known = {artifact.filename: artifact.artifact_id for artifact in get_all_artifact_meta(self._main)}
+        if found[1] not in known:
+            return found[0]
+        return f"/artifacts/{self._main._study_id}/{known[found[1]]}"
 
     def add_artifact(self, path: Path) -> None:
         """Copy a file to the artifacts and list it at the main study; one of this name and content stays as it is."""
