@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,11 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
 
 
 def unfinished_view(
-    document: Mapping[str, Any], config: Mapping[str, Any], run: Path, reasons: Mapping[str, int], error: str | None
+    document: Mapping[str, Any],
+    config: Mapping[str, Any],
+    run: Path,
+    history: Sequence[Mapping[str, Any]],
+    error: str | None,
 ) -> list[RenderableType]:
     """A run without a result: how far it is, and how to go on.
 
@@ -119,7 +124,7 @@ def unfinished_view(
         document: as `show --json` prints it.
         config: of the run.
         run: its folder.
-        reasons: how many births each reason code has stopped.
+        history: its births so far.
         error: what a failed run ended with.
     """
     best = document["best"]
@@ -132,7 +137,13 @@ def unfinished_view(
     if best is not None:
         facts["best"] = Text(f"{best['fitness']:.5g}  {best['expression']}", style="green")
         facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
-    if reasons:
+    if history:
+        answered = sum("same_as" in line for line in history)
+        facts["births"] = f"{len(history)}, {answered} of them answered without a forward pass"
+        reached = [len(line.get("rungs") or ()) for line in history]
+        rungs = range(len(config["racing"]["rungs"]))
+        facts["by rung"] = " → ".join(str(sum(count > rung for count in reached)) for rung in rungs)
+    if reasons := Counter(line["reason"] for line in history if line["reason"]):
         facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
     if error is not None:
         facts["error"] = Text(error, style="red")

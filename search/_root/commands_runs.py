@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,10 +68,10 @@ def show(
         if result is not None:
             output.show(*result_view(result, directory.path))
         else:
-            reasons = Counter(line["reason"] for line in directory.history() if line["reason"])
             failures = [event for event in directory.read_events() if event["event"] == "failed"]
             error = failures[-1].get("error") if directory.state == "failed" else None
-            view = unfinished_view(run_document(directory), directory.config, directory.path, reasons, error)
+            history = list(directory.history())
+            view = unfinished_view(run_document(directory), directory.config, directory.path, history, error)
             output.show(*view)
 
 

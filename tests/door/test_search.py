@@ -165,7 +165,9 @@ def test_an_interrupted_run(
     shown = run("show", "stopped", "--json").json
     assert (shown["state"], shown["dense"], shown["baselines"]) == ("interrupted", {"heldout": None}, [])
     assert 0 < shown["evaluations"] < 24
-    assert "evoprune resume stopped" in run("show", "stopped").out
+    view = run("show", "stopped").out
+    assert "evoprune resume stopped" in view
+    assert "answered without a forward pass" in view and re.search(r"by rung +\d+ → \d+ → \d+", view)
     assert run("export", "stopped", "--to", "m.py").code == 2
     assert run("resume", "stopped", "--executor", "inline").code == 0
     assert (place / "stopped" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
