@@ -19,6 +19,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.search.archive import Archive
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.engine.board_storage import check_storage
+from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
@@ -34,9 +35,6 @@ from evoprune.search.searchers import SEARCHERS
 from evoprune.search.signals import stop_on_signals
 from evoprune.search.spaces.symbolic import MetricSpace
 from evoprune.search.watch import Watch
-
-SEARCHING = "searching"
-"""The phase that a budget in minutes is for."""
 
 WORKER_FACTORY = "evoprune.fitness.worker:build"
 

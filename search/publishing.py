@@ -94,9 +94,7 @@ def _tell_result(board: Board, run: RunDirectory) -> None:
         return
     winner = parse(result["best"]["expression"])
     files = list(_files(run.path, winner))
-    for path in files:
-        board.add_artifact(path)
-    board.note(finished_note(result, winner, [path.name for path in files]))
+    board.publish(finished_note(result, winner, [path.name for path in files]), files)
     board.set_attributes({"counters": result["reasons"], "evaluations": result["evaluations"]})
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evoprune.metrics.errors import Interrupted
+from evoprune.search.engine.events import SEARCHING
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
 from evoprune.summaries import run_document
@@ -40,13 +41,13 @@ def follow(run: RunDirectory) -> None:
         with progress:
             events, position = run.tail_events(0)
             for event in events:  # what is long past is not told again
-                _show(progress, event)
+                _show(progress, event, run)
             _show_best(progress, document)
             while True:
                 running = run.state == "running"  # asked before reading, so that the last events are not missed
                 events, position = run.tail_events(position)
                 for event in events:
-                    _show(progress, event)
+                    _show(progress, event, run)
                     _tell(progress, event)
                 if not running:
                     return
@@ -63,9 +64,11 @@ def _show_best(progress: Progress, document: Mapping[str, Any]) -> None:
         progress.update(best=best["fitness"], expression=best["expression"])
 
 
-def _show(progress: Progress, event: Mapping[str, Any]) -> None:
+def _show(progress: Progress, event: Mapping[str, Any], run: RunDirectory) -> None:
     if event["event"] == "phase":
         progress.phase(event["phase"])
+        if event["phase"] == SEARCHING:
+            progress.clock_starts(run.phase_seconds(SEARCHING))
     elif event["event"] == "progress":
         workers = event.get("workers", {})
         starting = f" + {workers['starting']} starting" if workers.get("starting") else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,16 @@ class Board:
         """Replace the study's note, Markdown that the dashboard renders; see `Studies.note`."""
         self._replace({}, markdown)
 
-    def add_artifact(self, path: Path) -> None:
-        """Copy a file to the study's artifacts; it must stay until `close`."""
-        self._put(lambda: self._open().add_artifact(path))
+    def publish(self, markdown: str, artifacts: Sequence[Path]) -> None:
+        """Copy files, which must stay until `close`, to the study's artifacts, then replace the note."""
+
+        def write() -> None:
+            studies = self._open()
+            for path in artifacts:
+                studies.add_artifact(path)
+            studies.note(markdown)  # only now, for it may refer to them
+
+        self._put(write)
 
     def resume(self, records: Iterable[TrialRecord]) -> None:
         """Before the first `add` of a resumed run: bring the studies in line with the whole history so far."""

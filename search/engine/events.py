@@ -14,6 +14,8 @@ LIFE = frozenset({"started", "resumed", "failed", "interrupted", "finished"})
 """Events that say how the run as a whole is doing."""
 OPENINGS = frozenset({"started", "resumed"})
 """Events with which a driver begins."""
+SEARCHING = "searching"
+"""The phase that a budget in minutes is for."""
 
 
 class EventLog:

@@ -299,6 +299,8 @@ def test_a_resumed_search_has_the_minutes_that_are_left(
             line = {"t": moment.isoformat(), "level": "info", "event": event, "phase": "searching"}
             file.write(json.dumps(line) + "\n")
     assert made.phase_seconds("searching") == pytest.approx(spent)
-    document = run("resume", "early", "--executor", "inline", "--json").json
+    done = run("resume", "early", "--executor", "inline", "--json")
+    assert done.code == 0, done.err
+    document = done.json
     assert document["evaluations"] >= 1
     assert (document["evaluations"] == evaluations) is (spent == 0)

@@ -276,9 +276,10 @@ def test_artifacts_are_kept_once_and_shown_in_the_note(tmp_path: Path, url: str 
     dashboard = pytest.importorskip("optuna_dashboard")
     (tmp_path / "metric.py").write_text("first")
     board = make(tmp_path, url)
+    board.set_attributes({"model": "reference"})
     for _ in range(2):
-        board.add_artifact(tmp_path / "metric.py")
-    board.note("[metric](artifact:metric.py) [none](artifact:absent.py) artifact:metric.py")
+        note = "[metric](artifact:metric.py) [none](artifact:absent.py) artifact:metric.py"
+        board.publish(note, [tmp_path / "metric.py"])
     assert board.close()
     study = optuna.load_study(study_name=NAME, storage=storage(tmp_path, url))
     (listed,) = optuna.artifacts.get_all_artifact_meta(study)
@@ -289,7 +290,7 @@ def test_artifacts_are_kept_once_and_shown_in_the_note(tmp_path: Path, url: str 
 
     (tmp_path / "artifacts" / listed.artifact_id).unlink()  # as after a crash between listing and copying
     board = make(tmp_path, url)
-    board.add_artifact(tmp_path / "metric.py")
+    board.publish("again", [tmp_path / "metric.py"])
     assert board.close()
     assert [path.read_text() for path in (tmp_path / "artifacts").iterdir()] == ["first"]
     board = make(tmp_path, url)
