@@ -199,6 +199,7 @@ class Board:
                 erase(open_storage(self._journal, None), self._name, self._artifacts)
         self._journal.unlink(missing_ok=True)
 
-    def _describe(self, problem: Exception) -> str:
+    def _describe(self, problem: BaseException) -> str:
         """One line about a failure, without passwords."""
+        problem = problem.__cause__ or problem  # Optuna calls a lost connection invalid data
         return without_password(f"{type(problem).__name__}: {problem}".splitlines()[0][:300], self._url)

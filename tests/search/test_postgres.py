@@ -36,12 +36,13 @@ def wait_for_history(run: RunDirectory, births: int) -> int:
 
 
 def trials(url: str, name: str) -> list[tuple[object, ...]]:
-    """Number, state, value, rungs and attributes of a study's trials."""
+    """Number, state, value, rungs and attributes of a study's trials; times where a fitness names the evaluation."""
     study = optuna.load_study(study_name=name, storage=url)
     return [
-        (trial.number, trial.state, trial.values, trial.intermediate_values, trial.user_attrs, trial.datetime_start)
+        (trial.number, trial.state, trial.values, trial.intermediate_values, trial.user_attrs,
+         trial.datetime_start if trial.intermediate_values else None)
         for trial in study.trials
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
