@@ -79,15 +79,18 @@ class EventLog:
         return total + max(end, until if begin else 0.0) - begin
 
     def phase_seconds(self, phase: str) -> float:
-        """The time from each event `phase` with this name to the next, or to its driver's last event, all together."""
+        """The time from each event `phase` with this name to the next, or to its driver's last event, all together.
+
+        What a killed driver did after its last event is not known, and not counted.
+        """
         total = end = 0.0
         begin: float | None = None
         for event in self.read():
             moment = datetime.fromisoformat(event["t"]).timestamp()
-            if event["event"] in OPENINGS or event["event"] == "phase":
+            if event["event"] in LIFE or event["event"] == "phase":
                 if begin is not None:
-                    total += (moment if event["event"] == "phase" else end) - begin
-                begin = moment if event.get("phase") == phase else None
+                    total += (end if event["event"] in OPENINGS else moment) - begin
+                begin = moment if event["event"] == "phase" and event["phase"] == phase else None
             end = moment
         return total + (end - begin if begin is not None else 0.0)
 

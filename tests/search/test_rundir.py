@@ -233,14 +233,17 @@ def test_a_phase_takes_the_time_of_all_sessions(tmp_path: Path) -> None:
         at(40, "progress", phase="searching"),  # and then it was killed
         at(1000, "resumed"),
         at(1010, "phase", phase="searching"),
-        at(1030, "phase", phase="measuring on held-out text"),
-        at(1100, "finished"),
+        at(1030, "interrupted"),
+        at(2000, "resumed"),
+        at(2010, "phase", phase="searching"),
+        at(2011, "phase", phase="measuring on held-out text"),
+        at(2100, "finished"),
     ]
     (tmp_path / "events.jsonl").write_text("".join(lines))
-    assert log.phase_seconds("searching") == 30 + 20
+    assert log.phase_seconds("searching") == 30 + 20 + 1
     assert log.phase_seconds("starting workers") == 5
-    assert log.phase_seconds("measuring on held-out text") == 70
-    assert log.seconds(until=0) == 40 + 100
+    assert log.phase_seconds("measuring on held-out text") == 89
+    assert log.seconds(until=0) == 40 + 30 + 100
 
 
 def test_new_events_are_read_from_where_the_last_reader_was(tmp_path: Path) -> None:
