@@ -18,6 +18,8 @@ from evoprune.metrics.terminals import STATISTICS, TERMINALS
 # Forward, backward and Hessian statistics that a search may read unless told otherwise.
 DEFAULT_STATISTICS = ("X_l2", "X_l1", "X_mean", "X_var", "X_max", "Y_l2", "G_l2", "G_l1", "G_mean", "Hinv")
 
+DEFAULT_EVALUATIONS = 250
+
 _SQUARES = {"X_l2": "X_ss", "Y_l2": "Y_ss"}
 
 
@@ -136,7 +138,11 @@ class MetricSearchConfig(_Section):
     statistics: tuple[str, ...] = Field(
         DEFAULT_STATISTICS, validate_default=True, description="statistics that candidates may read"
     )
-    evaluations: int = Field(250, ge=1, description="candidates with a forward pass, at most")
+    evaluations: int | None = Field(
+        DEFAULT_EVALUATIONS,
+        ge=1,
+        description="candidates with a forward pass, at most; none leaves it to the minutes, and is the default then",
+    )
     minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time for the search, at most")
     seed: int = Field(0, ge=0, lt=1 << 63, description="fixes texts A and B and the search")
     window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")
@@ -152,6 +158,20 @@ class MetricSearchConfig(_Section):
         # Canonical forms may write the square of a norm as the sum of squares, which is the same statistic.
         squares = tuple(_SQUARES[name] for name in names if name in _SQUARES and _SQUARES[name] not in names)
         return names + squares
+
+    @model_validator(mode="before")
+    @classmethod
+    def _minutes_alone(cls, values: Any) -> Any:
+        """A budget in minutes is one by itself: the default number of evaluations does not cut it short."""
+        if isinstance(values, dict) and values.get("minutes") is not None and "evaluations" not in values:
+            return {**values, "evaluations": None}
+        return values
+
+    @model_validator(mode="after")
+    def _ends(self) -> MetricSearchConfig:
+        if self.evaluations is None and self.minutes is None:
+            raise ValueError("a search needs an end: give --evaluations, --minutes or both")
+        return self
 
     @property
     def terminals(self) -> frozenset[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
 from evoprune.search.archive import Archive
 from evoprune.search.config import MetricSearchConfig, validated
-from evoprune.search.engine.board import Board
 from evoprune.search.engine.board_storage import check_storage
+from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.engine.ray import RayExecutor
 from evoprune.search.identity import code_hash, git_commit, versions
-from evoprune.search.loop import Birth, BirthLoop, Budget
+from evoprune.search.loop import BirthLoop, Budget
 from evoprune.search.metric_result import BASELINES, Comparison, failure, invalid_input
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.progress import Progress
@@ -34,7 +34,7 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.signals import stop_on_signals
 from evoprune.search.spaces.symbolic import MetricSpace
-from evoprune.search.trials import DESCRIPTORS, trial_record
+from evoprune.search.watch import Watch
 
 WORKER_FACTORY = "evoprune.fitness.worker:build"
 
@@ -76,6 +76,7 @@ class MetricRun:
         self._config = config
         self._resources = resources
         self._progress = progress
+        self._watch = Watch(run, config, progress, resources.storage)
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
@@ -89,31 +90,31 @@ class MetricRun:
         """
         executor = self._executor()
         try:
-            self._progress.phase("starting workers")
+            self._watch.starting(executor)
             executor.start()
             prepared = self._prepare(executor, stopping)
             search = self.build_search(prepared)
             self._announce(prepared, executor)
             loop = self.build_loop(search, executor)
-            began = time.monotonic()
+            spent = self._run.phase_seconds(SEARCHING)  # by earlier sessions
+            began = time.monotonic() - spent
             minutes = self._config.minutes
             budget = Budget(
                 self._config.evaluations,
                 expired=lambda: minutes is not None and time.monotonic() - began > 60 * minutes,
                 stopping=stopping,
             )
-            self._progress.phase("searching")
+            self._progress.clock_starts(spent)
+            self._watch.phase(SEARCHING)
             loop.run(budget)
-            self._board.set_counters(dict(search.reasons))
-            self._progress.phase("measuring on held-out text")
+            self._watch.phase("measuring on held-out text")
             comparison = Comparison(self._config, self._identity, str(prepared.folder), search)
             outcomes = self._ask(executor, comparison.jobs(), stopping)
             result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
             comparison.export(self._run, result)
         finally:
             executor.close()
-            if hasattr(self, "_board"):
-                self._board.close()
+            self._watch.close(stopping)
             self._log.close()
         self._run.write_result(result)
         return result
@@ -150,12 +151,12 @@ class MetricRun:
                 self._log.append(outcome.key, outcome)
                 found[outcome.key] = outcome
                 waiting.discard(outcome.key)
-            self._progress.update()
+            self._watch.tick()
         return [found[job.key] for job in jobs]
 
     def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Prepared:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
-        self._progress.phase("loading the model; collecting statistics and teacher (cached for the next run)")
+        self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
         job = Job(f"prepare-{self._run.run_id}", "prepare", {})
         executor.submit([job])
         arrived: list[Outcome] = []
@@ -166,7 +167,7 @@ class MetricRun:
                 arrived = executor.poll(0.2)
             except WorkersFailed as error:
                 raise _input_at_fault(error) from error
-            self._progress.update()
+            self._watch.tick()
         (outcome,) = arrived
         if outcome.status != "ok":
             raise failure(outcome)
@@ -245,46 +246,19 @@ class MetricRun:
         return seeds
 
     def build_loop(self, search: MetricSearch, executor: Executor) -> BirthLoop:
-        """The loop around `search`, with board and display; continued from the run's last commit if there is one."""
-        self._board = Board(
-            self._run.path,
-            self._run.run_id,
-            self._resources.storage,
-            descriptors=DESCRIPTORS,
-            warn=self._progress.line,
-        )
+        """The loop around `search`, watched; continued from the run's last commit if there is one."""
         loop = BirthLoop(
             search,
             executor,
             self._log,
             self._run,
             window=self._config.window,
-            on_applied=lambda birth, line, outcome: self._applied(search, loop, birth, line, outcome),
-            on_poll=lambda: self._progress.update(),
+            on_applied=lambda birth, line, outcome: self._watch.applied(line, outcome),
+            on_poll=self._watch.tick,
         )
-        if loop.restore():
-            self._board.resume(
-                record for line in self._run.history() if (record := trial_record(line, len(self._config.racing.rungs)))
-            )
-        self._board.set_attributes(
-            {"model": self._config.model.name, "target": str(self._context.rule), "seed": self._config.seed}
-        )
+        loop.restore()
+        self._watch.searching(search, loop, self._run.history(), self._log.outcomes())
         return loop
-
-    def _applied(
-        self, search: MetricSearch, loop: BirthLoop, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None
-    ) -> None:
-        record = trial_record(line, len(self._config.racing.rungs), outcome)
-        if record is not None:
-            self._board.add(record)
-        best = search.best
-        rejected = sum(count for reason, count in search.reasons.items() if not reason.startswith("CUT"))
-        self._progress.update(
-            loop.evaluations,
-            best=None if best is None else best.value,
-            expression=None if best is None else str(best.expression),
-            counters={"births": search.births, "answered without a forward pass": rejected},
-        )
 
     def _announce(self, prepared: Prepared, executor: Executor) -> None:
         """What the search will cost, before it starts."""
@@ -295,16 +269,20 @@ class MetricRun:
             (after - before) * config.racing.keep**rung
             for rung, (before, after) in enumerate(zip([0, *rungs], rungs, strict=False))
         )
-        seconds = config.evaluations * per_candidate * facts["seconds_per_token"] / max(executor.workers, 1)
-        limit = "" if config.minutes is None else f" (at most {config.minutes:g} min)"
+        pace = per_candidate * facts["seconds_per_token"] / max(executor.workers, 1)
+        if config.evaluations is None:
+            cost = f"{config.minutes:g} min: expect {60 * (config.minutes or 0) / pace:,.0f} candidates"
+        else:
+            limit = "" if config.minutes is None else f" (at most {config.minutes:g} min)"
+            cost = f"{config.evaluations} candidates: expect {config.evaluations * pace / 60:.1f} min{limit}"
         self._progress.line(
             f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, "
             f"target {self._context.rule}; {executor.workers} workers, "
             f"{memory / 2**20:.0f} MiB of model and teacher each"
         )
         self._progress.line(
-            f"{config.evaluations} candidates, {' / '.join(f'{tokens:,}' for tokens in rungs)} tokens by rung, "
-            f"about {per_candidate:,.0f} each: expect {seconds / 60:.1f} min{limit}"
+            f"{' / '.join(f'{tokens:,}' for tokens in rungs)} tokens by rung, about {per_candidate:,.0f} a candidate; "
+            f"{cost}"
         )
         if executor.workers > config.window / 2:
             self._progress.line(
@@ -363,7 +341,7 @@ def _session(run: RunDirectory, config: MetricSearchConfig, resources: Resources
     title = f"evoprune {run.run_id}: {config.model.name} at {config.target.rule}, seed {config.seed}"
     with (
         stop_on_signals() as stopping,
-        Progress(config.evaluations, config.minutes, stream, title=title, done=done) as progress,
+        Progress(config.evaluations, config.minutes, stream, title=title, done=done, elapsed=run.seconds) as progress,
     ):
         try:
             MetricRun(run, config, resources, progress).execute(stopping)

@@ -17,7 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_SECONDS = 10.0
-"""Between two plain lines."""
+"""Between two plain lines, at first: a log of a day is none of eight thousand lines."""
+PLAIN_SHARE = 60
+"""A plain line says at most one part in so many of the whole time: after an hour there is one a minute."""
+PLAIN_LONGEST = 300.0
 RATE_SECONDS = 60.0
 """The span over which the rate is taken: long enough to be steady, short enough to be true."""
 BAR_WIDTH = 36
@@ -28,10 +31,11 @@ class Progress:
 
     Args:
         total_evaluations: the budget, or None.
-        minutes: the budget in minutes from entering the context, or None.
+        minutes: the budget in minutes, counted from `clock_starts`, or None.
         stream: where to; a terminal gets a live display, anything else gets lines.
         title: what is running.
         done: evaluations of earlier sessions of a resumed run: part of the count, not of the rate.
+        elapsed: seconds that passed before: part of the time shown, not of the budget.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Progress:
         *,
         title: str = "",
         done: int = 0,
+        elapsed: float = 0.0,
     ) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._total = total_evaluations
@@ -52,7 +57,9 @@ class Progress:
         self._best: float | None = None
         self._expression = ""
         self._counters: dict[str, int | str] = {}
+        self._before = elapsed
         self._begin = time.monotonic()
+        self._clock: float | None = None  # when the budget in minutes began, as if there had been no interruption
         self._samples: deque[tuple[float, int]] = deque()
         self._last_line = 0.0
         self._live: Live | None = None
@@ -91,6 +98,10 @@ class Progress:
             self._print(text)
             self._last_line = time.monotonic()
 
+    def clock_starts(self, spent: float = 0.0) -> None:
+        """The budget in minutes counts from now on, `spent` seconds of it being gone already."""
+        self._clock = time.monotonic() - spent
+
     def update(
         self,
         evaluations: int | None = None,
@@ -114,7 +125,8 @@ class Progress:
         self._best = self._best if best is None else best
         self._expression = self._expression if expression is None else expression
         self._counters = self._counters if counters is None else dict(counters)
-        if self._live is None and now - self._last_line >= PLAIN_SECONDS:
+        pause = min(max(PLAIN_SECONDS, (now - self._begin) / PLAIN_SHARE), PLAIN_LONGEST)
+        if self._live is None and now - self._last_line >= pause:
             self._last_line = now
             self._print(self._plain())
 
@@ -136,8 +148,8 @@ class Progress:
         left = []
         if self._total is not None and self.rate:
             left.append(max(0, self._total - self._evaluations) / self.rate)
-        if self._seconds is not None:
-            left.append(max(0.0, self._seconds - (time.monotonic() - self._begin)))
+        if self._seconds is not None and self._clock is not None:
+            left.append(max(0.0, self._seconds - (time.monotonic() - self._clock)))
         return min(left) if left else None
 
     @property
@@ -146,8 +158,8 @@ class Progress:
         parts = [0.0]
         if self._total:
             parts.append(self._evaluations / self._total)
-        if self._seconds:
-            parts.append((time.monotonic() - self._begin) / self._seconds)
+        if self._seconds and self._clock is not None:
+            parts.append((time.monotonic() - self._clock) / self._seconds)
         return min(1.0, max(parts))
 
     def _sample(self, now: float) -> None:
@@ -166,6 +178,9 @@ class Progress:
         budget = f" of {self._total}" if self._total is not None else ""
         return f"{self._evaluations}{budget} evaluations"
 
+    def _elapsed(self) -> str:
+        return clock(self._before + time.monotonic() - self._begin)
+
     def _pace(self) -> list[str]:
         """Rate and time left, as far as they are known."""
         parts = [f"{self.rate:.2g}/s" if self.rate < 10 else f"{self.rate:.0f}/s"] if self.rate else []
@@ -173,7 +188,7 @@ class Progress:
 
     def _plain(self) -> str:
         """Everything on one line."""
-        parts = [clock(time.monotonic() - self._begin), self._phase, self._count(), *self._pace()]
+        parts = [self._elapsed(), self._phase, self._count(), *self._pace()]
         if self._best is not None:
             parts.append(f"best {self._best:.5g} {self._expression}".rstrip())
         parts += [f"{name} {value}" for name, value in self._counters.items()]
@@ -182,15 +197,15 @@ class Progress:
     def _render(self) -> RenderableType:
         """The live display."""
         head = Table.grid(padding=(0, 1))
-        title = f"{self._title}: {self._phase}" if self._title else self._phase
-        head.add_row(self._spinner, Text(title, style="bold"), Text(clock(time.monotonic() - self._begin), style="dim"))
+        head.add_row(self._spinner, Text(self._phase, style="bold"), Text(self._elapsed(), style="dim"))
         bar = Table.grid(padding=(0, 1))
         pace = " · ".join([self._count(), *self._pace()])
         spent = ProgressBar(
             total=1.0, completed=self.fraction, width=BAR_WIDTH, complete_style="cyan", finished_style="green"
         )
         bar.add_row("", spent, Text(pace))
-        rows: list[RenderableType] = [head, bar]
+        title = Text(self._title, style="dim", no_wrap=True, overflow="ellipsis")
+        rows: list[RenderableType] = [*([title] if self._title else []), head, bar]
         if self._best is not None:
             best = Text.assemble("  best ", (f"{self._best:.5g}", "bold green"), "  ", (self._expression, "green"))
             best.truncate(self._console.width - 1, overflow="ellipsis")

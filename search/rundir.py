@@ -191,17 +191,28 @@ class RunDirectory:
             return "running"
         if self.result is not None:
             return "finished"
-        return "failed" if self._events.last_of(LIFE) == "failed" else "interrupted"
+        last = self._events.last_of(LIFE)
+        return "failed" if last is not None and last["event"] == "failed" else "interrupted"
 
     @property
     def seconds(self) -> float:
         """How long drivers have worked on the run, all together."""
         if self._lock.is_held():
-            return self._events.seconds(("started", "resumed"), until=time.time())
+            return self._events.seconds(until=time.time())
         written = [
             path.stat().st_mtime for name in ("evaluations.wal", "state.json") if (path := self.path / name).exists()
         ]
-        return self._events.seconds(("started", "resumed"), until=max(written, default=0.0))
+        return self._events.seconds(until=max(written, default=0.0))
+
+    def phase_seconds(self, phase: str) -> float:
+        """How long drivers have been in a phase, all together."""
+        return self._events.phase_seconds(phase)
+
+    @property
+    def storage(self) -> str | None:
+        """Where the last driver kept the board: a database's URL, its password hidden; None for the run's own file."""
+        last = self._events.last_of(("board",))
+        return None if last is None else last.get("storage")
 
     # What the search writes
 
@@ -234,6 +245,14 @@ class RunDirectory:
     def read_events(self) -> Iterator[dict[str, Any]]:
         """The notes, oldest first."""
         return self._events.read()
+
+    def beat(self) -> None:
+        """Show other machines, which may not see our lock, that the driver is alive."""
+        self._lock.beat()
+
+    def tail_events(self, position: int) -> tuple[list[dict[str, Any]], int]:
+        """The notes from a byte position of the file on, and the position after them."""
+        return self._events.tail(position)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write `result.json`, which finishes the run.

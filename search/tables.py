@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,33 +27,43 @@ POWER = "power (tuned)"
 
 def heldout_table(result: Mapping[str, Any]) -> Table:
     """Everyone on held-out text, the lowest loss first."""
-    rows = sorted(_rows(result), key=lambda row: row["heldout"]["loss"])
-    tokens = result["best"]["heldout"]["tokens"]
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{result['model']} at {_target(result)}, held-out text",
+        title=f"{result['model']} at {target_text(result)}, held-out text",
         title_style="bold",
         title_justify="left",
-        caption=f"{tokens:,} predicted tokens of {result['data']} (text C), windows of {result['window']}. "
-        "Loss and KL from the dense model in nats per token, ± standard error over windows. "
-        "The last column is the loss minus the winner's, ± paired standard error.",
+        caption=heldout_caption(result),
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
     for name in ("perplexity", "loss", "KL", "minus winner's"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
+    for name, *numbers in heldout_rows(result):
+        table.add_row(name, *numbers, style={WINNER: "bold green", "dense": "dim"}.get(name, ""))
+    return table
+
+
+def heldout_caption(result: Mapping[str, Any]) -> str:
+    """What the numbers of `heldout_rows` are."""
+    return (
+        f"{result['best']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), windows of "
+        f"{result['window']}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
+        "The last column is the loss minus the winner's, ± paired standard error."
+    )
+
+
+def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Name, perplexity, loss, KL and difference to the winner of everyone, as text, the lowest loss first."""
+    for row in sorted(_rows(result), key=lambda row: row["heldout"]["loss"]):
         heldout, difference = row["heldout"], row["difference"]
-        table.add_row(
+        yield (
             row["name"],
             f"{heldout['perplexity']:,.2f}",
             f"{heldout['loss']:.4f} ± {heldout['stderr']:.4f}",
             "" if row["name"] == "dense" else f"{heldout['kl']:.4f}",
             "" if difference is None else f"{-difference['loss']:+.4f} ± {difference['stderr']:.4f}",
-            style={WINNER: "bold green", "dense": "dim"}.get(row["name"], ""),
         )
-    return table
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -102,7 +113,11 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
 
 
 def unfinished_view(
-    document: Mapping[str, Any], config: Mapping[str, Any], run: Path, reasons: Mapping[str, int], error: str | None
+    document: Mapping[str, Any],
+    config: Mapping[str, Any],
+    run: Path,
+    history: Sequence[Mapping[str, Any]],
+    error: str | None,
 ) -> list[RenderableType]:
     """A run without a result: how far it is, and how to go on.
 
@@ -110,7 +125,7 @@ def unfinished_view(
         document: as `show --json` prints it.
         config: of the run.
         run: its folder.
-        reasons: how many births each reason code has stopped.
+        history: its births so far.
         error: what a failed run ended with.
     """
     best = document["best"]
@@ -118,12 +133,18 @@ def unfinished_view(
         "run": document["run"],
         "state": Text(document["state"], style=_STATUS_STYLES[document["state"]]),
         "model": f"{config['model']['name']}, seed {document['seed']}",
-        "evaluations": f"{document['evaluations']} of {config['evaluations']} in {clock(document['seconds'])}",
+        "evaluations": f"{document['evaluations']}{_budget(config)} in {clock(document['seconds'])}",
     }
     if best is not None:
         facts["best"] = Text(f"{best['fitness']:.5g}  {best['expression']}", style="green")
         facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
-    if reasons:
+    if history:
+        answered = sum("same_as" in line for line in history)
+        facts["births"] = f"{len(history)}, {answered} of them answered without a forward pass"
+        reached = [len(line.get("rungs") or ()) for line in history]
+        rungs = range(len(config["racing"]["rungs"]))
+        facts["by rung"] = " → ".join(str(sum(count > rung for count in reached)) for rung in rungs)
+    if reasons := Counter(line["reason"] for line in history if line["reason"]):
         facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
     if error is not None:
         facts["error"] = Text(error, style="red")
@@ -133,6 +154,13 @@ def unfinished_view(
     else:
         facts["continue"] = f"evoprune resume {quoted}"
     return [_facts(facts)]
+
+
+def _budget(config: Mapping[str, Any]) -> str:
+    """Such as `` of 250`` or `` of 250, at most 10 min``."""
+    evaluations, minutes = config["evaluations"], config["minutes"]
+    parts = [] if evaluations is None else [f" of {evaluations}"]
+    return ",".join([*parts, *([] if minutes is None else [f" at most {minutes:g} min"])])
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -248,7 +276,7 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _target(result: Mapping[str, Any]) -> str:
+def target_text(result: Mapping[str, Any]) -> str:
     """Such as ``60% sparsity per row`` or ``2:4``."""
     target = result["target"]
     return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evoprune.console import Output
-from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.errors import InvalidInput
 from evoprune.options import OUTPUT, Json, RunArgument, Storage
 
 if TYPE_CHECKING:
     from evoprune.search.rundir import RunDirectory
-
-FOLLOW_SECONDS = 2.0
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +44,9 @@ def runs(as_json: Json = False) -> None:
 
 def show(
     run: RunArgument = "latest",
-    follow: Annotated[bool, typer.Option("--follow", help="wait for a running search, and tell how it does")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="first watch a running search to its end; Ctrl-C leaves it alone")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show a run: its state, its best metric, the baselines, and all of them on held-out text."""
@@ -58,7 +56,9 @@ def show(
 
         directory = RunDirectory.open(run)
         if follow:
-            _follow(directory, output)
+            from evoprune.following import follow as watch
+
+            watch(directory)
         if as_json:
             output.json(run_document(directory))
             return
@@ -68,28 +68,11 @@ def show(
         if result is not None:
             output.show(*result_view(result, directory.path))
         else:
-            reasons = Counter(line["reason"] for line in directory.history() if line["reason"])
             failures = [event for event in directory.read_events() if event["event"] == "failed"]
             error = failures[-1].get("error") if directory.state == "failed" else None
-            view = unfinished_view(run_document(directory), directory.config, directory.path, reasons, error)
+            history = list(directory.history())
+            view = unfinished_view(run_document(directory), directory.config, directory.path, history, error)
             output.show(*view)
-
-
-def _follow(run: RunDirectory, output: Output) -> None:
-    """Tell about every change until nobody drives the run."""
-    from evoprune.search.progress import clock
-    from evoprune.summaries import run_document
-
-    before: tuple[Any, ...] = ()
-    while run.state == "running":
-        document = run_document(run)
-        best = document["best"]
-        seen = (document["evaluations"], None if best is None else best["expression"])
-        if seen != before:
-            before = seen
-            found = "" if best is None else f"  best {best['fitness']:.5g} {best['expression']}"
-            output.tell(f"{clock(document['seconds'])}  {document['evaluations']} evaluations{found}")
-        time.sleep(FOLLOW_SECONDS)
 
 
 def report(run: RunArgument = "latest", as_json: Json = False) -> None:
@@ -127,46 +110,48 @@ def dashboard(
     run: RunArgument = "latest",
     rebuild: Annotated[bool, typer.Option("--rebuild", help="first write the study anew from the history")] = False,
     storage: Storage = None,
-    host: Annotated[
-        str, typer.Option("--host", help="address to listen at; whoever reaches it can change and delete trials")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", metavar="H", help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="N", help="port to listen at")] = 8080,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure", help="let other machines in: there is no password, and who reaches it can delete the study"
+        ),
+    ] = False,
 ) -> None:
     """Serve Optuna Dashboard for a run, on this machine only unless told otherwise, until Ctrl-C."""
     with Output() as output:
+        from evoprune.search.engine.board_server import check_installed, is_loopback, serve
         from evoprune.search.rundir import RunDirectory
 
         directory = RunDirectory.open(run)
-        try:
-            from optuna_dashboard import run_server
-        except ImportError:
-            raise InvalidInput("the dashboard is not installed: pip install 'evoprune[dashboard]'") from None
-        journal = directory.path / "optuna.log"
+        check_installed()
+        exposed = not is_loopback(host)
+        if exposed and not insecure:
+            raise InvalidInput(
+                f"--host {host} can be reached from other machines, and Optuna Dashboard asks nobody for a password: "
+                "whoever reaches it reads, changes and deletes the study; forward the port by ssh, or add --insecure"
+            )
+        url = storage or _known_storage(directory)
         if rebuild:
-            _rebuild(directory, storage)
-        if storage is None and not journal.exists():
+            from evoprune.search.publishing import rebuild_board
+
+            rebuild_board(directory, url)
+        if url is None and not (directory.path / "optuna.log").exists():
             raise InvalidInput(f"{directory.path} has no optuna.log yet; --rebuild writes it from the history")
+        if exposed:
+            output.tell(f"warning: everyone who reaches {host}:{port} can read, change and delete the study")
         output.tell(f"Optuna Dashboard: http://{host}:{port}/dashboard (Ctrl-C ends it)")
-        try:
-            run_server(storage or str(journal), host=host, port=port)
-        except (OSError, OverflowError) as error:
-            raise EvopruneError(f"cannot listen at {host}:{port}: {error}; give another --port") from None
+        serve(directory.path, url, host, port)
 
 
-def _rebuild(directory: RunDirectory, storage: str | None) -> None:
-    """Write the run's studies anew from its history.
+def _known_storage(run: RunDirectory) -> str | None:
+    """The database that the run's board is in, None for its own file.
 
     Raises:
-        InvalidInput: a search drives the run, or the storage cannot be written.
+        InvalidInput: it takes a password, which no run folder has.
     """
-    from evoprune.search.engine.board import Board
-    from evoprune.search.trials import DESCRIPTORS, trial_record
-
-    rungs = len(directory.config["racing"]["rungs"])
-    directory.lock()
-    try:
-        board = Board(directory.path, directory.run_id, storage, descriptors=DESCRIPTORS)
-        board.rebuild(record for line in directory.history() if (record := trial_record(line, rungs)) is not None)
-        board.close()
-    finally:
-        directory.close()
+    url = run.storage
+    if url is not None and "***" in url:
+        raise InvalidInput(f"the study of this run is in {url}: give --storage with the password")
+    return url

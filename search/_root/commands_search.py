@@ -82,7 +82,13 @@ def search_metric(
     group: SearchGroup = None,
     evaluations: Annotated[
         int | None,
-        option("--evaluations", metavar="N", help="candidates with a forward pass, at most", panel=BUDGET, default=250),
+        option(
+            "--evaluations",
+            metavar="N",
+            help="candidates with a forward pass, at most",
+            panel=BUDGET,
+            default="250, or no limit with --minutes",
+        ),
     ] = None,
     minutes: Annotated[
         float | None,

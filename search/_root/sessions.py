@@ -6,6 +6,7 @@ import io
 import math
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from evoprune.configuration import check_names, metric_config
 from evoprune.metrics.errors import Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import write_atomically
 from evoprune.search.config import MetricSearchConfig
-from evoprune.search.engine.board_storage import check_storage
+from evoprune.search.engine.board_storage import check_storage, without_password
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.identity import git_commit, versions
 from evoprune.search.metric_run import Resources, resume_metric_search
+from evoprune.search.publishing import publish_result
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory, runs_folder
 from evoprune.summaries import resume_command
@@ -38,7 +40,8 @@ def start(
         check_storage(resources.storage)
     parent = runs_folder() if run_dir is None else Path(run_dir)
     made = not parent.exists()
-    identity: dict[str, Any] = {"versions": versions(), "git": git_commit(), "argv": list(argv)}
+    words = [without_password(word, resources.storage) for word in argv]  # a run folder is there to be shown around
+    identity: dict[str, Any] = {"versions": versions(), "git": git_commit(), "argv": words}
     if forked_from is not None:
         identity["forked_from"] = forked_from.run_id
     directory = RunDirectory.create("metric", config.model_dump(mode="json"), identity, run_dir=run_dir)
@@ -86,6 +89,7 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     """
     _check_resources(resources)
     go_on = f"continue with `{resume_command(directory.path)}`"
+    resources = replace(resources, storage=_storage(directory, resources.storage))
     try:
         resume_metric_search(directory, resources, stream=io.StringIO() if quiet else None)
     except KeyboardInterrupt:
@@ -94,6 +98,7 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
         raise type(error)(f"{error}; {go_on}") from error
     if not (directory.path / "report.html").exists():
         _report(directory)
+        _publish(directory, resources.storage)
     return directory
 
 
@@ -109,12 +114,33 @@ def _check_resources(resources: Resources) -> None:
         raise InvalidInput(f"{resources.gpus_per_worker} GPUs per worker cannot be: give 0, a fraction of one, or more")
 
 
+def _storage(run: RunDirectory, asked: str | None) -> str | None:
+    """Where the board goes: where the user says, else where it was, if that needs no password that we do not know.
+
+    Raises:
+        InvalidInput: no database has such a URL, or its driver is not installed.
+    """
+    known = run.storage if asked is None else asked
+    if known is None or "***" in known:
+        return None
+    check_storage(known, reach=False)
+    return known
+
+
 def _report(directory: RunDirectory) -> None:
     """Write the report; a search that went well does not end in an error because its page cannot be drawn."""
     try:
         write_report(directory)
     except Exception as error:
         directory.events("error", "report_failed", error=f"{type(error).__name__}: {error}")
+
+
+def _publish(run: RunDirectory, storage: str | None) -> None:
+    """Give the result to the board, which can have it later as well: `evoprune dashboard RUN --rebuild`."""
+    try:
+        publish_result(run, storage, warn=lambda text: run.events("warning", "board_trouble", text=text))
+    except Exception as error:
+        run.events("error", "publish_failed", error=without_password(f"{type(error).__name__}: {error}", storage))
 
 
 def _remove(path: Path, made: bool, parent: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from evoprune.metrics.files import canonical_json
@@ -41,6 +42,10 @@ class EvaluationLog:
 
     def __len__(self) -> int:
         return len(self._outcomes)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Every outcome, in the order in which they finished."""
+        yield from self._outcomes.values()
 
     def append(self, key: str, outcome: Outcome) -> None:
         """Keep an outcome for good; a second one for the same key is dropped.

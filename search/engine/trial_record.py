@@ -23,6 +23,7 @@ class TrialRecord:
             `island`, `complexity`, `signature` and the like.
         descriptors: what the dashboard should correlate with the fitness (height, nodes, ...), by the names and
             within the ranges that the board was made with; what is outside is left out.
+        constraints: how far each of the candidate's limits is exceeded; feasible when none is above 0.
         front: it entered the front of fitness against complexity when it was applied; `complexity` is then needed.
         started: Unix time, when known; for the timeline only.
         finished: the same.
@@ -33,6 +34,7 @@ class TrialRecord:
     rungs: Mapping[int, float] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     descriptors: Mapping[str, Any] = field(default_factory=dict)
+    constraints: Sequence[float] = ()
     front: bool = False
     started: float | None = None
     finished: float | None = None

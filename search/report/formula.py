@@ -66,6 +66,17 @@ def formula_svg(latex: str, text: str, *, display: bool = False, widest: float |
     )
 
 
+def formula_picture(latex: str, text: str) -> str | None:
+    """A formula as an SVG file of its own, dark on white; None if mathtext cannot set it."""
+    svg = formula_svg(latex, text, display=True)
+    if svg is None:
+        return None
+    # As a picture it has a size in pixels, or a page would stretch it.
+    width, height = (24 * float(size) for size in re.findall(r"(?:width|height):([\d.]+)em", svg))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+    return re.sub(r'style="[^"]*"', 'style="background:#fff"', svg.replace("<svg ", head, 1), count=1)
+
+
 def mathtext(latex: str, *, display: bool = False) -> str:
     """`latex` in the dialect of mathtext, with parentheses as tall as the fractions in them."""
     for ours, theirs in _SPELLINGS:

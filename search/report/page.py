@@ -235,7 +235,7 @@ def commands(data: ReportData) -> dict[str, str]:
     if data.result is not None:
         metric = shlex.quote(str(data.run.path / "export" / "metric.json"))
         found["Prune a model with the winner"] = f"evoprune prune {model} --metric {metric} {target} --out pruned"
-        more = f"evoprune resume {run} --fork --set evaluations={2 * data.config.evaluations}"
+        more = f"evoprune resume {run} --fork --set evaluations={2 * data.n_evaluations}"
         found["Search on, in a new run that reuses these evaluations"] = more
         found["Start another search from this front"] = f"evoprune search metric OTHER_MODEL --seed-from {run}"
     if argv := data.identity.get("argv"):

@@ -176,40 +176,12 @@ def test_an_interrupted_run(
     shown = run("show", "stopped", "--json").json
     assert (shown["state"], shown["dense"], shown["baselines"]) == ("interrupted", {"heldout": None}, [])
     assert 0 < shown["evaluations"] < 24
-    assert "evoprune resume stopped" in run("show", "stopped").out
+    view = run("show", "stopped").out
+    assert "evoprune resume stopped" in view
+    assert "answered without a forward pass" in view and re.search(r"by rung +\d+ → \d+ → \d+", view)
     assert run("export", "stopped", "--to", "m.py").code == 2
     assert run("resume", "stopped", "--executor", "inline").code == 0
     assert (place / "stopped" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
-
-
-def test_following_a_running_search(run: Run, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = iter(["running"] * 5)
-    ending = property(lambda self: next(states, "finished"))
-    monkeypatch.setattr("evoprune.search.rundir.RunDirectory.state", ending)
-    monkeypatch.setattr("evoprune.commands_runs.FOLLOW_SECONDS", 0)
-    done = run("show", finished, "--follow", "--json")
-    assert done.code == 0
-    assert done.err.count(" 24 evaluations  best ") == 1
-    assert done.json["state"] == "finished"
-
-
-def test_the_dashboard(run: Run, finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dashboard = pytest.importorskip("optuna_dashboard")
-    asked: list[Any] = []
-    monkeypatch.setattr(dashboard, "run_server", lambda storage, host, port: asked.append((storage, host, port)))
-    done = run("dashboard", finished)
-    assert (done.code, done.out) == (0, "")
-    assert "http://127.0.0.1:8080/dashboard" in done.err
-    assert asked == [(str(finished / "optuna.log"), "127.0.0.1", 8080)]
-    before = (finished / "optuna.log").stat().st_size
-    (finished / "optuna.log").unlink()
-    assert "--rebuild writes it" in run("dashboard", finished).err
-    assert run("dashboard", finished, "--rebuild", "--port", 9000).code == 0
-    assert (finished / "optuna.log").stat().st_size > before / 2
-    monkeypatch.setitem(__import__("sys").modules, "optuna_dashboard", None)
-    absent = run("dashboard", finished)
-    assert absent.code == 2
-    assert absent.err == "error: the dashboard is not installed: pip install 'evoprune[dashboard]'\n"
 
 
 def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> None:

@@ -92,7 +92,10 @@ def test_rate_and_time_left_follow_the_recent_past(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     progress = Progress(1000, minutes=10, stream=io.StringIO(), done=100)
     with progress:
-        assert (progress.rate, progress.seconds_left) == (None, 600.0)
+        assert (progress.rate, progress.seconds_left, progress.fraction) == (None, None, 0.1)
+        now[0] += 50  # until workers are ready no budget is spent
+        progress.clock_starts(spent=60.0)
+        assert progress.seconds_left == 540.0
         progress.update(100)
         for _ in range(200):
             now[0] += 1

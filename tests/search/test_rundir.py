@@ -6,16 +6,20 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from evoprune.metrics.errors import InvalidInput
+from evoprune.search.engine.events import EventLog
 from evoprune.search.engine.executor import Outcome
 from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.engine.lock import RunLock
 from evoprune.search.rundir import RunDirectory, list_runs
 
 
@@ -213,3 +217,59 @@ def test_nothing_in_a_run_folder_is_a_pickle() -> None:
     run.write_result({"best": {}})
     for path in run.path.iterdir():
         path.read_bytes().decode("utf-8")  # text; pickles of protocol 2 and later start with 0x80
+
+
+def at(seconds: float, event: str, **fields: object) -> str:
+    moment = datetime.fromtimestamp(1.8e9 + seconds, timezone.utc).isoformat()
+    return json.dumps({"t": moment, "level": "info", "event": event, **fields}) + "\n"
+
+
+def test_a_phase_takes_the_time_of_all_sessions(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    lines = [
+        at(0, "started"),
+        at(5, "phase", phase="starting workers"),
+        at(10, "phase", phase="searching"),
+        at(40, "progress", phase="searching"),  # and then it was killed
+        at(1000, "resumed"),
+        at(1010, "phase", phase="searching"),
+        at(1030, "interrupted"),
+        at(2000, "resumed"),
+        at(2010, "phase", phase="searching"),
+        at(2011, "phase", phase="measuring on held-out text"),
+        at(2100, "finished"),
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(lines))
+    assert log.phase_seconds("searching") == 30 + 20 + 1
+    assert log.phase_seconds("starting workers") == 5
+    assert log.phase_seconds("measuring on held-out text") == 89
+    assert log.seconds(until=0) == 40 + 30 + 100
+
+
+def test_new_events_are_read_from_where_the_last_reader_was(tmp_path: Path) -> None:
+    log, path = EventLog(tmp_path / "events.jsonl"), tmp_path / "events.jsonl"
+    assert log.tail(0) == ([], 0)
+    path.write_text(at(0, "started") + "not JSON\n" + at(1, "phase", phase="searching") + '{"t": "2026')
+    events, position = log.tail(0)
+    assert [event["event"] for event in events] == ["started", "phase"]
+    assert log.tail(position) == ([], position)
+    path.write_text(path.read_text() + '-01-01T00:00:00+00:00", "level": "info", "event": "finished"}\n')
+    assert [event["event"] for event in log.tail(position)[0]] == ["finished"]
+
+
+def test_a_driver_on_another_machine_is_seen_by_its_beat(tmp_path: Path) -> None:
+    """Where the shared file system hides its lock."""
+    lock = RunLock(tmp_path / "run.lock")
+    assert not lock.is_held()
+    (tmp_path / "run.lock").write_text("123 another-machine\n")
+    assert lock.is_held()
+    old = time.time() - 1000
+    os.utime(tmp_path / "run.lock", (old, old))
+    assert not lock.is_held()
+    lock.acquire()
+    assert (tmp_path / "run.lock").read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+    os.utime(tmp_path / "run.lock", (old, old))
+    lock.beat()
+    assert (tmp_path / "run.lock").stat().st_mtime > old
+    lock.release()
+    assert (tmp_path / "run.lock").read_text() == ""

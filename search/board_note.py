@@ -1,0 +1,112 @@
+"""The note of a run's study, in Markdown, which the dashboard renders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.emit import latex, to_text
+from evoprune.metrics.expression import Expression
+from evoprune.search.candidate import Candidate
+from evoprune.search.config import MetricSearchConfig
+from evoprune.search.tables import heldout_caption, heldout_rows, target_text
+
+
+def searching_note(
+    config: MetricSearchConfig, best: Candidate | None, evaluations: int, births: int, rung_counts: Sequence[int]
+) -> str:
+    """How far a search is.
+
+    Args:
+        best: so far; None before the first result.
+        evaluations: candidates with a forward pass.
+        births: all of them.
+        rung_counts: how many candidates have got to each rung.
+    """
+    budget = "" if config.evaluations is None else f" of {config.evaluations:,}"
+    time = "" if config.minutes is None else f", at most {config.minutes:g} min"
+    rows = [
+        ("evaluations", f"{evaluations:,}{budget}{time}"),
+        ("births", f"{births:,}, {births - evaluations:,} of them answered without a forward pass"),
+        ("candidates by rung", " → ".join(f"{count:,}" for count in rung_counts)),
+    ]
+    if best is None:
+        return "\n".join(["## Searching", "", *_table(("", ""), rows)])
+    tokens = config.racing.rungs[len(best.rungs) - 1] * config.data.window
+    rows = [
+        ("fitness", f"{best.value:.5f} ({config.objective} on text B, {tokens:,} tokens; lower is better)"),
+        ("from", f"birth {best.birth} ({best.origin}), complexity {best.complexity}"),
+        *rows,
+    ]
+    return "\n".join(
+        [
+            "## Searching: the best so far",
+            "",
+            *_formula(best.expression),
+            *_table(("", ""), rows),
+            "",
+            "Fitness is from the text that the search looks at; the result, on text that nobody has seen, comes last.",
+        ]
+    )
+
+
+def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Collection[str] = ()) -> str:
+    """What a search has found: the winner, and everyone on held-out text.
+
+    Args:
+        result: the run's ``result.json``.
+        winner: its expression.
+        artifacts: names of the study's artifacts; pictures among them are shown.
+    """
+    best = result["best"]
+    rows = [
+        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == "evolved winner" else row
+        for row in heldout_rows(result)
+    ]
+    return "\n".join(
+        [
+            f"## Winner: {result['model']} at {target_text(result)}",
+            "",
+            *_picture("formula.svg", to_text(winner), artifacts),
+            *_formula(winner),
+            *_table(("held-out text", "perplexity", "loss", "KL", "minus winner's"), rows),
+            "",
+            heldout_caption(result),
+            "",
+            f"Found as birth {best['birth']} ({best['origin']}) in {result['evaluations']:,} evaluations of "
+            f"{result['births']:,} births, seed {result['seed']}; fitness {best['fitness']:.5f} ({result['objective']} "
+            f"on text B), complexity {best['complexity']}. Metric and report are among the study's artifacts.",
+            "",
+            *_picture("convergence.svg", "best so far by evaluations", artifacts),
+            *_picture("front.svg", "fitness against complexity", artifacts),
+        ]
+    )
+
+
+def _picture(name: str, words: str, artifacts: Collection[str]) -> list[str]:
+    return [f"![{words.replace('[', '(').replace(']', ')')}](artifact:{name})", ""] if name in artifacts else []
+
+
+def _formula(expression: Expression) -> list[str]:
+    """The formula to read, to copy into a paper, and to give to `--metric`; the dashboard itself sets no formulas."""
+    return [
+        f"**S = {_escaped(to_text(expression))}**",
+        "",
+        *("```latex", f"S = {latex(expression)}", "```", ""),
+        *("```python", expression.text, "```", ""),
+    ]
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", text)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, numbers to the right where there are more than two columns."""
+    rule = ["---", *(["---:"] * (len(head) - 1) if len(head) > 2 else ["---"])]
+    return [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in (head, rule, *rows)]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
