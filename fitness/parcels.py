@@ -161,12 +161,13 @@ class Incoming:
             stream.write(data)
 
     def finish(self) -> None:
-        """Compare every file with its hash and put the parcel in place.
+        """Compare every file that came with its hash and put the parcel in place.
 
         Raises:
             EvopruneError: a file differs.
         """
-        for path, facts in self._files.items():
+        for path in self.missing:
+            facts = self._files[path]
             if not facts["bytes"]:
                 self.write(path, b"")
             if file_hash(self._folder / path) != facts["sha256"]:
@@ -181,8 +182,9 @@ class Incoming:
         """Whether another parcel of this node has the same file."""
         for other in parcel_folder("").glob(f"[!.]*/{LIST}"):
             for twin, held in listed(other.parent.name).items():
-                if held["sha256"] == facts["sha256"] and (other.parent / twin).is_file():
-                    link(other.parent / twin, self._folder / path)
+                file = other.parent / twin
+                if held["sha256"] == facts["sha256"] and file.is_file() and file_hash(file) == facts["sha256"]:
+                    link(file, self._folder / path)
                     return True
         return False
 

@@ -60,10 +60,15 @@ def running_cluster() -> str | None:
     return current_cluster()
 
 
+def split_address(address: str) -> tuple[str, int] | None:
+    """(host, port) of ``host:port`` or ``ray://host:port``, else None."""
+    found = _SHAPE.fullmatch(address)
+    return (found["host"].strip("[]"), int(found["port"])) if found else None
+
+
 def is_loopback(address: str) -> bool:
     """Whether ``host:port`` is on this machine's loopback interface."""
-    found = _SHAPE.fullmatch(address)
-    host = found["host"].strip("[]") if found else address
+    host, _ = split_address(address) or (address, 0)
     if host == "localhost":
         return True
     try:

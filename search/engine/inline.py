@@ -74,9 +74,9 @@ class InlineExecutor(Executor):
         return [outcome]
 
     def _admitted(self, worker: Worker) -> Worker:
-        report = getattr(worker, "numerics", None)
-        if self._admission is not None and report is not None:
-            refusal = self._admission.refusal(None, report())
+        if self._admission is not None:
+            report = getattr(worker, "numerics", None)
+            refusal = self._admission.refusal(None, None if report is None else report())
             if refusal is not None:
                 raise WorkersFailed(f"no worker may take part: {refusal}")
         return worker

@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import secrets
+import socket
 import tempfile
 import threading
 import time
@@ -24,7 +25,7 @@ from typing import Any
 from evoprune.fitness import parcels as fitness_parcels
 from evoprune.metrics.errors import InvalidInput, WorkersFailed
 from evoprune.metrics.files import canonical_json
-from evoprune.search.engine.address import LOCAL
+from evoprune.search.engine.address import LOCAL, split_address
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.crew import Crew, last_line, room
 from evoprune.search.engine.executor import Executor, Job, Notify, Outcome
@@ -35,6 +36,7 @@ from evoprune.search.engine.stdout import stdout_kept_clean
 OBJECT_STORE_BYTES = 200_000_000
 """Jobs and outcomes are small and models are shared through memory-mapped files, so Ray's own store stays small."""
 STALL_SECONDS = 600.0
+KNOCK_SECONDS = 10.0
 GROW_SECONDS = 2.0
 """Between two looks at how many workers a cluster has room for."""
 
@@ -247,6 +249,7 @@ def _connected(address: str, workers: int | None, gpus_per_worker: float | None)
     if ray.is_initialized():
         yield ray
         return
+    _check_reachable(address)
     with contextlib.ExitStack() as stack:
         options: dict[str, Any]
         if address == LOCAL:
@@ -283,6 +286,20 @@ def _private_settings(address: str) -> Iterator[None]:
     finally:
         for name in absent:
             os.environ.pop(name, None)
+
+
+def _check_reachable(address: str) -> None:
+    """Knock first: Ray itself would go on trying for minutes.
+
+    Raises:
+        WorkersFailed: nothing listens there.
+    """
+    host, port = split_address(address) or ("", 0)
+    if host:
+        try:
+            socket.create_connection((host, port), timeout=KNOCK_SECONDS).close()
+        except OSError as problem:
+            raise WorkersFailed(f"no Ray cluster answers at {address}: {problem.strerror or problem}") from None
 
 
 @contextlib.contextmanager
