@@ -63,10 +63,13 @@ def set_courier(courier: Courier | None) -> None:
 
 def find(prefix: str) -> str | None:
     """The name of a parcel that begins with `prefix`: of this node, else of the cluster, else None."""
-    local = sorted(path.name for path in parcel_folder("").glob(f"{prefix}-*") if holds(path.name))
-    if local:
-        return local[0]
-    return None if _courier is None else _courier.find(prefix)
+    found = find_here(prefix)
+    return _courier.find(prefix) if found is None and _courier is not None else found
+
+
+def find_here(prefix: str) -> str | None:
+    """The first of the names on this node that begin so."""
+    return min((path.name for path in parcel_folder("").glob(f"{prefix}-*") if holds(path.name)), default=None)
 
 
 def require(name: str) -> Path:

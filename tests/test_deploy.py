@@ -36,7 +36,11 @@ def test_there_is_a_command_in_each() -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_evoprune_understands_the_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evoprune_understands_the_commands(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "as the guides say")
     program, *words = shlex.split(command.replace("MODEL", "reference"))
     assert program == "evoprune"
     assert main([*words, "--dry-run"]) == 0

@@ -134,6 +134,7 @@ def dashboard(
 ) -> None:
     """Serve Optuna Dashboard for a run, on this machine only unless told otherwise, until Ctrl-C."""
     with Output() as output:
+        from evoprune.search.engine.address import is_loopback
         from evoprune.search.rundir import RunDirectory
 
         directory = RunDirectory.open(run)
@@ -146,6 +147,8 @@ def dashboard(
             _rebuild(directory, storage)
         if storage is None and not journal.exists():
             raise InvalidInput(f"{directory.path} has no optuna.log yet; --rebuild writes it from the history")
+        if not is_loopback(f"{host}:{port}"):
+            output.tell(f"warning: --host {host}: whoever reaches it can change and delete trials, without a password")
         output.tell(f"Optuna Dashboard: http://{host}:{port}/dashboard (Ctrl-C ends it)")
         try:
             run_server(storage or str(journal), host=host, port=port)

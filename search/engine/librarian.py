@@ -29,7 +29,7 @@ class Librarian:
 
     def find(self, prefix: str) -> str | None:
         """See `Courier`, as for the other methods."""
-        return parcels.find(prefix)
+        return parcels.find_here(prefix)
 
     def files(self, name: str) -> Files:
         return parcels.listed(name)

@@ -173,7 +173,7 @@ def test_a_damaged_parcel_is_fetched_again_and_without_a_courier_refused(node: N
 
 
 def test_workers_of_two_nodes_agree_though_they_share_no_path(node: Node, road: Road, tmp_path: Path) -> None:
-    """The driver packs model and text; one node prepares, another evaluates; then neither original is there."""
+    """The driver packs model and text; one node prepares; another evaluates, and finds what was prepared."""
     model, text = save_tiny(tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("\n".join(f"line {index}: {index * index % 97} apples." for index in range(6000)))
     asked = EvaluationContext(

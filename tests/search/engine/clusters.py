@@ -1,4 +1,4 @@
-"""Ray clusters for tests: raylets on the loopback interface, each with a cache folder of its own, all ended at the end."""
+"""Ray clusters for tests: raylets on the loopback interface, each with a cache folder of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 START_SECONDS = 120
@@ -38,6 +38,7 @@ class LoopbackCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 would starve the workers on a busy machine
             "EVOPRUNE_CACHE": str(folder / "driver"),
         }
         self._scratch = scratch
