@@ -28,6 +28,7 @@ class Admission:
         self, policy: Numerics = "strict", expected: Mapping[str, Any] | None = None, mixed: bool = False
     ) -> None:
         self.mixed = mixed
+        self._code = code_hash()  # now: the files may be edited while the search runs
         self._policy = policy
         self._expected = expected
         self._lock = threading.Lock()
@@ -44,9 +45,9 @@ class Admission:
             code: the hash of its code; None where it is this process's own.
             numerics: what it reports of itself; None admits it, for it has nothing that could differ.
         """
-        if code is not None and code != code_hash():
+        if code is not None and code != self._code:
             return (
-                f"its evoprune (code {code[:12]}) is not this process's (code {code_hash()[:12]}): "
+                f"its evoprune (code {code[:12]}) is not this process's (code {self._code[:12]}): "
                 "remove or update the one that is installed there"
             )
         if numerics is None:
