@@ -148,6 +148,9 @@ class MetricSearchConfig(_Section):
     window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")
     threads: int = Field(1, ge=1, description="torch threads of a worker on a CPU; part of a run's identity")
     seed_from: str | None = Field(None, description="exported metric or run to start from")
+    numerics: Literal["strict", "relaxed"] = Field(
+        "strict", description="refuse workers whose numbers differ in any bit, or take them and say so"
+    )
 
     @field_validator("statistics")
     @classmethod

@@ -6,11 +6,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from evoprune.fitness.prepare import Prepared
+from evoprune.fitness.prepare import Summary
+from evoprune.fitness.travel import pack_inputs
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
 from evoprune.metrics.exported import load_metric
@@ -18,6 +19,8 @@ from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
 from evoprune.search.archive import Archive
 from evoprune.search.config import MetricSearchConfig, validated
+from evoprune.search.engine.address import EXPOSURE, LOCAL
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.board_storage import check_storage
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
@@ -39,7 +42,7 @@ from evoprune.search.watch import Watch
 WORKER_FACTORY = "evoprune.fitness.worker:build"
 
 # Facts of a run that must not change between its sessions.
-_FIXED = ("prepared", "code")
+_FIXED = ("prepared", "code", "files")
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,24 @@ class Resources:
 
     Attributes:
         executor: Ray actors, or this process.
-        workers: number of workers; None takes one per processor core, or per GPU.
+        workers: number of workers; None takes one per processor core, or per GPU, of this machine or of the cluster.
         gpus_per_worker: GPUs of a worker, a fraction of one, or 0; None is 1 if there is a GPU.
         address: ``local`` for a private Ray instance, else a cluster's address.
         storage: Optuna storage URL; None keeps the board in the run folder.
+        insecure_cluster: use a cluster that asks for no token; see `evoprune.search.engine.address`.
     """
 
     executor: Literal["ray", "inline"] = "ray"
     workers: int | None = None
     gpus_per_worker: float | None = None
-    address: str = "local"
+    address: str = LOCAL
     storage: str | None = None
+    insecure_cluster: bool = False
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers run on nodes that may share nothing with this machine."""
+        return self.executor == "ray" and self.address != LOCAL
 
 
 class MetricRun:
@@ -80,6 +90,8 @@ class MetricRun:
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
+        known = run.identity
+        self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
 
     def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
         """Search, measure, write ``result.json`` and the exports; the result.
@@ -108,30 +120,54 @@ class MetricRun:
             self._watch.phase(SEARCHING)
             loop.run(budget)
             self._watch.phase("measuring on held-out text")
-            comparison = Comparison(self._config, self._identity, str(prepared.folder), search)
+            comparison = Comparison(self._config, self._identity, prepared.name, search)
             outcomes = self._ask(executor, comparison.jobs(), stopping)
             result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+            result["bit_reproducible"] = not self._admission.mixed
             comparison.export(self._run, result)
         finally:
             executor.close()
+            if self._admission.mixed:
+                self._run.add_identity(bit_reproducible=False)
             self._watch.close(stopping)
             self._log.close()
         self._run.write_result(result)
         return result
 
     def _executor(self) -> Executor:
-        context = self._context.to_json()
-        if self._resources.executor == "inline":
-            return InlineExecutor(WORKER_FACTORY, context, threads=self._config.threads)
+        resources = self._resources
+        if resources.executor == "inline":
+            return InlineExecutor(
+                WORKER_FACTORY,
+                self._context.to_json(),
+                threads=self._config.threads,
+                admission=self._admission,
+            )
+        workers, gpus, places = resources.workers, resources.gpus_per_worker, {}
+        if resources.on_cluster:
+            self._progress.phase("packing the model and the texts for the cluster")
+            places = pack_inputs(self._context)
+            if resources.insecure_cluster:
+                self._progress.line(f"warning: --insecure-cluster: {resources.address} may be open, and {EXPOSURE}")
+        else:
+            workers, gpus = workers or _slots(gpus), _gpus(gpus)
         return RayExecutor(
             WORKER_FACTORY,
-            context,
-            workers=self._resources.workers or _slots(self._resources.gpus_per_worker),
-            gpus_per_worker=_gpus(self._resources.gpus_per_worker),
+            replace(self._context, places=places).to_json(),
+            workers=workers,
+            gpus_per_worker=gpus,
             threads=self._config.threads,
-            address=self._resources.address,
-            notify=self._run.events,
+            address=resources.address,
+            parcels=sorted({place.partition("/")[0] for place in places.values()}),
+            admission=self._admission,
+            notify=self._notify,
         )
+
+    def _notify(self, level: str, event: str, **fields: Any) -> None:
+        """To the run's log; a refused worker is told on the display too, for the search goes on without it."""
+        self._run.events(level, event, **fields)
+        if event == "worker_refused" and level == "warning":
+            self._progress.line(f"a worker was refused: {fields['error']}")
 
     def _ask(self, executor: Executor, jobs: Sequence[Job], stopping: Callable[[], bool]) -> list[Outcome]:
         """Outcomes of jobs in their order; those in the log are not run again.
@@ -154,7 +190,7 @@ class MetricRun:
             self._watch.tick()
         return [found[job.key] for job in jobs]
 
-    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Prepared:
+    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
         job = Job(f"prepare-{self._run.run_id}", "prepare", {})
@@ -171,23 +207,31 @@ class MetricRun:
         (outcome,) = arrived
         if outcome.status != "ok":
             raise failure(outcome)
-        return self.identify(outcome.values["folder"])
+        self._seconds_per_token = outcome.values["seconds_per_token"]
+        return self.identify(Summary.from_json(outcome.values))
 
-    def identify(self, folder: str) -> Prepared:
-        """Open what was prepared in `folder` and hold the run to it.
+    def identify(self, prepared: Summary) -> Summary:
+        """Hold the run to what was prepared.
 
         Raises:
             InvalidInput: the run began with another model, other data or other code.
         """
-        prepared = Prepared.open(Path(folder))
         self._identity = content_hash(
             [prepared.facts["identity"], self._config.objective, str(self._context.rule), self._context.group]
         )
-        facts = {"prepared": content_hash(prepared.facts["identity"]), "code": code_hash()}
+        facts = {
+            "prepared": content_hash(prepared.facts["identity"]),
+            "code": code_hash(),
+            "files": prepared.name,
+        }
         known = self._run.identity
         for name in _FIXED:
             if name in known and known[name] != facts[name]:
-                what = "model or data" if name == "prepared" else "code"
+                what = {
+                    "prepared": "model or data",
+                    "code": "code",
+                    "files": "bits of the statistics or of the teacher (another processor, or another library)",
+                }[name]
                 raise InvalidInput(
                     f"the {what} changed since this run began: `evoprune resume {self._run.path} --fork` starts a new "
                     "run with the same configuration"
@@ -198,19 +242,23 @@ class MetricRun:
             parameters=prepared.facts["parameters"],
             prunable=prepared.facts["prunable"],
         )
+        if self._admission.expected is not None and "numerics" not in known:
+            self._run.add_identity(numerics=dict(self._admission.expected))
         return prepared
 
-    def build_search(self, prepared: Prepared) -> MetricSearch:
+    def build_search(self, prepared: Summary) -> MetricSearch:
         """The search as the configuration asks for it, at its beginning."""
         config = self._config
-        probe = prepared.probe()
-        dead = prepared.statistics().dead()
+        dead = frozenset(prepared.facts["dead"])
         if dead:
             self._progress.line(
                 f"warning: {', '.join(sorted(dead))}: zero along 1 % or more of all rows, so no candidate may read it"
             )
         space = MetricSpace(
-            config.terminals - dead, self._context.group, simplify=config.searcher.simplify, typical=probe.typical
+            config.terminals - dead,
+            self._context.group,
+            simplify=config.searcher.simplify,
+            typical=prepared.probe.typical,
         )
         archive = Archive()
         seeds = self._seeds()
@@ -222,10 +270,10 @@ class MetricRun:
             searcher,
             archive,
             racing,
-            probe,
+            prepared.probe,
             self._context.rule,
             seed=config.seed,
-            prepared=str(prepared.folder),
+            prepared=prepared.name,
             identity=self._identity,
             full_ladder=frozenset(BASELINES),
             dead=dead,
@@ -260,7 +308,7 @@ class MetricRun:
         self._watch.searching(search, loop, self._run.history(), self._log.outcomes())
         return loop
 
-    def _announce(self, prepared: Prepared, executor: Executor) -> None:
+    def _announce(self, prepared: Summary, executor: Executor) -> None:
         """What the search will cost, before it starts."""
         facts, config = prepared.facts, self._config
         memory = facts["model_bytes"] + facts["teacher_bytes"]
@@ -269,7 +317,7 @@ class MetricRun:
             (after - before) * config.racing.keep**rung
             for rung, (before, after) in enumerate(zip([0, *rungs], rungs, strict=False))
         )
-        pace = per_candidate * facts["seconds_per_token"] / max(executor.workers, 1)
+        pace = per_candidate * self._seconds_per_token / max(executor.workers, 1)
         if config.evaluations is None:
             cost = f"{config.minutes:g} min: expect {60 * (config.minutes or 0) / pace:,.0f} candidates"
         else:

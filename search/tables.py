@@ -23,6 +23,7 @@ _STATUS_STYLES = {
 }  # fmt: skip
 WINNER = "evolved winner"
 POWER = "power (tuned)"
+NOT_REPRODUCIBLE = "not bit-reproducible: workers whose numbers differ in the last bits took part in it"
 
 
 def heldout_table(result: Mapping[str, Any]) -> Table:
@@ -82,6 +83,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     best = result["best"]
     births = max(result["births"], 1)
     evolved, spared = result["evolved_parents"], result["births"] - result["evaluations"]
+    numerics = {} if result.get("bit_reproducible", True) else {"numerics": Text(NOT_REPRODUCIBLE, style="yellow")}
     winner = _facts(
         {
             "winner": Text(best["expression"], style="bold green"),
@@ -92,6 +94,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             f"{result['distinct']} different rankings, seed {result['seed']}",
             "spared": f"{spared} of {result['births']} births ({spared / births:.0%}) needed no forward pass",
             "ancestry": f"{evolved} of {result['births']} births ({evolved / births:.0%}) had an evolved parent",
+            **numerics,
         }
     )
     return [Padding(heldout_table(result), (1, 0, 1, 0)), winner, Text(), *_ways_on(result, run)]

@@ -28,7 +28,7 @@ LAYERS = ("evoprune.metrics", "evoprune.fitness", "evoprune.search", "evoprune")
 HEAVY = {"torch", "transformers", "ray", "optuna", "deap", "sympy"}
 # These modules alone may import the package.
 ONLY_IN = {
-    "ray": {"evoprune.search.engine.ray"},
+    "ray": {"evoprune.search.engine.ray", "evoprune.search.engine.librarian"},
     "optuna": {f"evoprune.search.engine.board_{part}" for part in ("server", "storage", "studies")},
 }
 # What the metrics must work without: an exported metric needs no model, no cluster and no search.

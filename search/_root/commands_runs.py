@@ -121,7 +121,8 @@ def dashboard(
 ) -> None:
     """Serve Optuna Dashboard for a run, on this machine only unless told otherwise, until Ctrl-C."""
     with Output() as output:
-        from evoprune.search.engine.board_server import check_installed, is_loopback, serve
+        from evoprune.search.engine.address import is_loopback
+        from evoprune.search.engine.board_server import check_installed, serve
         from evoprune.search.rundir import RunDirectory
 
         directory = RunDirectory.open(run)

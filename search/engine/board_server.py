@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 from pathlib import Path
 
 from evoprune.metrics.errors import EvopruneError, InvalidInput
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches `host`."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def check_installed() -> None:

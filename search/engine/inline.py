@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from evoprune.metrics.errors import WorkersFailed
 from evoprune.metrics.files import canonical_json
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.executor import Executor, Job, Outcome, Worker
 from evoprune.search.engine.running import WorkerRecipe, get_threads, run_job, set_threads
 
@@ -21,6 +23,7 @@ class InlineExecutor(Executor):
         threads: torch threads between `start` and `close`; None leaves them as they are.
         python_path: folders to import the factory from.
         environment: environment variables to set.
+        admission: decides whether this process may work on the run.
     """
 
     workers = 1
@@ -33,7 +36,9 @@ class InlineExecutor(Executor):
         threads: int | None = 1,
         python_path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        admission: Admission | None = None,
     ) -> None:
+        self._admission = admission
         self._recipe = WorkerRecipe(factory, context, threads, python_path, environment or {})
         self._threads_before: int | None = None
         self._worker: Worker | None = None
@@ -53,12 +58,13 @@ class InlineExecutor(Executor):
 
         Raises:
             Exception: whatever the factory raises, as it is.
+            WorkersFailed: this process may not take part.
         """
         if not self._queue:
             return []
         if self._worker is None:
             self._threads_before = get_threads()
-            self._worker = self._recipe.build()
+            self._worker = self._admitted(self._recipe.build())
         key, job = next(iter(self._queue.items()))
         try:
             outcome = run_job(self._worker, job)
@@ -66,6 +72,14 @@ class InlineExecutor(Executor):
             outcome = Outcome(key, "crash", error=f"the worker called sys.exit({leaving.code!r})")
         del self._queue[key]  # only now: an interrupted job stays open
         return [outcome]
+
+    def _admitted(self, worker: Worker) -> Worker:
+        if self._admission is not None:
+            report = getattr(worker, "numerics", None)
+            refusal = self._admission.refusal(None, None if report is None else report())
+            if refusal is not None:
+                raise WorkersFailed(f"no worker may take part: {refusal}")
+        return worker
 
     def counters(self) -> dict[str, int]:
         """See `Executor.counters`."""

@@ -26,6 +26,7 @@ from evoprune.search.report.lineage import ancestors, main_line
 from evoprune.search.report.names import label, needs_text, objective_text, reason_text
 from evoprune.search.report.tree import kind_of, tree_svg
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.tables import NOT_REPRODUCIBLE
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -194,6 +195,7 @@ def heldout_caption(data: ReportData) -> str:
         f"{numbers.count(tokens)} predicted tokens in non-overlapping windows of {data.config.data.window}. "
         "Loss and KL are in nats per token. "
         f"Standard errors are over windows; differences are paired, window by window."
+        + ("" if data.identity.get("bit_reproducible", True) else f" This run is {NOT_REPRODUCIBLE}.")
     )
 
 

@@ -17,6 +17,9 @@ class FakeWorker:
     def __init__(self, context: dict[str, Any]) -> None:
         self.context = context
 
+    def numerics(self) -> dict[str, Any] | None:
+        return self.context.get("numerics")
+
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         return getattr(self, kind)(payload)
 

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# One search on Slurm nodes: `sbatch deploy/slurm.sh`. See deploy/README.md.
+#SBATCH --job-name=evoprune
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+set -euo pipefail
+
+RUN=${RUN:-$HOME/evoprune-runs/$SLURM_JOB_ID}
+TOKEN=${TOKEN:-$HOME/.ray/auth_token} # made once by `ray get-auth-token --generate`, on the shared home
+PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$TOKEN RAY_USAGE_STATS_ENABLED=0
+# Each node keeps its own copy of model and statistics, on its own disk.
+export EVOPRUNE_CACHE=${SLURM_TMPDIR:-/tmp}/evoprune-$USER
+
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# The first time this searches; after a requeue it goes on where it was.
+if [ -e "$RUN/run.json" ]; then
+    SEARCH=(evoprune resume "$RUN" --address auto)
+else
+    SEARCH=(evoprune search metric Qwen/Qwen3-0.6B --sparsity 0.6 --evaluations 2000 --address auto --run-dir "$RUN")
+fi
+
+# Starts Ray on every node, the command on the first, and ends Ray when the command ends.
+srun --kill-on-bad-exit=1 ray symmetric-run --address "$HEAD:$PORT" --min-nodes "$SLURM_NNODES" -- "${SEARCH[@]}" &
+# Slurm's TERM comes here, five minutes before the end: handed on, the search saves and exits 130.
+trap 'kill -TERM $! 2>/dev/null' TERM
+wait $! || wait $!
