@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS, TERMINALS
 
@@ -122,6 +123,9 @@ class MetricSearchConfig(_Section):
     window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")
     threads: int = Field(1, ge=1, description="torch threads of a worker on a CPU; part of a run's identity")
     seed_from: str | None = Field(None, description="exported metric or run to start from")
+    deadline: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto", description="seconds after which a worker counts as hung; auto takes many times what it should need"
+    )
 
     @field_validator("statistics")
     @classmethod
@@ -132,6 +136,11 @@ class MetricSearchConfig(_Section):
         # Canonical forms may write the square of a norm as the sum of squares, which is the same statistic.
         squares = tuple(_SQUARES[name] for name in names if name in _SQUARES and _SQUARES[name] not in names)
         return names + squares
+
+    @property
+    def identity(self) -> str:
+        """Hash of every option that a birth depends on: all but how long things may take."""
+        return content_hash(self.model_dump(mode="json", exclude={"minutes", "deadline"}))
 
     @property
     def terminals(self) -> frozenset[str]:

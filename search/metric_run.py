@@ -6,13 +6,13 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from evoprune.fitness.prepare import Prepared
 from evoprune.metrics.criterion import CRITERIA, Metric
-from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
+from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
@@ -20,12 +20,13 @@ from evoprune.search.archive import Archive
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.board_storage import check_storage
+from evoprune.search.engine.deadline import Deadline
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.engine.ray import RayExecutor
-from evoprune.search.identity import code_hash, git_commit, versions
-from evoprune.search.loop import Birth, BirthLoop, Budget
+from evoprune.search.identity import code_hash, evaluation_code_hash, git_commit, versions
+from evoprune.search.loop import Birth, BirthLoop, Budget, finish_running, take_finished
 from evoprune.search.metric_result import BASELINES, Comparison, failure, invalid_input
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.progress import Progress
@@ -38,8 +39,13 @@ from evoprune.search.trials import DESCRIPTORS, trial_record
 
 WORKER_FACTORY = "evoprune.fitness.worker:build"
 
-# Facts of a run that must not change between its sessions.
-_FIXED = ("prepared", "code")
+# Facts of a run that must not change between its sessions, and what they are called.
+_FIXED = {
+    "config": "configuration",
+    "code": "code of evoprune",
+    "prepared": "model or data",
+    "seeds": "metrics to start from",
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,8 @@ class MetricRun:
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
+        self._deadline = Deadline(None, 0.0)
+        self._prepared_facts: dict[str, Any] = {}
 
     def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
         """Search, measure, write ``result.json`` and the exports; the result.
@@ -87,6 +95,7 @@ class MetricRun:
             Interrupted: `stopping` became true; the run can be resumed.
             InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
         """
+        self._hold(config=self._config.identity, code=code_hash())
         executor = self._executor()
         try:
             self._progress.phase("starting workers")
@@ -139,19 +148,18 @@ class MetricRun:
             Interrupted: `stopping` became true.
             InvalidInput: a job failed.
         """
-        found = {job.key: known for job in jobs if (known := self._log.get(job.key)) is not None}
-        missing = [job for job in jobs if job.key not in found]
-        executor.submit(missing)
-        waiting = {job.key for job in missing}
+        tokens = self._prepared_facts["heldout_windows"] * self._config.data.window
+        missing = {job.key: job for job in jobs if job.key not in self._log}
+        executor.submit(replace(job, deadline=self._deadline.seconds(tokens)) for job in missing.values())
+        waiting = set(missing)
         while waiting:
             if stopping():
+                finish_running(executor, self._log, self._progress.update)
                 raise Interrupted("stopped by the user; everything finished is saved")
-            for outcome in executor.poll(0.2):
-                self._log.append(outcome.key, outcome)
-                found[outcome.key] = outcome
-                waiting.discard(outcome.key)
+            take_finished(executor, self._log)
+            waiting = {key for key in waiting if key not in self._log}
             self._progress.update()
-        return [found[job.key] for job in jobs]
+        return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
 
     def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Prepared:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
@@ -179,25 +187,42 @@ class MetricRun:
             InvalidInput: the run began with another model, other data or other code.
         """
         prepared = Prepared.open(Path(folder))
+        self._prepared_facts = prepared.facts
+        self._deadline = Deadline(self._config.deadline, prepared.facts["seconds_per_token"])
         self._identity = content_hash(
-            [prepared.facts["identity"], self._config.objective, str(self._context.rule), self._context.group]
+            [
+                prepared.facts["identity"],
+                self._config.objective,
+                str(self._context.rule),
+                self._context.group,
+                evaluation_code_hash(),
+            ]
         )
-        facts = {"prepared": content_hash(prepared.facts["identity"]), "code": code_hash()}
-        known = self._run.identity
-        for name in _FIXED:
-            if name in known and known[name] != facts[name]:
-                what = "model or data" if name == "prepared" else "code"
-                raise InvalidInput(
-                    f"the {what} changed since this run began: `evoprune resume {self._run.path} --fork` starts a new "
-                    "run with the same configuration"
-                )
+        self._hold(
+            prepared=content_hash(prepared.facts["identity"]),
+            seeds=content_hash({name: seed.to_json() for name, seed in self._seeds().items()}),
+        )
         self._run.add_identity(
-            **facts,
             model_fingerprint=prepared.facts["fingerprint"],
             parameters=prepared.facts["parameters"],
             prunable=prepared.facts["prunable"],
         )
         return prepared
+
+    def _hold(self, **facts: str) -> None:
+        """Hold the run to what it began with.
+
+        Raises:
+            InvalidInput: a fact is not what it was.
+        """
+        known = self._run.identity
+        for name, value in facts.items():
+            if known.get(name, value) != value:
+                raise InvalidInput(
+                    f"the {_FIXED[name]} changed since this run began, so it cannot go on as before: undo the "
+                    f"change, or `evoprune resume {self._run.path} --fork` starts a new run that reuses what holds"
+                )
+        self._run.add_identity(**facts)
 
     def build_search(self, prepared: Prepared) -> MetricSearch:
         """The search as the configuration asks for it, at its beginning."""
@@ -250,6 +275,7 @@ class MetricRun:
             self._log,
             self._run,
             window=self._config.window,
+            deadline=lambda job: self._deadline.seconds(self._config.racing.rungs[-1] * self._config.data.window),
             on_applied=lambda birth, line, outcome: self._applied(search, loop, birth, line, outcome),
             on_poll=lambda: self._progress.update(),
         )
@@ -265,6 +291,8 @@ class MetricRun:
     def _applied(
         self, search: MetricSearch, loop: BirthLoop, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None
     ) -> None:
+        if outcome is not None:
+            self._deadline.observe(outcome)
         record = trial_record(line, len(self._config.racing.rungs), outcome)
         if record is not None:
             self._board.add(record)
@@ -358,8 +386,8 @@ def _session(run: RunDirectory, config: MetricSearchConfig, resources: Resources
     ):
         try:
             MetricRun(run, config, resources, progress).execute(stopping)
-        except Interrupted:
-            run.events("info", "interrupted")
+        except (Interrupted, NoCapacity, KeyboardInterrupt) as reason:
+            run.events("info", "interrupted", reason=str(reason) or "stopped at once")
             raise
         except BaseException as error:
             run.events("error", "failed", error=f"{type(error).__name__}: {error}")

@@ -18,9 +18,9 @@ from typing import Any
 
 from evoprune.metrics.errors import InvalidInput, WorkersFailed
 from evoprune.metrics.files import canonical_json
-from evoprune.search.engine.crew import Crew, last_line
+from evoprune.search.engine.crew import Crew
 from evoprune.search.engine.executor import Executor, Job, Notify, Outcome
-from evoprune.search.engine.running import WorkerRecipe
+from evoprune.search.engine.running import WorkerRecipe, last_line
 from evoprune.search.engine.stdout import stdout_kept_clean
 
 OBJECT_STORE_BYTES = 200_000_000
@@ -45,7 +45,7 @@ class RayExecutor(Executor):
         python_path: folders that actors import from first.
         environment: environment variables of the actors.
         notify: is told what happens to the workers, from the keeper's thread.
-        stall_seconds: without any worker for this long, `poll` raises `NoCapacity`.
+        stall_seconds: without any worker for this long, `poll` raises `NoCapacity`; None is `STALL_SECONDS`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RayExecutor(Executor):
         python_path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         notify: Notify | None = None,
-        stall_seconds: float = STALL_SECONDS,
+        stall_seconds: float | None = None,
     ) -> None:
         if workers < 1:
             raise InvalidInput(f"--workers is {workers}; it must be at least 1")
@@ -71,10 +71,11 @@ class RayExecutor(Executor):
         self._options = {"num_cpus": 1, "num_gpus": gpus_per_worker}
         self._address = address
         self._notify: Notify = notify or (lambda *_, **__: None)
-        self._stall_seconds = stall_seconds
+        self._stall_seconds = STALL_SECONDS if stall_seconds is None else stall_seconds
         self._unanswered: set[str] = set()
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._draining = threading.Event()
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._failure: BaseException | None = None
@@ -118,6 +119,11 @@ class RayExecutor(Executor):
             raise self._failure
         return outcomes
 
+    def drain(self) -> None:
+        """See `Executor.drain`."""
+        self._draining.set()
+        self._wake.set()
+
     def counters(self) -> dict[str, int]:
         """See `Executor.counters`."""
         return dict(self._counters)
@@ -149,6 +155,8 @@ class RayExecutor(Executor):
                     while not self._closing.is_set():
                         self._wake.clear()
                         crew.submit(self._take_inbox())
+                        if self._draining.is_set():
+                            crew.drain()
                         for outcome in crew.step(self._wake):
                             self._outbox.put(outcome)
                         self._counters = crew.counters()
