@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
 from evoprune.fitness.prepare import Prepared
 from evoprune.metrics.canonical import canonicalise, metric_key
@@ -21,8 +20,8 @@ LIMITS = Limits(height=32, size=256)
 
 
 def measure() -> Figure:
-    _, _, folder = reference_worker(statistics=("X_ss", "X_l2", "G_l2"), rungs=(2,))
-    probe = Prepared.open(Path(folder)).probe()
+    _, _, prepared = reference_worker(statistics=("X_ss", "X_l2", "G_l2"), rungs=(2,))
+    probe = Prepared.open(prepared).probe()
     rng = random.Random(0)
     outcomes: Counter[str] = Counter()
     keys: set[str] = set()

@@ -61,12 +61,12 @@ def transfer(expressions: dict[str, str], seed: int, model: str = "reference", *
     config = resolve(overrides={"seed": seed, "model.name": model, "data.heldout_windows": HELDOUT_WINDOWS})
     values = {**config.context().to_json(), "rungs": (2,), **rule}
     worker = MetricWorker(EvaluationContext.from_json(values))
-    folder = worker.handle("prepare", {})["folder"]
+    prepared = worker.handle("prepare", {})["name"]
     criteria: dict[str, dict[str, Any] | None] = {"dense": None}
     criteria |= {name: {"name": name} for name in COMPARED}
     criteria |= {name: {"expression": parse(text).to_json()} for name, text in expressions.items()}
     losses = {
-        name: worker.handle("heldout", {"folder": folder, "criterion": criterion})
+        name: worker.handle("heldout", {"prepared": prepared, "criterion": criterion})
         for name, criterion in criteria.items()
     }
     return {

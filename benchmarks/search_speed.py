@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from evoprune.fitness.evaluator import Evaluator
+from evoprune.fitness.prepare import Prepared, Summary
 from evoprune.metrics.criterion import Metric
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.expression import Expression, parse
@@ -39,8 +40,8 @@ def measure() -> list[Figure]:
         config = resolve(
             overrides={"seed": seed, "racing.rungs": RUNGS, "data.heldout_windows": 16, "evaluations": 10_000}
         )
-        worker, evaluator, folder = reference_worker(seed=seed, rungs=RUNGS, statistics=config.statistics)
-        births, seconds, best = _search(config, worker, folder)
+        worker, evaluator, prepared = reference_worker(seed=seed, rungs=RUNGS, statistics=config.statistics)
+        births, seconds, best = _search(config, worker, prepared)
         naive_seconds, naive = _naive(births, evaluator)
         naive_best = min(naive, key=lambda losses: losses.mean().item())
         ours = evaluator_losses(evaluator, best)
@@ -61,7 +62,7 @@ def measure() -> list[Figure]:
     ]
 
 
-def _search(config: MetricSearchConfig, worker: object, folder: str) -> tuple[list[Expression], float, Expression]:
+def _search(config: MetricSearchConfig, worker: object, prepared: str) -> tuple[list[Expression], float, Expression]:
     """(expressions of all births, seconds, the best) of a real search, in this process, stopped after `BIRTHS`."""
     with tempfile.TemporaryDirectory() as scratch:
         run = RunDirectory.create("metric", config.model_dump(mode="json"), {}, run_dir=Path(scratch) / "run")
@@ -69,7 +70,8 @@ def _search(config: MetricSearchConfig, worker: object, folder: str) -> tuple[li
             with Progress(title="") as progress:
                 session = MetricRun(run, config, Resources(executor="inline"), progress)
                 executor = _Resident(worker)
-                search = session.build_search(session.identify(folder))
+                summary = Summary.from_json(Prepared.open(prepared).summary())
+                search = session.build_search(session.identify(summary))
                 loop = session.build_loop(search, executor)
                 began = time.perf_counter()
                 loop.run(Budget(None, expired=lambda: search.births >= BIRTHS))

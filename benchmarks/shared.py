@@ -11,10 +11,10 @@ from evoprune.search.config import DEFAULT_STATISTICS
 
 
 def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:
-    """(worker, its evaluator, prepared folder) on the reference model, one thread; statistics come from the cache."""
+    """(worker, its evaluator, name of the prepared set) on the reference model, one thread; statistics are cached."""
     torch.set_num_threads(1)
     settings: dict[str, object] = {"statistics": DEFAULT_STATISTICS, "heldout_windows": 16, **changes}
     context = EvaluationContext(**settings)  # type: ignore[arg-type]
     worker = MetricWorker(context)
-    folder = worker.handle("prepare", {})["folder"]
-    return worker, worker.evaluator(folder), folder
+    prepared = worker.handle("prepare", {})["name"]
+    return worker, worker.evaluator(prepared), prepared

@@ -34,9 +34,9 @@ context = EvaluationContext(
 )
 worker = MetricWorker(context)
 weights = sum(p.numel() * p.element_size() for p in worker.language_model.model.parameters())
-folder = worker.handle("prepare", {})["folder"]
+prepared = worker.handle("prepare", {})["name"]
 criterion = {"expression": ["mul", ["abs", "W"], ["mul", "X_l2", ["powc", "G_l2", {"e": 0.5}]]]}
-worker.handle("evaluate", {"folder": folder, "criterion": criterion, "thresholds": [], "max_tied": None})
+worker.handle("evaluate", {"prepared": prepared, "criterion": criterion, "thresholds": [], "max_tied": None})
 stop.set()
 print(json.dumps({"before": before, "peak": peak[0], "weights": weights}))
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from evoprune.fitness.parcels import require
 from evoprune.metrics.records import Group, MaskRule
 
 
@@ -26,6 +28,8 @@ class EvaluationContext:
         objective: name of the measure.
         sparsity, pattern, group: the mask rule.
         threads: torch threads on a CPU.
+        places: where `model`, `data` and `calibration` are on a cluster's nodes; see `pack_inputs`. No part of the
+            identity.
     """
 
     model: str = "reference"
@@ -47,6 +51,14 @@ class EvaluationContext:
     pattern: tuple[int, int] | None = None
     group: Group = "row"
     threads: int = 1
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, source: str) -> str:
+        """What to read for a model or a text on this node: `source` itself, or the parcel that holds it."""
+        if source not in self.places:
+            return source
+        name, _, inside = self.places[source].partition("/")
+        return str(require(name) / inside)
 
     @property
     def rule(self) -> MaskRule:

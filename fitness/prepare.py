@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import secrets
-import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from evoprune.fitness.cache import cache_folder
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
-from evoprune.fitness.statistics import Statistics, statistics_for
+from evoprune.fitness.parcels import find, link, packing, require
+from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
+from evoprune.fitness.statistics_store import stored_names
 from evoprune.fitness.teacher import Teacher, build_teacher, linear_head, window_losses
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.errors import InvalidInput
@@ -32,25 +35,32 @@ from evoprune.metrics.probe import Probe, spread_sites
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import STATISTICS
 
-FORMAT = "evoprune-prepared/1"
+FORMAT = "evoprune-prepared/2"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Where the shared files are, and what the driver wants to know of them.
+    """The shared files of a search on this node: a parcel.
 
     Attributes:
-        folder: holds ``prepared.json``, ``search.safetensors``, ``heldout.safetensors`` and ``probe.safetensors``.
-        facts: the content of ``prepared.json``: sites, hashes, sizes, measured times.
+        folder: holds ``prepared.json``, ``search.safetensors``, ``heldout.safetensors``, ``probe.safetensors``,
+            ``dense.safetensors`` and ``statistics``.
+        facts: the content of ``prepared.json``: sites, hashes, sizes.
     """
 
     folder: Path
     facts: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> Prepared:
-        """The prepared set in `folder`."""
+    def open(cls, name: str) -> Prepared:
+        """The prepared set of this name, fetched from the cluster if this node lacks it."""
+        folder = require(name)
         return cls(folder, json.loads((folder / "prepared.json").read_text()))
+
+    @property
+    def name(self) -> str:
+        """Names the content, on every node."""
+        return self.folder.name
 
     @property
     def sites(self) -> list[Site]:
@@ -60,11 +70,11 @@ class Prepared:
     @property
     def dense(self) -> Path:
         """File of the dense site weights."""
-        return Path(self.facts["dense"])
+        return self.folder / "dense.safetensors"
 
     def statistics(self) -> Statistics:
         """The calibration statistics."""
-        return Statistics.open(self.facts["statistics"], fingerprint=self.facts["fingerprint"])
+        return Statistics.open(self.folder / "statistics", fingerprint=self.facts["fingerprint"])
 
     def text(self, side: str) -> tuple[Tensor, Teacher]:
         """([n, w] token ids, their teacher) of ``search`` (text B) or ``heldout`` (text C)."""
@@ -76,13 +86,41 @@ class Prepared:
         """Slices of real weights and statistics, for rank signatures."""
         return Probe.load(self.folder / "probe.safetensors")
 
+    def summary(self) -> dict[str, Any]:
+        """What the driver, which may lack these files, wants to know of them, as JSON values; see `Summary`."""
+        probe = (self.folder / "probe.safetensors").read_bytes()
+        return {"name": self.name, "facts": self.facts, "probe": base64.b64encode(probe).decode()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the driver knows of a prepared set.
+
+    Attributes:
+        name: of the set, for jobs.
+        facts: see `Prepared`.
+        probe: slices of real weights and statistics, for rank signatures.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    probe: Probe
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Summary:
+        """What `Prepared.summary` gave."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "probe.safetensors"
+            path.write_bytes(base64.b64decode(values["probe"]))
+            return cls(values["name"], values["facts"], Probe.load(path))
+
 
 def prepare(
     language_model: LanguageModel,
     context: EvaluationContext,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Prepared:
-    """Compute what `context` needs, or find it in the cache.
+    """Compute what `context` needs, or find it in the cache of this node or in the cluster.
 
     Args:
         progress: told what runs, how much of it is done and how much there is.
@@ -94,73 +132,79 @@ def prepare(
     check_widths(language_model, context)
     windows = {
         "search": token_windows(
-            tokenizer, context.data, "B", window=context.window, count=context.rungs[-1], seed=context.seed
+            tokenizer,
+            context.place(context.data),
+            "B",
+            window=context.window,
+            count=context.rungs[-1],
+            seed=context.seed,
         ),
-        "heldout": token_windows(tokenizer, context.data, "C", window=context.window, count=context.heldout_windows),
+        "heldout": token_windows(
+            tokenizer, context.place(context.data), "C", window=context.window, count=context.heldout_windows
+        ),
     }
     calibration = token_windows(
         tokenizer,
-        context.calibration,
+        context.place(context.calibration),
         "A",
         window=context.calibration_window,
         count=context.calibration_sequences,
         seed=context.seed,
     )
     needs = (frozenset(context.statistics) & STATISTICS) | OBJECTIVES[context.objective].needs
-    statistics = statistics_for(
-        language_model, calibration, needs, progress=lambda done, total: progress("statistics", done, total)
-    )
-    dense = _dense_file(language_model)
     identity = {
         "format": FORMAT,
         "fingerprint": language_model.fingerprint,
         "dtype": str(language_model.model.dtype),
         "threads": torch.get_num_threads(),
-        "statistics": statistics.folder.name,
+        "statistics": [statistics_key(language_model, calibration), *sorted(stored_names(needs))],
         "windows": {side: content_hash(tokens.tolist()) for side, tokens in windows.items()},
         "probe": sorted(needs),
         "sparsity": context.rule.fraction,
     }
-    folder = cache_folder() / "prepared" / content_hash(identity)[:32]
-    if (folder / "prepared.json").exists():
-        return Prepared.open(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
+    prefix = f"prepared-{content_hash(identity)[:24]}"
+    known = find(prefix)
+    if known is not None:
+        return Prepared.open(known)
+    statistics = statistics_for(
+        language_model, calibration, needs, progress=lambda done, total: progress("statistics", done, total)
+    )
+    with packing(prefix) as packed:
+        folder = packed.folder
         head = linear_head(language_model.model, windows["search"][:1, :8].to(language_model.device))
         for side, tokens in windows.items():
             progress(f"teacher on {side} text", 0, len(tokens))
             teacher = build_teacher(language_model.model, head, tokens)
-            save_file({"windows": tokens, **teacher.tensors()}, partial / f"{side}.safetensors")
-        timed = windows["search"][: context.rungs[0]]
-        began = time.perf_counter()
-        window_losses(language_model.model, head, timed, None)
-        seconds_per_token = (time.perf_counter() - began) / timed.numel()
-        _build_probe(language_model, statistics, needs, context).save(partial / "probe.safetensors")
+            save_file({"windows": tokens, **teacher.tensors()}, folder / f"{side}.safetensors")
+        _build_probe(language_model, statistics, needs, context).save(folder / "probe.safetensors")
+        link(_dense_file(language_model), folder / "dense.safetensors")
+        for file in statistics.folder.iterdir():
+            link(file, folder / "statistics" / file.name)
         facts = {
             "identity": identity,
             "fingerprint": language_model.fingerprint,
-            "statistics": str(statistics.folder),
-            "dense": str(dense),
             "parameters": language_model.model.num_parameters(),
             "prunable": sum(bound.site.weights for bound in language_model.sites),
             "model_bytes": sum(p.numel() * p.element_size() for p in language_model.model.parameters()),
             "statistics_bytes": sum(file.stat().st_size for file in statistics.folder.iterdir()),
-            "teacher_bytes": (partial / "search.safetensors").stat().st_size,
-            "seconds_per_token": seconds_per_token,
+            "teacher_bytes": (folder / "search.safetensors").stat().st_size,
             "heldout_windows": len(windows["heldout"]),
             "sites": [_site_facts(bound.site) for bound in language_model.sites],
         }
-        (partial / "prepared.json").write_text(json.dumps(facts, indent=1))
-        try:
-            partial.rename(folder)
-        except OSError:
-            # Another process finished the same set first.
-            if not (folder / "prepared.json").exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Prepared.open(folder)
+        (folder / "prepared.json").write_text(json.dumps(facts, indent=1))
+    return Prepared.open(packed.name)
+
+
+def seconds_per_token(language_model: LanguageModel, windows: Tensor) -> float:
+    """How long this worker needs for a token of text: a measurement, so no part of what is prepared.
+
+    Args:
+        windows: [n, w] token ids to measure it on.
+    """
+    head = linear_head(language_model.model, windows[:1, :8].to(language_model.device))
+    began = time.perf_counter()
+    window_losses(language_model.model, head, windows, None)
+    return (time.perf_counter() - began) / windows.numel()
 
 
 def check_widths(language_model: LanguageModel, context: EvaluationContext) -> None:

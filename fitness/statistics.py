@@ -65,7 +65,7 @@ def statistics_for(
     stored = stored_names(names)
     settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
     place = (cache or cache_folder()) / "statistics"
-    key = content_hash(_identity(language_model, windows, settings))[:32]
+    key = statistics_key(language_model, windows, settings)
     for folder in sorted(place.glob(f"{key}-*")):
         held = Statistics.open(folder, fingerprint=language_model.fingerprint)
         if stored <= held.names:
@@ -75,6 +75,12 @@ def statistics_for(
     return collect_statistics(
         language_model, windows, stored, folder=folder, settings=settings, provenance=provenance, progress=progress
     )
+
+
+def statistics_key(language_model: LanguageModel, windows: Tensor, settings: PassSettings | None = None) -> str:
+    """Names what statistics are made from, whichever of them; arguments as in `statistics_for`."""
+    settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
+    return content_hash(_identity(language_model, windows, settings))[:32]
 
 
 def collect_statistics(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +10,10 @@ import torch
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.evaluator import Evaluator
 from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.numerics import numerics
 from evoprune.fitness.objectives import OBJECTIVES
-from evoprune.fitness.prepare import Prepared, prepare
+from evoprune.fitness.parcels import deliver
+from evoprune.fitness.prepare import Prepared, prepare, seconds_per_token
 from evoprune.fitness.teacher import WindowLosses, window_losses
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput
@@ -30,24 +32,25 @@ class MetricWorker:
     """Answers jobs about pruning metrics. The model is loaded at once, everything else when a job names it.
 
     Jobs (kind and payload):
-        prepare: nothing; returns the prepared folder.
-        evaluate: ``folder``, ``criterion``, ``thresholds``, ``max_tied``; returns fitness by rung.
-        heldout: ``folder``, ``criterion`` (None: the dense model); returns losses on text C, by window.
-        agreement: ``folder``, ``criterion``, ``others``; returns how far masks agree, by site.
+        prepare: nothing; returns the summary of the prepared set, and ``seconds_per_token``.
+        evaluate: ``prepared``, ``criterion``, ``thresholds``, ``max_tied``; returns fitness by rung.
+        heldout: ``prepared``, ``criterion`` (None: the dense model); returns losses on text C, by window.
+        agreement: ``prepared``, ``criterion``, ``others``; returns how far masks agree, by site.
 
-    A criterion is ``{"name": ...}`` or ``{"expression": nested lists}``.
+    ``prepared`` is the set's name. A criterion is ``{"name": ...}`` or ``{"expression": nested lists}``.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
         torch.set_num_threads(context.threads)
         self.context = context
-        self.language_model: LanguageModel = load_model(
-            context.model,
+        loaded = load_model(
+            context.place(context.model),
             dtype=context.dtype,
             device=context.device,
             revision=context.revision,
             trust_remote_code=context.trust_remote_code,
         )
+        self.language_model: LanguageModel = replace(loaded, name=context.model)
         self._prepared: Prepared | None = None
         self._evaluator: Evaluator | None = None
         self._evaluations = 0
@@ -70,10 +73,14 @@ class MetricWorker:
         return jobs[kind](payload)
 
     def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return {"folder": str(prepare(self.language_model, self.context).folder)}
+        prepared = prepare(self.language_model, self.context)
+        deliver(prepared.name)
+        windows, _ = prepared.text("search")
+        speed = seconds_per_token(self.language_model, windows[: self.context.rungs[0]])
+        return {**prepared.summary(), "seconds_per_token": speed}
 
     def _evaluate(self, payload: dict[str, Any]) -> dict[str, Any]:
-        evaluator = self.evaluator(payload["folder"])
+        evaluator = self.evaluator(payload["prepared"])
         self._evaluations += 1
         if self._evaluations % _CHECK_EVERY == 0:
             evaluator.restore()
@@ -86,7 +93,7 @@ class MetricWorker:
         )
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
-        evaluator = self.evaluator(payload["folder"])
+        evaluator = self.evaluator(payload["prepared"])
         assert self._prepared is not None
         windows, teacher = self._prepared.text("heldout")
 
@@ -108,7 +115,7 @@ class MetricWorker:
 
     def _agreement(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Intersection over union of the pruned sets of a criterion with those of others, by site."""
-        evaluator = self.evaluator(payload["folder"])
+        evaluator = self.evaluator(payload["prepared"])
         ours = {site.name: keep for site, keep in evaluator.masks(criterion_from(payload["criterion"]))}
         agreement: dict[str, dict[str, float]] = {}
         for name, other in payload["others"].items():
@@ -119,11 +126,14 @@ class MetricWorker:
                 agreement[name][site.name] = both / either if either else 1.0
         return {"agreement": agreement}
 
+    def numerics(self) -> dict[str, Any]:
+        """What tells whether another worker would give the same bits; see `evoprune.fitness.numerics`."""
+        return numerics(self.language_model)
+
     def evaluator(self, prepared: str) -> Evaluator:
-        """The resident model with what lies in the folder `prepared`; kept until another folder is named."""
-        folder = Path(prepared)
-        if self._evaluator is None or self._prepared is None or self._prepared.folder != folder:
-            self._prepared = Prepared.open(folder)
+        """The resident model with the prepared set of this name; kept until another is named."""
+        if self._evaluator is None or self._prepared is None or self._prepared.name != prepared:
+            self._prepared = Prepared.open(prepared)
             windows, teacher = self._prepared.text("search")
             self._evaluator = Evaluator(
                 self.language_model,

@@ -126,6 +126,9 @@ class MetricSearchConfig(_Section):
     deadline: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
         "auto", description="seconds after which a worker counts as hung; auto takes many times what it should need"
     )
+    numerics: Literal["strict", "relaxed"] = Field(
+        "strict", description="refuse workers whose numbers differ in any bit, or take them and say so"
+    )
 
     @field_validator("statistics")
     @classmethod

@@ -32,20 +32,20 @@ class Comparison:
     Args:
         config: of the run.
         identity: hash of everything that an evaluation depends on beside its candidate.
-        folder: of the prepared files.
+        prepared: name of the prepared set.
         search: at its end.
 
     Raises:
         InvalidInput: no candidate has a fitness.
     """
 
-    def __init__(self, config: MetricSearchConfig, identity: str, folder: str, search: MetricSearch) -> None:
+    def __init__(self, config: MetricSearchConfig, identity: str, prepared: str, search: MetricSearch) -> None:
         best = search.archive.best or search.best
         if best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
         self._config = config
         self._identity = identity
-        self._folder = folder
+        self._prepared = prepared
         self._search = search
         self._best = best
         self._rule = config.target.rule
@@ -59,12 +59,12 @@ class Comparison:
     def jobs(self) -> list[Job]:
         """What has to be measured: every entrant on held-out text, then the agreement of masks."""
         jobs = [
-            self._job("heldout", criterion, {"folder": self._folder, "criterion": criterion})
+            self._job("heldout", criterion, {"prepared": self._prepared, "criterion": criterion})
             for criterion in self._entrants.values()
         ]
         winner = self._entrants["winner"]
         others = {name: {"name": name} for name in _COMPARED_MASKS if name in self._entrants}
-        payload = {"folder": self._folder, "criterion": winner, "others": others}
+        payload = {"prepared": self._prepared, "criterion": winner, "others": others}
         return [*jobs, self._job("agreement", winner, payload)]
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -133,7 +133,6 @@ class Comparison:
                 raise EvopruneError(f"{folder / f'metric.{suffix}'} does not give the winner back")
 
     def _job(self, kind: str, criterion: dict[str, Any] | None, payload: dict[str, Any]) -> Job:
-        # The payload names a folder of this machine; the key must not.
         return Job(content_hash([self._identity, kind, criterion]), kind, payload)
 
     def _baseline(self, name: str, values: Mapping[str, Any], winner: Mapping[str, Any]) -> dict[str, Any]:

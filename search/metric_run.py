@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from evoprune.fitness.prepare import Prepared
+from evoprune.fitness.prepare import Summary
+from evoprune.fitness.travel import pack_inputs
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.exported import load_metric
@@ -18,6 +19,8 @@ from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
 from evoprune.search.archive import Archive
 from evoprune.search.config import MetricSearchConfig, validated
+from evoprune.search.engine.address import EXPOSURE, LOCAL
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.board_storage import check_storage
 from evoprune.search.engine.deadline import Deadline
@@ -44,6 +47,7 @@ _FIXED = {
     "config": "configuration",
     "code": "code of evoprune",
     "prepared": "model or data",
+    "files": "bits of the statistics or of the teacher (another processor, or another library)",
     "seeds": "metrics to start from",
 }
 
@@ -54,17 +58,24 @@ class Resources:
 
     Attributes:
         executor: Ray actors, or this process.
-        workers: number of workers; None takes one per processor core, or per GPU.
+        workers: number of workers; None takes one per processor core, or per GPU, of this machine or of the cluster.
         gpus_per_worker: GPUs of a worker, a fraction of one, or 0; None is 1 if there is a GPU.
         address: ``local`` for a private Ray instance, else a cluster's address.
         storage: Optuna storage URL; None keeps the board in the run folder.
+        insecure_cluster: use a cluster that asks for no token; see `evoprune.search.engine.address`.
     """
 
     executor: Literal["ray", "inline"] = "ray"
     workers: int | None = None
     gpus_per_worker: float | None = None
-    address: str = "local"
+    address: str = LOCAL
     storage: str | None = None
+    insecure_cluster: bool = False
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers run on nodes that may share nothing with this machine."""
+        return self.executor == "ray" and self.address != LOCAL
 
 
 class MetricRun:
@@ -85,8 +96,11 @@ class MetricRun:
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
+        self._seconds_per_token = 0.0
         self._deadline = Deadline(None, 0.0)
         self._prepared_facts: dict[str, Any] = {}
+        known = run.identity
+        self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
 
     def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
         """Search, measure, write ``result.json`` and the exports; the result.
@@ -115,12 +129,15 @@ class MetricRun:
             loop.run(budget)
             self._board.set_counters(dict(search.reasons))
             self._progress.phase("measuring on held-out text")
-            comparison = Comparison(self._config, self._identity, str(prepared.folder), search)
+            comparison = Comparison(self._config, self._identity, prepared.name, search)
             outcomes = self._ask(executor, comparison.jobs(), stopping)
             result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+            result["bit_reproducible"] = not self._admission.mixed
             comparison.export(self._run, result)
         finally:
             executor.close()
+            if self._admission.mixed:
+                self._run.add_identity(bit_reproducible=False)
             if hasattr(self, "_board"):
                 self._board.close()
             self._log.close()
@@ -128,18 +145,39 @@ class MetricRun:
         return result
 
     def _executor(self) -> Executor:
-        context = self._context.to_json()
-        if self._resources.executor == "inline":
-            return InlineExecutor(WORKER_FACTORY, context, threads=self._config.threads)
+        resources = self._resources
+        if resources.executor == "inline":
+            return InlineExecutor(
+                WORKER_FACTORY,
+                self._context.to_json(),
+                threads=self._config.threads,
+                admission=self._admission,
+            )
+        workers, gpus, places = resources.workers, resources.gpus_per_worker, {}
+        if resources.on_cluster:
+            self._progress.phase("packing the model and the texts for the cluster")
+            places = pack_inputs(self._context)
+            if resources.insecure_cluster:
+                self._progress.line(f"warning: --insecure-cluster: {resources.address} may be open, and {EXPOSURE}")
+        else:
+            workers, gpus = workers or _slots(gpus), _gpus(gpus)
         return RayExecutor(
             WORKER_FACTORY,
-            context,
-            workers=self._resources.workers or _slots(self._resources.gpus_per_worker),
-            gpus_per_worker=_gpus(self._resources.gpus_per_worker),
+            replace(self._context, places=places).to_json(),
+            workers=workers,
+            gpus_per_worker=gpus,
             threads=self._config.threads,
-            address=self._resources.address,
-            notify=self._run.events,
+            address=resources.address,
+            parcels=sorted({place.partition("/")[0] for place in places.values()}),
+            admission=self._admission,
+            notify=self._notify,
         )
+
+    def _notify(self, level: str, event: str, **fields: Any) -> None:
+        """To the run's log; a refused worker is told on the display too, for the search goes on without it."""
+        self._run.events(level, event, **fields)
+        if event == "worker_refused" and level == "warning":
+            self._progress.line(f"a worker was refused: {fields['error']}")
 
     def _ask(self, executor: Executor, jobs: Sequence[Job], stopping: Callable[[], bool]) -> list[Outcome]:
         """Outcomes of jobs in their order; those in the log are not run again.
@@ -161,7 +199,7 @@ class MetricRun:
             self._progress.update()
         return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
 
-    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Prepared:
+    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
         self._progress.phase("loading the model; collecting statistics and teacher (cached for the next run)")
         job = Job(f"prepare-{self._run.run_id}", "prepare", {})
@@ -178,28 +216,31 @@ class MetricRun:
         (outcome,) = arrived
         if outcome.status != "ok":
             raise failure(outcome)
-        return self.identify(outcome.values["folder"])
+        self._seconds_per_token = outcome.values["seconds_per_token"]
+        return self.identify(Summary.from_json(outcome.values))
 
-    def identify(self, folder: str) -> Prepared:
-        """Open what was prepared in `folder` and hold the run to it.
+    def identify(self, prepared: Summary) -> Summary:
+        """Hold the run to what was prepared.
 
         Raises:
             InvalidInput: the run began with another model, other data or other code.
         """
-        prepared = Prepared.open(Path(folder))
         self._prepared_facts = prepared.facts
-        self._deadline = Deadline(self._config.deadline, prepared.facts["seconds_per_token"])
+        self._deadline = Deadline(self._config.deadline, self._seconds_per_token)
         self._identity = content_hash(
             [
                 prepared.facts["identity"],
                 self._config.objective,
                 str(self._context.rule),
                 self._context.group,
+                prepared.name,
                 evaluation_code_hash(),
+                self._admission.expected if self._config.numerics == "strict" else None,
             ]
         )
         self._hold(
             prepared=content_hash(prepared.facts["identity"]),
+            files=prepared.name,
             seeds=content_hash({name: seed.to_json() for name, seed in self._seeds().items()}),
         )
         self._run.add_identity(
@@ -207,6 +248,8 @@ class MetricRun:
             parameters=prepared.facts["parameters"],
             prunable=prepared.facts["prunable"],
         )
+        if self._admission.expected is not None and "numerics" not in self._run.identity:
+            self._run.add_identity(numerics=dict(self._admission.expected))
         return prepared
 
     def _hold(self, **facts: str) -> None:
@@ -224,7 +267,7 @@ class MetricRun:
                 )
         self._run.add_identity(**facts)
 
-    def build_search(self, prepared: Prepared) -> MetricSearch:
+    def build_search(self, prepared: Summary) -> MetricSearch:
         """The search as the configuration asks for it, at its beginning."""
         config = self._config
         space = MetricSpace(config.terminals, self._context.group)
@@ -238,10 +281,10 @@ class MetricRun:
             searcher,
             archive,
             racing,
-            prepared.probe(),
+            prepared.probe,
             self._context.rule,
             seed=config.seed,
-            prepared=str(prepared.folder),
+            prepared=prepared.name,
             identity=self._identity,
             full_ladder=frozenset(BASELINES),
         )
@@ -305,7 +348,7 @@ class MetricRun:
             counters={"births": search.births, "answered without a forward pass": rejected},
         )
 
-    def _announce(self, prepared: Prepared, executor: Executor) -> None:
+    def _announce(self, prepared: Summary, executor: Executor) -> None:
         """What the search will cost, before it starts."""
         facts, config = prepared.facts, self._config
         memory = facts["model_bytes"] + facts["teacher_bytes"]
@@ -314,7 +357,7 @@ class MetricRun:
             (after - before) * config.racing.keep**rung
             for rung, (before, after) in enumerate(zip([0, *rungs], rungs, strict=False))
         )
-        seconds = config.evaluations * per_candidate * facts["seconds_per_token"] / max(executor.workers, 1)
+        seconds = config.evaluations * per_candidate * self._seconds_per_token / max(executor.workers, 1)
         limit = "" if config.minutes is None else f" (at most {config.minutes:g} min)"
         self._progress.line(
             f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, "

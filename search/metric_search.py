@@ -41,7 +41,7 @@ class MetricSearch:
         probe: real weights and statistics for rank signatures.
         rule: the mask rule.
         seed: of the run.
-        prepared: folder that evaluations read.
+        prepared: name of the prepared set that evaluations read.
         identity: hash of everything that an evaluation depends on beside its candidate.
         full_ladder: names of seeds that run every rung, because they stand in the result's table.
         dead: statistics that are zero almost everywhere; expressions that read them are rejected.
@@ -117,12 +117,12 @@ class MetricSearch:
 
     def _job(self, expression: Expression, thresholds: Sequence[float | None], max_tied: float | None) -> Job:
         payload = {
-            "folder": self._prepared,
+            "prepared": self._prepared,
             "criterion": {"expression": expression.to_json()},
             "thresholds": list(thresholds),
             "max_tied": max_tied,
         }
-        # Not the folder, which is a path of this machine.
+        # Not the prepared set's name: what it is made from is in the identity.
         key = content_hash([self._identity, payload["criterion"], payload["thresholds"]])
         return Job(key, "evaluate", payload)
 

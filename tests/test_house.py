@@ -28,7 +28,10 @@ FOLDERS = ("metrics", "fitness", "search")
 LAYERS = ("evoprune.metrics", "evoprune.fitness", "evoprune.search", "evoprune")
 HEAVY = {"torch", "transformers", "ray", "optuna", "deap", "sympy"}
 # These modules alone may import the package.
-ONLY_IN = {"ray": {"evoprune.search.engine.ray"}, "optuna": {"evoprune.search.engine.board"}}
+ONLY_IN = {
+    "ray": {"evoprune.search.engine.ray", "evoprune.search.engine.librarian"},
+    "optuna": {"evoprune.search.engine.board"},
+}
 # What the metrics must work without: an exported metric needs no model, no cluster and no search.
 NOT_IN_METRICS = {"transformers", "ray", "deap", "optuna"}
 # Text becomes code or objects through these; every parser here is our own or returns plain data.

@@ -25,6 +25,7 @@ from evoprune.options import (
     Dtype,
     ExecutorOption,
     GpusPerWorker,
+    InsecureCluster,
     Json,
     OptionalModel,
     Pattern,
@@ -139,6 +140,7 @@ def search_metric(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     address: Address = "local",
+    insecure_cluster: InsecureCluster = False,
     executor: ExecutorOption = "ray",
     threads: Annotated[
         int | None,
@@ -171,8 +173,8 @@ def search_metric(
         from evoprune.search.metric_run import Resources
         from evoprune.sessions import start
 
-        resources = Resources(executor, workers, gpus_per_worker, address, storage)
-        _finish(output, start(resolved, resources, run_dir=run_dir, argv=_command_line()))
+        resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
+        _finish(output, start(resolved, resources, run_dir=run_dir, argv=_command_line(storage)))
 
 
 def resume(
@@ -186,6 +188,7 @@ def resume(
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = None,
     address: Address = "local",
+    insecure_cluster: InsecureCluster = False,
     executor: ExecutorOption = "ray",
     storage: Storage = None,
     as_json: Json = False,
@@ -197,9 +200,9 @@ def resume(
         from evoprune.sessions import drive, fork_run
 
         directory = RunDirectory.open(run)
-        resources = Resources(executor, workers, gpus_per_worker, address, storage)
+        resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
         if fork:
-            argv = _command_line()
+            argv = _command_line(storage)
             directory = fork_run(directory, resources, assignments=settings or (), run_dir=run_dir, argv=argv)
         elif settings or run_dir is not None:
             raise InvalidInput("a resumed run keeps its options and its folder; --fork makes a new run that may differ")
@@ -208,8 +211,11 @@ def resume(
         _finish(output, directory)
 
 
-def _command_line() -> list[str]:
-    return ["evoprune", *sys.argv[1:]]
+def _command_line(storage: str | None) -> list[str]:
+    """The words of this command, for the run's record, without the password in `storage`."""
+    from evoprune.search.engine.board_storage import without_password
+
+    return ["evoprune", *(without_password(word, storage) for word in sys.argv[1:])]
 
 
 def _finish(output: Output, run: RunDirectory) -> None:

@@ -95,7 +95,13 @@ ExecutorOption = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    option("--workers", metavar="N", help="worker processes", panel=WORKERS, default="one per core, or per GPU"),
+    option(
+        "--workers",
+        metavar="N",
+        help="worker processes",
+        panel=WORKERS,
+        default="one per core, or per GPU, of the machine or cluster",
+    ),
 ]
 GpusPerWorker = Annotated[
     float | None,
@@ -110,7 +116,18 @@ GpusPerWorker = Annotated[
 Address = Annotated[
     str,
     typer.Option(
-        "--address", metavar="A", help="Ray cluster; local starts a private instance", rich_help_panel=WORKERS
+        "--address",
+        metavar="A",
+        help="Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local starts a private instance",
+        rich_help_panel=WORKERS,
+    ),
+]
+InsecureCluster = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-cluster",
+        help="use a cluster without a token: whoever reaches it can run code as you on its nodes",
+        rich_help_panel=WORKERS,
     ),
 ]
 Storage = Annotated[

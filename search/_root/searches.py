@@ -47,6 +47,7 @@ def search_metric(
     gpus_per_worker: float | None = None,
     address: str = "local",
     storage: str | None = None,
+    insecure_cluster: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Evolve a pruning metric and return the finished run. What is None has the value of `config`, else its default.
@@ -74,10 +75,11 @@ def search_metric(
         settings: any option by its dotted key, such as ``{"searcher.islands": 2}``; these win over all others.
         run_dir: the run's folder; by default one of its own in `runs`.
         executor: ``ray`` for worker processes, ``inline`` for this process.
-        workers: worker processes; None takes one per processor core, or per GPU.
+        workers: worker processes; None takes one per processor core, or per GPU, of the machine or cluster.
         gpus_per_worker: GPUs of each, or a fraction of one; None takes 1 if there is a GPU.
-        address: of a Ray cluster; ``local`` starts a private instance.
+        address: of a Ray cluster: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; ``local`` starts a private instance.
         storage: database URL for the Optuna study; None keeps it in the run's folder.
+        insecure_cluster: use a cluster that asks for no token: whoever reaches it can run code as you on its nodes.
         quiet: show no progress.
 
     Raises:
@@ -95,7 +97,7 @@ def search_metric(
     }  # fmt: skip
     files = [config] if isinstance(config, (str, Path)) else config
     resolved = metric_config(options, files=map(Path, files), settings=settings)
-    resources = Resources(executor, workers, gpus_per_worker, address, storage)
+    resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
 
 
@@ -110,6 +112,7 @@ def resume(
     gpus_per_worker: float | None = None,
     address: str = "local",
     storage: str | None = None,
+    insecure_cluster: bool = False,
     quiet: bool = False,
 ) -> Run:
     """Continue an interrupted run to its end, with the history it would have had without the interruption.
@@ -119,14 +122,15 @@ def resume(
         fork: start a new run with the same configuration that reuses the evaluations of this one.
         settings: options of the fork that differ, by dotted key, such as ``{"evaluations": 600}``.
         run_dir: the folder of the fork.
-        executor, workers, gpus_per_worker, address, storage, quiet: as in `search_metric`; they change no history.
+        executor, workers, gpus_per_worker, address, storage, insecure_cluster, quiet: as in `search_metric`; they
+            change no history.
 
     Raises:
         InvalidInput: no such run, another process drives it, or model, data or code changed since.
         Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     directory = (run if isinstance(run, Run) else Run(run)).directory
-    resources = Resources(executor, workers, gpus_per_worker, address, storage)
+    resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     if fork:
         return Run(fork_run(directory, resources, settings=settings, run_dir=run_dir, quiet=quiet))
     if settings or run_dir is not None:

@@ -12,6 +12,7 @@ from evoprune.configuration import check_names, metric_config
 from evoprune.metrics.errors import Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import write_atomically
 from evoprune.search.config import MetricSearchConfig
+from evoprune.search.engine.address import check_address
 from evoprune.search.engine.board_storage import check_storage
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.identity import git_commit, versions
@@ -31,6 +32,8 @@ def start(
     forked_from: RunDirectory | None = None,
 ) -> RunDirectory:
     """Make a run's folder and search to the end; a folder that bad input made useless is removed again."""
+    if resources.on_cluster:
+        check_address(resources.address, insecure=resources.insecure_cluster)
     check_names(config)
     if resources.storage is not None:
         check_storage(resources.storage)
@@ -77,6 +80,8 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     Raises:
         EvopruneError: where the run can go on, its message says how.
     """
+    if resources.on_cluster:
+        check_address(resources.address, insecure=resources.insecure_cluster)
     go_on = f"continue with `{resume_command(directory.path)}`"
     try:
         resume_metric_search(directory, resources, stream=io.StringIO() if quiet else None)

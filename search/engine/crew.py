@@ -6,11 +6,12 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from evoprune.metrics.errors import AuditFailed, NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import Dispatcher, Loss
 from evoprune.search.engine.executor import Job, Notify, Outcome
 from evoprune.search.engine.running import WorkerRecipe, last_line
@@ -38,6 +39,9 @@ class Crew:
         options: the resources of one actor, as Ray names them.
         notify: is told what happens to them.
         stall_seconds: how long to go on without any that is ready.
+        admission: decides who may take part.
+        librarian: the actor from which they get files that their node lacks.
+        elastic: whether `size` follows the cluster, by `grow`; a refused worker is then not replaced.
     """
 
     def __init__(
@@ -48,11 +52,16 @@ class Crew:
         options: dict[str, Any],
         notify: Notify,
         stall_seconds: float,
+        admission: Admission | None = None,
+        librarian: Any = None,
+        elastic: bool = False,
     ) -> None:
         self._ray = ray
-        self._actor_class = ray.remote(WorkerProcess).options(
-            max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD", **options
-        )
+        self._options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **options}
+        self._admission = admission or Admission("relaxed")
+        self._librarian = librarian
+        self._elastic = elastic
+        self._refused_nodes: set[str] = set()
         self._recipe = recipe
         self._notify = notify
         self._stall_seconds = stall_seconds
@@ -79,6 +88,18 @@ class Crew:
             "running": self._dispatcher.running,
             "deaths": self._deaths,
         }
+
+    @property
+    def size(self) -> int:
+        """How many workers there should be."""
+        return self._size
+
+    def grow(self) -> None:
+        """Have as many workers as the cluster has room for by now; those that are lost are replaced in any case."""
+        added = room(self._ray, self._options, self._refused_nodes) - self._size
+        if added > 0:
+            self._births += [0.0] * added
+            self._size += added
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Queue jobs."""
@@ -125,7 +146,11 @@ class Crew:
         self._births = [moment for moment in self._births if moment > now]
         for _ in due:
             worker = next(self._numbers)
-            self._actors[worker] = self._actor_class.remote(self._recipe)
+            options = dict(self._options)
+            if self._refused_nodes:
+                options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(self._refused_nodes))})"}
+            actor_class = self._ray.remote(WorkerProcess).options(**options)
+            self._actors[worker] = actor_class.remote(self._recipe, self._librarian)
             self._calls[self._actors[worker].ready.remote()] = worker
             self._starting.add(worker)
 
@@ -172,10 +197,26 @@ class Crew:
                 raise WorkersFailed(f"no worker can start: {answer['line']}") from WorkerTraceback(answer["error"])
             self._lose(worker, "died", answer["line"])
             return
+        refusal = self._admission.refusal(answer["code"], answer.pop("numerics"))
+        if refusal is not None:
+            self._turn_away(worker, answer["node_id"], f"{refusal} (worker on {answer['node']})")
+            return
         self._starting.discard(worker)
         self._pause, self._failures, self._refusals = 1.0, 0, 0
         self._dispatcher.add_worker(worker)
         self._notify("info", "worker_ready", worker=worker, **answer)
+
+    def _turn_away(self, worker: int, node: str, reason: str) -> None:
+        """Drop a worker that may not take part, and start none on its node again: it would be the same there."""
+        self._notify("warning", "worker_refused", worker=worker, error=reason)
+        self._refused_nodes.add(node)
+        self._starting.discard(worker)  # it started well: this is no failure to retry with a pause
+        self._lose(worker, "node", reason)
+        if self._elastic:
+            self._births.pop()
+            self._size -= 1
+        if len(self._actors) == len(self._starting) and not room(self._ray, self._options, self._refused_nodes):
+            raise WorkersFailed(f"no worker may take part: {reason}")
 
     def _lose(self, worker: int, loss: Loss, text: str) -> list[Outcome]:
         """Drop a worker, plan its replacement, and return what its loss settles."""
@@ -201,6 +242,29 @@ class Crew:
             self._available_at = time.monotonic()
         elif not self._draining and time.monotonic() - self._available_at > self._stall_seconds:
             raise NoCapacity(f"no worker for {self._stall_seconds:g} s: Ray has no room for one or none gets ready")
+
+
+def room(ray: Any, options: Mapping[str, Any], refused: Collection[str] = ()) -> int:
+    """How many workers with these resources the cluster's nodes hold in all, those of others included.
+
+    Args:
+        ray: the module, connected.
+        options: ``num_cpus`` and ``num_gpus`` of a worker.
+        refused: nodes that do not count.
+    """
+    total = 0
+    for node in ray.nodes():
+        if not node["Alive"] or node["NodeID"] in refused:
+            continue
+        cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
+        here = int(cpus / options["num_cpus"])
+        share = options["num_gpus"]
+        if 0 < share < 1:  # of one device, never of two
+            here = min(here, int(gpus) * int(1 / share + 1e-9))
+        elif share >= 1:
+            here = min(here, int(gpus / share))
+        total += here
+    return total
 
 
 def _loss(problem: Exception) -> Loss:

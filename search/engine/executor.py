@@ -92,6 +92,8 @@ class Worker(Protocol):
         """
         ...
 
+    # A worker may also have `numerics() -> dict`: `class`, `loss` and `bits`, by which `Admission` compares workers.
+
 
 class Executor(Protocol):
     """Evaluates jobs somewhere. Used from one thread; `close` is safe to call at any time and more than once."""

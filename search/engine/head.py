@@ -11,7 +11,7 @@ from evoprune.metrics.errors import NoCapacity
 LOOK_SECONDS = 5.0
 """Between two looks."""
 GONE_SECONDS = 30.0
-"""A head that has been away for so long is gone. Ray's own limit is 60 s: then it ends the process, with exit code 1."""
+"""A head that has been away for so long is gone. After 60 s Ray itself ends the process, with exit code 1."""
 CONNECT_SECONDS = 2.0
 """To wait for an answer."""
 

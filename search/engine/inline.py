@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evoprune.metrics.errors import NoCapacity
+from evoprune.metrics.errors import NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.executor import Executor, Job, Outcome, Worker
 from evoprune.search.engine.running import (
     SickWorker,
@@ -29,6 +30,7 @@ class InlineExecutor(Executor):
         threads: torch threads between `start` and `close`; None leaves them as they are.
         python_path: folders to import the factory from.
         environment: environment variables to set.
+        admission: decides whether this process may work on the run.
     """
 
     workers = 1
@@ -41,7 +43,9 @@ class InlineExecutor(Executor):
         threads: int | None = 1,
         python_path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        admission: Admission | None = None,
     ) -> None:
+        self._admission = admission
         self._recipe = WorkerRecipe(factory, context, threads, python_path, environment or {})
         self._threads_before: int | None = None
         self._worker: Worker | None = None
@@ -62,12 +66,13 @@ class InlineExecutor(Executor):
         Raises:
             NoCapacity: the device is broken for this process; a new one may go on.
             Exception: whatever the factory raises, as it is.
+            WorkersFailed: this process may not take part.
         """
         if not self._queue:
             return []
         if self._worker is None:
             self._threads_before = get_threads()
-            self._worker = self._recipe.build()
+            self._worker = self._admitted(self._recipe.build())
         key, job = next(iter(self._queue.items()))
         try:
             outcome = run_job(self._worker, job)
@@ -81,6 +86,14 @@ class InlineExecutor(Executor):
     def drain(self) -> None:
         """Forget the open jobs: between two calls of `poll` nothing runs."""
         self._queue.clear()
+
+    def _admitted(self, worker: Worker) -> Worker:
+        report = getattr(worker, "numerics", None)
+        if self._admission is not None and report is not None:
+            refusal = self._admission.refusal(None, report())
+            if refusal is not None:
+                raise WorkersFailed(f"no worker may take part: {refusal}")
+        return worker
 
     def counters(self) -> dict[str, int]:
         """See `Executor.counters`."""

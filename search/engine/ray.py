@@ -1,4 +1,4 @@
-"""Evaluate on Ray actors, on this machine or on a cluster. The only file that imports ray, and only when it starts.
+"""Evaluate on Ray actors, on this machine or on a cluster. Only this file and the librarian's import ray, at the start.
 
 Ray lives in one thread of its own, the keeper: it connects, feeds the workers, replaces the dead ones and shuts down.
 So the search never waits for Ray, workers never wait for the search, and Ray's processes, which end with the thread
@@ -8,24 +8,36 @@ that started them, end with the executor.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
 import secrets
+import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from evoprune.fitness import parcels as fitness_parcels
 from evoprune.metrics.errors import InvalidInput, WorkersFailed
 from evoprune.metrics.files import canonical_json
-from evoprune.search.engine.crew import Crew
+from evoprune.search.engine.address import LOCAL
+from evoprune.search.engine.admission import Admission
+from evoprune.search.engine.crew import Crew, room
 from evoprune.search.engine.executor import Executor, Job, Notify, Outcome
+from evoprune.search.engine.head import Head
+from evoprune.search.engine.librarian import RayCourier, engage, package_folder
 from evoprune.search.engine.running import WorkerRecipe, last_line
 from evoprune.search.engine.stdout import stdout_kept_clean
 
 OBJECT_STORE_BYTES = 200_000_000
 """Jobs and outcomes are small and models are shared through memory-mapped files, so Ray's own store stays small."""
 STALL_SECONDS = 600.0
+GROW_SECONDS = 2.0
+"""Between two looks at how many workers a cluster has room for."""
 
 _process_token = secrets.token_hex(32)
 """Ray reads its token once per process, so all private instances of a process use the same one."""
@@ -37,11 +49,15 @@ class RayExecutor(Executor):
     Args:
         factory: `"module:function"` that makes a worker from the context, in the actor.
         context: JSON data for the factory.
-        workers: how many actors.
-        gpus_per_worker: a fraction of a device or whole devices; 0 is CPU only.
+        workers: how many actors; None takes as many as a cluster has room for, and more as it grows. Those that have
+            no room wait until a node joins.
+        gpus_per_worker: a fraction of a device or whole devices; 0 is CPU only; None is 1 if the cluster has any.
         threads: torch threads of every worker.
-        address: `local` starts a private instance on this machine; anything else is a running cluster's address.
-            A Ray that this process is connected to already is used as it is.
+        address: `local` starts a private instance on this machine; anything else is a running cluster's address, and
+            this package and `parcels` are sent there. A Ray that this process is connected to already is used as it
+            is.
+        parcels: names of this machine's parcels that workers will ask for.
+        admission: decides which workers may take part; by default all that have this process's code.
         python_path: folders that actors import from first.
         environment: environment variables of the actors.
         notify: is told what happens to the workers, from the keeper's thread.
@@ -53,23 +69,27 @@ class RayExecutor(Executor):
         factory: str,
         context: dict[str, Any],
         *,
-        workers: int = 1,
-        gpus_per_worker: float = 0.0,
+        workers: int | None = 1,
+        gpus_per_worker: float | None = 0.0,
         threads: int = 1,
-        address: str = "local",
+        address: str = LOCAL,
+        parcels: Sequence[str] = (),
+        admission: Admission | None = None,
         python_path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         notify: Notify | None = None,
         stall_seconds: float | None = None,
     ) -> None:
-        if workers < 1:
+        if workers is not None and workers < 1:
             raise InvalidInput(f"--workers is {workers}; it must be at least 1")
-        if not (0 <= gpus_per_worker < 1 or gpus_per_worker in range(1, 1025)):
+        if not (gpus_per_worker is None or 0 <= gpus_per_worker < 1 or gpus_per_worker in range(1, 1025)):
             raise InvalidInput(f"--gpus-per-worker is {gpus_per_worker}; it must be below 1 or a whole number")
-        self.workers = workers
+        self._size = workers
+        self._gpus = gpus_per_worker
         self._recipe = WorkerRecipe(factory, context, threads, tuple(python_path), dict(environment or {}))
-        self._options = {"num_cpus": 1, "num_gpus": gpus_per_worker}
         self._address = address
+        self._parcels = tuple(parcels)
+        self._admission = admission
         self._notify: Notify = notify or (lambda *_, **__: None)
         self._stall_seconds = STALL_SECONDS if stall_seconds is None else stall_seconds
         self._unanswered: set[str] = set()
@@ -81,7 +101,8 @@ class RayExecutor(Executor):
         self._failure: BaseException | None = None
         self._keeper: threading.Thread | None = None
         self._surroundings = contextlib.ExitStack()
-        self._counters = {"ready": 0, "starting": workers, "running": 0, "deaths": 0}
+        self._counters = {"ready": 0, "starting": workers or 1, "running": 0, "deaths": 0}
+        self.workers = workers or 1
 
     def start(self) -> None:
         """Begin to start Ray and the workers, and return at once.
@@ -147,10 +168,12 @@ class RayExecutor(Executor):
     def _keep(self) -> None:
         """The keeper's thread, from the connection to Ray until `close`."""
         try:
-            gpus = self._options["num_gpus"]
-            with _connected(self._address, self.workers, gpus) as ray:
+            with _connected(self._address, self._size, self._gpus) as ray, self._libraried(ray) as librarian:
                 self._notify("info", "ray_started", logs=_log_folder(ray))
-                crew = Crew(ray, self._recipe, self.workers, self._options, self._notify, self._stall_seconds)
+                crew = self._crew(ray, librarian)
+                # A client of Ray speaks to a proxy, and need not reach the head.
+                head = None if self._address.startswith("ray://") else Head(ray.get_runtime_context().gcs_address)
+                look = time.monotonic() + GROW_SECONDS
                 try:
                     while not self._closing.is_set():
                         self._wake.clear()
@@ -159,13 +182,62 @@ class RayExecutor(Executor):
                             crew.drain()
                         for outcome in crew.step(self._wake):
                             self._outbox.put(outcome)
-                        self._counters = crew.counters()
+                        if head is not None:
+                            head.check()
+                        if self._size is None and time.monotonic() > look:
+                            crew.grow()
+                            look = time.monotonic() + GROW_SECONDS
+                        self._counters, self.workers = crew.counters(), crew.size
                 finally:
                     crew.dismiss()
         except BaseException as problem:
             self._failure = problem
         finally:
             self._outbox.put(None)
+
+    def _crew(self, ray: Any, librarian: Any) -> Crew:
+        """The crew with the resources that were asked for, or those that the cluster has."""
+        gpus = self._gpus
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        # Ray leaves all GPUs visible to an actor that asked for none.
+        hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+        recipe = replace(
+            self._recipe,
+            environment={**hidden, **self._recipe.environment},
+            gpu_share=gpus if 0 < gpus < 1 else 1.0,
+        )
+        crowded = self._address != LOCAL and not gpus
+        options = {"num_cpus": (recipe.threads or 1) if crowded else 1, "num_gpus": gpus}
+        self.workers = self._size or max(room(ray, options), 1)
+        return Crew(
+            ray,
+            recipe,
+            self.workers,
+            options,
+            self._notify,
+            self._stall_seconds,
+            self._admission,
+            librarian,
+            elastic=self._size is None,
+        )
+
+    @contextlib.contextmanager
+    def _libraried(self, ray: Any) -> Iterator[Any]:
+        """A librarian with this machine's parcels; None for a private instance, where all share one cache."""
+        if self._address == LOCAL:
+            yield None
+            return
+        librarian = engage(ray, over_client=self._address.startswith("ray://"))
+        fitness_parcels.set_courier(RayCourier(librarian))
+        try:
+            for name in self._parcels:
+                fitness_parcels.deliver(name)
+            yield librarian
+        finally:
+            fitness_parcels.set_courier(None)
+            with contextlib.suppress(Exception):
+                ray.kill(librarian)
 
     def _take_inbox(self) -> Iterator[Job]:
         with contextlib.suppress(queue.Empty):
@@ -174,7 +246,7 @@ class RayExecutor(Executor):
 
 
 @contextlib.contextmanager
-def _connected(address: str, workers: int, gpus_per_worker: float) -> Iterator[Any]:
+def _connected(address: str, workers: int | None, gpus_per_worker: float | None) -> Iterator[Any]:
     """Connect to Ray, or start it; yields the module, and undoes what it did.
 
     Raises:
@@ -188,24 +260,22 @@ def _connected(address: str, workers: int, gpus_per_worker: float) -> Iterator[A
     if ray.is_initialized():
         yield ray
         return
-    private: dict[str, Any] = {
-        "num_cpus": workers,
-        "include_dashboard": False,
-        "object_store_memory": OBJECT_STORE_BYTES,
-    }
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any]
+        if address == LOCAL:
+            options = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        else:
+            options = {"runtime_env": stack.enter_context(_shipment())}
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as problem:
+            place = "on this machine" if address == LOCAL else f"at {address}"
+            lacks = isinstance(problem, ImportError) and address.startswith("ray://")
+            hint = "; ray:// needs pip install 'ray[client]'" if lacks else ""
+            raise WorkersFailed(f"Ray does not start {place}: {last_line(str(problem))}{hint}") from problem
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **(private if address == "local" else {}),
-        )
-    except Exception as problem:
-        place = "on this machine" if address == "local" else f"at {address}"
-        raise WorkersFailed(f"Ray does not start {place}: {last_line(str(problem))}") from problem
-    try:
-        if address == "local":
-            _check_gpus(ray.cluster_resources().get("GPU", 0.0), workers, gpus_per_worker)
+        if address == LOCAL:
+            _check_gpus(ray.cluster_resources().get("GPU", 0.0), workers or 1, gpus_per_worker or 0.0)
         yield ray
     finally:
         ray.shutdown()
@@ -216,7 +286,7 @@ def _private_settings(address: str) -> Iterator[None]:
     """Environment that a private instance wants: a token of its own, so that none is written to HOME; no reports."""
     wanted = {"RAY_USAGE_STATS_ENABLED": "0"}
     known = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}
-    if address == "local" and not known & os.environ.keys():
+    if address == LOCAL and not known & os.environ.keys():
         wanted["RAY_AUTH_TOKEN"] = _process_token
     # Ray sets RAY_AUTH_MODE itself, which the next private instance must not take for the user's choice.
     absent = [name for name in {*wanted, *known} if name not in os.environ]
@@ -226,6 +296,28 @@ def _private_settings(address: str) -> Iterator[None]:
     finally:
         for name in absent:
             os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _shipment() -> Iterator[dict[str, Any]]:
+    """A runtime environment that brings this package to the nodes; empty if the job that this is part of brings it.
+
+    Ray names the upload by its content, so a changed file reaches nodes that have an older copy.
+    """
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    if "py_modules" in job:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="evoprune-") as scratch:
+        folder = package_folder(Path(scratch))
+        yield {"py_modules": [str(folder)], "excludes": ["**/__pycache__", "**/*.pyc"]}
+
+
+def current_cluster() -> str | None:
+    """``host:port`` of the cluster that `ray start` began on this machine, None if there is none."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address("auto")
 
 
 def _check_gpus(present: float, workers: int, gpus_per_worker: float) -> None:

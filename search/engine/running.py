@@ -40,6 +40,7 @@ class WorkerRecipe:
             run's identity.
         python_path: folders to import from, before all others.
         environment: environment variables to set before the factory is imported.
+        gpu_share: of a GPU's memory that the worker may take, where several share one; Ray does not see to that.
     """
 
     factory: str
@@ -47,6 +48,7 @@ class WorkerRecipe:
     threads: int | None = 1
     python_path: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    gpu_share: float = 1.0
 
     def build(self) -> Worker:
         """The worker, made in this process. The thread count and the environment are those of the process."""
@@ -56,6 +58,8 @@ class WorkerRecipe:
         factory = getattr(importlib.import_module(module), function)
         if self.threads is not None:
             set_threads(self.threads)
+        if self.gpu_share < 1:
+            set_gpu_share(self.gpu_share)
         return factory(json.loads(canonical_json(self.context)))
 
 
@@ -70,6 +74,13 @@ def set_threads(threads: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(threads)
+
+
+def set_gpu_share(share: float) -> None:
+    """Let this process take at most `share` of its GPU's memory, if torch is loaded and there is one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def run_job(worker: Worker, job: Job) -> Outcome:
