@@ -17,10 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
+from evoprune.cli import main
 from evoprune.search.engine import ray as engine_ray
 from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.rundir import RunDirectory, list_runs
+from tests.door.conftest import CONFIG
+from tests.models import save_tiny
 from tests.search.planted import Session
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +91,11 @@ class Nodes:
 
     def shutdown(self) -> None:
         self.cluster.shutdown()
+
+    def abandon(self) -> None:
+        """End every process of a cluster that has lost its head, which could not take its leave."""
+        for node in (self.cluster.head_node, *self.nodes):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +198,7 @@ def test_drivers_are_killed_at_random_instants(nodes: Nodes, undisturbed: bytes,
     chance = random.Random(1)
     run = Run(tmp_path, address=nodes.address, seconds=0.02)
     for kill in range(20):
-        process = run.start(workers=(1, 2, 3, 4)[kill % 4])
+        process = run.start(workers=(1, 2, 1, 3)[kill % 4])
         if kill % 4 == 3:
             time.sleep(chance.uniform(0.5, 8.0))
         else:
@@ -206,7 +216,7 @@ def test_drivers_are_killed_at_random_instants(nodes: Nodes, undisturbed: bytes,
 def test_workers_are_killed_while_they_work(nodes: Nodes, undisturbed: bytes, tmp_path: Path) -> None:
     """50 kills, each in the middle of an evaluation, which another worker then does."""
     run = Run(tmp_path, address=nodes.address, seconds=0.1)
-    process = run.start(workers=4)
+    process = run.start(workers=3)
     seen, kills = 0, 0
     while kills < 50:
         assert process.poll() is None, (kills, run.errors.read_text()[-2000:])
@@ -235,3 +245,82 @@ def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: bytes, tm
     assert run.end() == 0, run.errors.read_text()[-2000:]
     check(run, undisturbed)
     assert {event["loss"] for event in run.events("worker_lost")} >= {"node"}
+
+
+def test_a_head_that_is_gone_ends_the_driver_resumably(environment: None, undisturbed: bytes, tmp_path: Path) -> None:
+    """Left alone, Ray would end the process after a minute, with exit code 1 and without a word."""
+    nodes = Nodes(1)
+    try:
+        run = Run(tmp_path, address=nodes.address, seconds=0.3)
+        run.start(workers=1)
+        assert run.wait_for(5)
+        nodes.kill_head()
+        assert run.end() == 75, run.errors.read_text()[-2000:]
+        assert "NoCapacity: the head of the Ray cluster" in run.errors.read_text()
+    finally:
+        nodes.abandon()
+    assert 5 <= run.finished < EVALUATIONS
+    run.start(workers=0, seconds=0)
+    assert run.end() == 0, run.errors.read_text()[-2000:]
+    check(run, undisturbed)
+
+
+def test_without_room_on_the_cluster_the_command_ends_resumably(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine_ray, "STALL_SECONDS", 5.0)
+    run = tmp_path / "run"
+    words = ["search", "metric", "--address", nodes.address, "--gpus-per-worker", "1", "--run-dir", str(run)]
+    assert main(words) == 75
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "no worker for 5 s" in last
+    assert last.endswith(f"continue with `evoprune resume {run}`")
+    assert RunDirectory(run).state == "interrupted"
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Words that make a search one of seconds."""
+    config = tmp_path / "small.yaml"
+    config.write_text(CONFIG)
+    return [str(save_tiny(tmp_path / "model")), "--config", str(config)]
+
+
+def test_searches_share_a_cluster_a_cache_and_a_storage(
+    nodes: Nodes, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at once, from one folder and with a cold cache: each gives what it gives alone."""
+    monkeypatch.chdir(tmp_path)
+    storage = f"sqlite:///{tmp_path / 'board.db'}"
+    shared = ["--address", nodes.address, "--workers", "1", "--storage", storage]
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("EVOPRUNE_RUNS", str(tmp_path / "runs"))
+    command = [sys.executable, "-m", "evoprune", "search", "metric", *tiny]
+    together = [
+        subprocess.Popen([*command, *shared, "--seed", str(seed)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for seed in (1, 2)
+    ]
+    for process in together:
+        _, errors = process.communicate(timeout=2 * PATIENCE)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    runs = {run.config["seed"]: run for run in list_runs()}
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "other-cache"))
+    for seed in (1, 2):
+        alone = tmp_path / f"alone-{seed}"
+        words = [*command, "--executor", "inline", "--seed", str(seed), "--run-dir", str(alone)]
+        subprocess.run(words, check=True, capture_output=True)
+        assert (runs[seed].path / "history.jsonl").read_bytes() == (alone / "history.jsonl").read_bytes()
+        study = optuna.load_study(study_name=runs[seed].run_id, storage=storage)
+        assert len(study.trials) == sum("rungs" in line for line in runs[seed].history())
+        assert not any(hides_a_secret(path) for path in runs[seed].path.rglob("*") if path.is_file())
+
+
+def hides_a_secret(path: Path) -> bool:
+    """Whether a file holds the cluster's token, or looks like a pickle."""
+    data = path.read_bytes()
+    return engine_ray._process_token.encode() in data or data[:2] in (
+        b"\x80\x02",
+        b"\x80\x03",
+        b"\x80\x04",
+        b"\x80\x05",
+    )
