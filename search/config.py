@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS, TERMINALS
 
@@ -96,7 +97,7 @@ class TargetConfig(_Section):
 class RacingConfig(_Section):
     """More tokens for fewer candidates."""
 
-    rungs: tuple[int, ...] = Field((4, 16, 64), description="windows of text B seen up to each rung")
+    rungs: tuple[int, ...] = Field((4, 16, 64, 192), description="windows of text B seen up to each rung")
     keep: float = Field(0.25, gt=0, le=1, description="share that goes on to the next rung")
     uniform: float = Field(0.1, ge=0, le=1, description="share that goes on whatever its fitness")
 
@@ -148,6 +149,9 @@ class MetricSearchConfig(_Section):
     window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")
     threads: int = Field(1, ge=1, description="torch threads of a worker on a CPU; part of a run's identity")
     seed_from: str | None = Field(None, description="exported metric or run to start from")
+    deadline: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto", description="seconds after which a worker counts as hung; auto takes many times what it should need"
+    )
     numerics: Literal["strict", "relaxed"] = Field(
         "strict", description="refuse workers whose numbers differ in any bit, or take them and say so"
     )
@@ -175,6 +179,11 @@ class MetricSearchConfig(_Section):
         if self.evaluations is None and self.minutes is None:
             raise ValueError("a search needs an end: give --evaluations, --minutes or both")
         return self
+
+    @property
+    def identity(self) -> str:
+        """Hash of every option that a birth depends on: all but how long things may take."""
+        return content_hash(self.model_dump(mode="json", exclude={"minutes", "deadline"}))
 
     @property
     def terminals(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 import evoprune.fitness
 import evoprune.metrics
@@ -27,17 +28,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-@cache
 def code_hash() -> str:
-    """sha256 over evoprune's own source files, whatever folder they lie in; those of the door change no result."""
+    """sha256 over the source files that a search depends on: all of evoprune but its door."""
+    return _hash_of(evoprune.metrics, evoprune.fitness, evoprune.search)
+
+
+def evaluation_code_hash() -> str:
+    """sha256 over the source files that the fitness of a given candidate depends on."""
+    return _hash_of(evoprune.metrics, evoprune.fitness)
+
+
+@cache
+def _hash_of(*packages: ModuleType) -> str:
+    """sha256 over the packages' source files, whatever folders they lie in."""
     digest = hashlib.sha256()
-    for package in (evoprune.metrics, evoprune.fitness, evoprune.search):
+    for package in packages:
         root = Path(package.__path__[0])
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-            if path.relative_to(root).parts[0] == "_root":  # a wheel has it elsewhere
-                continue
-            digest.update(f"{package.__name__}/{path.relative_to(root).as_posix()}\n".encode())
-            digest.update(path.read_bytes())
+        files = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+        for name, path in sorted(files.items()):
+            if not name.startswith("_root/"):  # the door lies here in a checkout, and elsewhere once installed
+                digest.update(f"{package.__name__}/{name}\n".encode())
+                digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from evoprune.metrics.errors import Interrupted
@@ -69,8 +69,9 @@ class Budget:
     Attributes:
         evaluations: births with a forward pass; None for no limit.
         expired: asked before each birth; true once the time is over. Births that were begun are then finished.
-        stopping: true once the user wants the search to stop. It stops where it is: finishing births without replacing
-            them would make a resumed search differ from one that was never stopped.
+        stopping: true once the user wants the search to stop. What runs is finished and kept, but no birth is applied
+            any more: applying births without replacing them would make a resumed search differ from one that was
+            never stopped.
     """
 
     evaluations: int | None
@@ -87,6 +88,8 @@ class BirthLoop:
         log: outcomes by job key, on disk; jobs found there are not run again.
         run: where history and state go.
         window: evaluated births that may wait for results.
+        deadline: seconds after which a job is given up, or None. It is asked when the job is submitted, and is no part
+            of the birth: it depends on the machine.
         on_applied: told each birth, its history line and its outcome, after they are applied.
         on_poll: called whenever the loop has waited.
     """
@@ -99,6 +102,7 @@ class BirthLoop:
         run: RunDirectory,
         *,
         window: int = 16,
+        deadline: Callable[[Job], float | None] = lambda job: None,
         on_applied: Callable[[Birth, dict[str, Any], Outcome | None], None] = lambda birth, line, outcome: None,
         on_poll: Callable[[], None] = lambda: None,
     ) -> None:
@@ -108,11 +112,11 @@ class BirthLoop:
         self._log = log
         self._run = run
         self._window = window
+        self._deadline = deadline
         self._on_applied = on_applied
         self._on_poll = on_poll
         self._pending: deque[Birth] = deque()
         self._waiting = 0
-        self._outcomes: dict[str, Outcome] = {}
         self._lines: list[str] = []
         self._applied = 0
 
@@ -133,18 +137,18 @@ class BirthLoop:
 
         Raises:
             Interrupted: `budget.stopping` became true; what was applied is committed, what was finished is logged.
+            Exception: what the executor raises; the same holds. After any other exception, such as one that a signal
+                raises in the middle of a step, the last commit stands, and the log knows the evaluations since.
         """
-        try:
-            while True:
-                while self._waiting < self._window and not self._spent(budget):
-                    birth = self.search.next_birth()
-                    self.evaluations += birth.job is not None
-                    self._enqueue(birth)
-                if not self._pending:
-                    break
-                self._apply_oldest(budget)
-        finally:
-            self.commit()
+        while True:
+            while self._waiting < self._window and not self._spent(budget):
+                birth = self.search.next_birth()
+                self.evaluations += birth.job is not None
+                self._enqueue(birth)
+            if not self._pending:
+                break
+            self._apply_oldest(budget)
+        self.commit()
 
     def commit(self) -> None:
         """Put history and state on disk."""
@@ -167,25 +171,19 @@ class BirthLoop:
         if birth.job is None:
             return
         self._waiting += 1
-        known = self._log.get(birth.job.key)
-        if known is None:
-            self._executor.submit([birth.job])
-        else:
-            self._outcomes[birth.job.key] = known
+        if birth.job.key not in self._log:
+            self._executor.submit([replace(birth.job, deadline=self._deadline(birth.job))])
 
     def _apply_oldest(self, budget: Budget) -> None:
         """Apply the oldest birth, after waiting for its result if need be."""
         birth = self._pending[0]
         outcome = None
         if birth.job is not None:
-            while birth.job.key not in self._outcomes:
-                if budget.stopping():
-                    raise Interrupted("stopped by the user; everything finished is saved")
-                for arrived in self._executor.poll(timeout=0.2):
-                    self._log.append(arrived.key, arrived)
-                    self._outcomes[arrived.key] = arrived
-                self._on_poll()
-            outcome = self._outcomes.pop(birth.job.key)
+            try:
+                outcome = self._wait_for(birth.job.key, budget)
+            except BaseException:
+                self.commit()  # only here: no birth is half applied while its result is awaited
+                raise
             self._waiting -= 1
         self._pending.popleft()
         line = self.search.apply(birth, outcome)
@@ -194,3 +192,30 @@ class BirthLoop:
         self._on_applied(birth, line, outcome)
         if self._applied % COMMIT_EVERY == 0:
             self.commit()
+
+    def _wait_for(self, key: str, budget: Budget) -> Outcome:
+        """The outcome of a job, and on the way those of others, into the log."""
+        while (outcome := self._log.get(key)) is None:
+            if budget.stopping():
+                self.commit()  # before the wait for what runs, which whoever stops us may cut short
+                finish_running(self._executor, self._log, self._on_poll)
+                raise Interrupted("stopped by the user; everything finished is saved")
+            take_finished(self._executor, self._log)
+            self._on_poll()
+        return outcome
+
+
+def take_finished(executor: Executor, log: EvaluationLog) -> None:
+    """Wait a moment, and put what has finished on disk."""
+    for outcome in executor.poll(timeout=0.2):
+        log.append(outcome.key, outcome)
+
+
+def finish_running(executor: Executor, log: EvaluationLog, on_poll: Callable[[], None]) -> None:
+    """Let what runs come to its end and put it on disk; what waits stays undone."""
+    executor.drain()
+    running = True
+    while running:
+        running = executor.counters()["running"] > 0  # first this: what ends between the two is taken still
+        take_finished(executor, log)
+        on_poll()

@@ -13,7 +13,7 @@ from typing import Any, Literal, TextIO
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.travel import pack_inputs
 from evoprune.metrics.criterion import CRITERIA, Metric
-from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
+from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
@@ -22,13 +22,14 @@ from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.engine.address import EXPOSURE, LOCAL
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.board_storage import check_storage
+from evoprune.search.engine.deadline import Deadline
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.engine.ray import RayExecutor
-from evoprune.search.identity import code_hash, git_commit, versions
-from evoprune.search.loop import BirthLoop, Budget
+from evoprune.search.identity import code_hash, evaluation_code_hash, git_commit, versions
+from evoprune.search.loop import BirthLoop, Budget, finish_running, take_finished
 from evoprune.search.metric_result import BASELINES, Comparison, failure, invalid_input
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.progress import Progress
@@ -41,8 +42,14 @@ from evoprune.search.watch import Watch
 
 WORKER_FACTORY = "evoprune.fitness.worker:build"
 
-# Facts of a run that must not change between its sessions.
-_FIXED = ("prepared", "code", "files")
+# Facts of a run that must not change between its sessions, and what they are called.
+_FIXED = {
+    "config": "configuration",
+    "code": "code of evoprune",
+    "prepared": "model or data",
+    "files": "bits of the statistics or of the teacher (another processor, or another library)",
+    "seeds": "metrics to start from",
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,9 @@ class MetricRun:
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
+        self._seconds_per_token = 0.0
+        self._deadline = Deadline(None, 0.0)
+        self._prepared_facts: dict[str, Any] = {}
         known = run.identity
         self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
 
@@ -100,6 +110,7 @@ class MetricRun:
             Interrupted: `stopping` became true; the run can be resumed.
             InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
         """
+        self._hold(config=self._config.identity, code=code_hash())
         executor = self._executor()
         try:
             self._watch.starting(executor)
@@ -176,19 +187,18 @@ class MetricRun:
             Interrupted: `stopping` became true.
             InvalidInput: a job failed.
         """
-        found = {job.key: known for job in jobs if (known := self._log.get(job.key)) is not None}
-        missing = [job for job in jobs if job.key not in found]
-        executor.submit(missing)
-        waiting = {job.key for job in missing}
+        tokens = self._prepared_facts["heldout_windows"] * self._config.data.window
+        missing = {job.key: job for job in jobs if job.key not in self._log}
+        executor.submit(replace(job, deadline=self._deadline.seconds(tokens)) for job in missing.values())
+        waiting = set(missing)
         while waiting:
             if stopping():
+                finish_running(executor, self._log, self._progress.update)
                 raise Interrupted("stopped by the user; everything finished is saved")
-            for outcome in executor.poll(0.2):
-                self._log.append(outcome.key, outcome)
-                found[outcome.key] = outcome
-                waiting.discard(outcome.key)
+            take_finished(executor, self._log)
+            waiting = {key for key in waiting if key not in self._log}
             self._watch.tick()
-        return [found[job.key] for job in jobs]
+        return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
 
     def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
@@ -216,35 +226,47 @@ class MetricRun:
         Raises:
             InvalidInput: the run began with another model, other data or other code.
         """
+        self._prepared_facts = prepared.facts
+        self._deadline = Deadline(self._config.deadline, self._seconds_per_token)
         self._identity = content_hash(
-            [prepared.facts["identity"], self._config.objective, str(self._context.rule), self._context.group]
+            [
+                prepared.facts["identity"],
+                self._config.objective,
+                str(self._context.rule),
+                self._context.group,
+                prepared.name,
+                evaluation_code_hash(),
+                self._admission.expected if self._config.numerics == "strict" else None,
+            ]
         )
-        facts = {
-            "prepared": content_hash(prepared.facts["identity"]),
-            "code": code_hash(),
-            "files": prepared.name,
-        }
-        known = self._run.identity
-        for name in _FIXED:
-            if name in known and known[name] != facts[name]:
-                what = {
-                    "prepared": "model or data",
-                    "code": "code",
-                    "files": "bits of the statistics or of the teacher (another processor, or another library)",
-                }[name]
-                raise InvalidInput(
-                    f"the {what} changed since this run began: `evoprune resume {self._run.path} --fork` starts a new "
-                    "run with the same configuration"
-                )
+        self._hold(
+            prepared=content_hash(prepared.facts["identity"]),
+            files=prepared.name,
+            seeds=content_hash({name: seed.to_json() for name, seed in self._seeds().items()}),
+        )
         self._run.add_identity(
-            **facts,
             model_fingerprint=prepared.facts["fingerprint"],
             parameters=prepared.facts["parameters"],
             prunable=prepared.facts["prunable"],
         )
-        if self._admission.expected is not None and "numerics" not in known:
+        if self._admission.expected is not None and "numerics" not in self._run.identity:
             self._run.add_identity(numerics=dict(self._admission.expected))
         return prepared
+
+    def _hold(self, **facts: str) -> None:
+        """Hold the run to what it began with.
+
+        Raises:
+            InvalidInput: a fact is not what it was.
+        """
+        known = self._run.identity
+        for name, value in facts.items():
+            if known.get(name, value) != value:
+                raise InvalidInput(
+                    f"the {_FIXED[name]} changed since this run began, so it cannot go on as before: undo the "
+                    f"change, or `evoprune resume {self._run.path} --fork` starts a new run that reuses what holds"
+                )
+        self._run.add_identity(**facts)
 
     def build_search(self, prepared: Summary) -> MetricSearch:
         """The search as the configuration asks for it, at its beginning."""
@@ -301,12 +323,18 @@ class MetricRun:
             self._log,
             self._run,
             window=self._config.window,
-            on_applied=lambda birth, line, outcome: self._watch.applied(line, outcome),
+            deadline=lambda job: self._deadline.seconds(self._config.racing.rungs[-1] * self._config.data.window),
+            on_applied=lambda birth, line, outcome: self._applied(line, outcome),
             on_poll=self._watch.tick,
         )
         loop.restore()
         self._watch.searching(search, loop, self._run.history(), self._log.outcomes())
         return loop
+
+    def _applied(self, line: Mapping[str, Any], outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._deadline.observe(outcome)
+        self._watch.applied(line, outcome)
 
     def _announce(self, prepared: Summary, executor: Executor) -> None:
         """What the search will cost, before it starts."""
@@ -393,8 +421,8 @@ def _session(run: RunDirectory, config: MetricSearchConfig, resources: Resources
     ):
         try:
             MetricRun(run, config, resources, progress).execute(stopping)
-        except Interrupted:
-            run.events("info", "interrupted")
+        except (Interrupted, NoCapacity, KeyboardInterrupt) as reason:
+            run.events("info", "interrupted", reason=str(reason) or "stopped at once")
             raise
         except BaseException as error:
             run.events("error", "failed", error=f"{type(error).__name__}: {error}")

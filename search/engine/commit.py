@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 BOOKKEEPING = ("schema", "history_bytes", "history_sha256", "arrays")
 """Keys of `state.json` that are not the search's."""
+_ANEW = "`evoprune resume RUN --fork` starts a new run that reuses its evaluations"
 
 
 class CommittedState:
@@ -53,7 +54,8 @@ class CommittedState:
         committed = self._read_history(size)
         self._digest = hashlib.sha256(committed)
         if len(committed) < size or (record and record["history_sha256"] != self._digest.hexdigest()):
-            raise InvalidInput(f"{self._history_path} is not the one that {self._state_path.name} was written for")
+            name = self._state_path.name
+            raise InvalidInput(f"{self._history_path} is not the one that {name} was written for; {_ANEW}")
         with disk_errors(self._history_path):
             if self._history is not None:
                 self._history.close()
@@ -142,12 +144,9 @@ class CommittedState:
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            raise InvalidInput(f"{self._state_path} is damaged: it is not what evoprune wrote") from None
+            raise InvalidInput(f"{self._state_path} is damaged; {_ANEW}") from None
         if schema != SCHEMA:
-            raise InvalidInput(
-                f"{self._state_path} has schema {schema}, this version reads {SCHEMA}; "
-                "`evoprune resume RUN --fork` starts a new run that reuses its evaluations"
-            )
+            raise InvalidInput(f"{self._state_path} has schema {schema}, this version reads {SCHEMA}; {_ANEW}")
         return record
 
     def _read_history(self, size: int) -> bytes:

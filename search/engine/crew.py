@@ -9,12 +9,12 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from evoprune.metrics.errors import NoCapacity, WorkersFailed
+from evoprune.metrics.errors import AuditFailed, NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import Dispatcher, Loss
 from evoprune.search.engine.executor import Job, Notify, Outcome
-from evoprune.search.engine.running import WorkerRecipe
+from evoprune.search.engine.running import WorkerRecipe, last_line
 from evoprune.search.engine.worker_process import WorkerProcess
 
 LONGEST_PAUSE = 30.0
@@ -76,6 +76,7 @@ class Crew:
         self._refusals = 0  # those among them whose factory raised
         self._size = size
         self._deaths = 0
+        self._draining = False
         self._available_at = time.monotonic()
 
     def counters(self) -> dict[str, int]:
@@ -104,6 +105,11 @@ class Crew:
         """Queue jobs."""
         self._dispatcher.submit(jobs)
 
+    def drain(self) -> None:
+        """Begin no more jobs, and start no more workers."""
+        self._draining = True
+        self._dispatcher.drain()
+
     def step(self, wake: threading.Event) -> list[Outcome]:
         """Start what can be started, hand out what can be handed out, wait a moment, and return what is settled.
 
@@ -113,9 +119,11 @@ class Crew:
         Raises:
             WorkersFailed: no worker can start.
             NoCapacity: no worker has been ready for too long.
+            AuditFailed: a worker found its model changed.
         """
         now = time.monotonic()
-        self._start_missing(now)
+        if not self._draining:
+            self._start_missing(now)
         for worker in self._actors:
             if worker not in self._starting:
                 while (job := self._dispatcher.next_job(worker, now)) is not None:
@@ -172,6 +180,10 @@ class Crew:
         if worker in self._starting:
             self._welcome(worker, answer)
             return []
+        if "audit" in answer:
+            raise AuditFailed(f"worker {worker}: {answer['audit']}")
+        if "sick" in answer:
+            return self._lose(worker, "died", answer["sick"])
         answer["telemetry"]["worker"] = worker
         outcome = self._dispatcher.finish(worker, Outcome.from_json(answer), time.monotonic())
         return [] if outcome is None else [outcome]
@@ -223,12 +235,12 @@ class Crew:
             moment += self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         self._births.append(moment)
-        return self._dispatcher.lose(worker, loss)
+        return self._dispatcher.lose(worker, loss, last_line(text))
 
     def _check_capacity(self) -> None:
         if len(self._actors) > len(self._starting):
             self._available_at = time.monotonic()
-        elif time.monotonic() - self._available_at > self._stall_seconds:
+        elif not self._draining and time.monotonic() - self._available_at > self._stall_seconds:
             raise NoCapacity(f"no worker for {self._stall_seconds:g} s: Ray has no room for one or none gets ready")
 
 
@@ -262,9 +274,3 @@ def _loss(problem: Exception) -> Loss:
     if getattr(problem, "preempted", False) or "its node has died" in str(problem):
         return "node"
     return "died"
-
-
-def last_line(text: str) -> str:
-    """The last line of a text that is not empty."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"

@@ -10,7 +10,7 @@ from typing import Literal
 from evoprune.search.engine.executor import Job, Outcome, Status
 
 Loss = Literal["died", "oom", "deadline", "node"]
-"""Why a worker is gone: its process died, the memory monitor killed it, a job overran its deadline, its node left."""
+"""Why a job came to nothing: its worker died or broke, memory ran out, it overran its deadline, or its node left."""
 
 IN_FLIGHT = 2
 """Jobs given to a worker at a time: while one runs, the next waits beside it, so that the worker never does."""
@@ -34,7 +34,7 @@ class Dispatcher:
 
     When a worker is lost, only the job that it ran can be guilty: that one goes into probation, where it gets a
     worker to itself; the others are given out again untouched. Only losses in probation count against a job, since
-    any job may be hit by a worker's death that it did not cause.
+    any job may be hit by a worker's death that it did not cause. A job that reports a lack of memory is treated alike.
     """
 
     def __init__(self) -> None:
@@ -44,17 +44,27 @@ class Dispatcher:
         self._lanes: dict[int, _Lane] = {}
         self._counted: Counter[tuple[str, Loss]] = Counter()
         self._attempts: Counter[str] = Counter()
+        self._draining = False
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Add jobs behind those that wait; one whose key is open is left out."""
         for job in jobs:
-            if job.key not in self._open:
+            if job.key not in self._open and not self._draining:
                 self._open.add(job.key)
                 self._pending.append(job)
 
     def add_worker(self, worker: int) -> None:
         """A worker is ready for jobs."""
         self._lanes[worker] = _Lane()
+
+    def drain(self) -> None:
+        """Forget every job that no worker runs yet."""
+        self._draining = True
+        self._pending.clear()
+        self._suspects.clear()
+        for lane in self._lanes.values():
+            lane.jobs = deque(list(lane.jobs)[:1])
+        self._open = {job.key for lane in self._lanes.values() for job in lane.jobs}
 
     def next_job(self, worker: int, now: float) -> Job | None:
         """The job that `worker` should get now, or None; to be asked again until it is None."""
@@ -73,25 +83,27 @@ class Dispatcher:
     def finish(self, worker: int, outcome: Outcome, now: float) -> Outcome | None:
         """`worker` answered a job: the outcome to hand on, or None if the key is answered already."""
         lane = self._lanes[worker]
+        answered = [job for job in lane.jobs if job.key == outcome.key]
         lane.jobs = deque(job for job in lane.jobs if job.key != outcome.key)
+        on_probation = lane.on_probation
         lane.on_probation, lane.head_since = False, now
+        if answered and outcome.status == "oom":  # it may be a neighbour on the device who took the memory
+            return self._blame(answered[0], "oom", on_probation, outcome.error)
         return self._settle(outcome)
 
-    def lose(self, worker: int, loss: Loss) -> list[Outcome]:
-        """`worker` is gone: requeue what it had, and return the outcomes of jobs that are thereby settled."""
+    def lose(self, worker: int, loss: Loss, cause: str = "") -> list[Outcome]:
+        """`worker` is gone: requeue what it had, and return the outcomes of jobs that are thereby settled.
+
+        Args:
+            cause: what is known of it, for people.
+        """
         lane = self._lanes.pop(worker, None)
         if lane is None or not lane.jobs:
             return []
         head = lane.jobs.popleft()
         self._pending.extendleft(reversed(lane.jobs))
-        if lane.on_probation and loss in LIMITS:
-            self._counted[head.key, loss] += 1
-            limit, status = LIMITS[loss]
-            if self._counted[head.key, loss] >= limit:
-                settled = self._settle(Outcome(head.key, status, error=_explain(head, loss)))
-                return [settled] if settled is not None else []
-        self._suspects.append(head)
-        return []
+        settled = self._blame(head, loss, lane.on_probation, cause)
+        return [] if settled is None else [settled]
 
     def overdue(self, now: float) -> list[int]:
         """Workers whose running job has passed its deadline."""
@@ -113,6 +125,17 @@ class Dispatcher:
         self._attempts[job.key] += 1
         return job
 
+    def _blame(self, job: Job, loss: Loss, on_probation: bool, cause: str) -> Outcome | None:
+        """Put a job into probation, or, if it is there and has failed too often, settle it."""
+        if on_probation and loss in LIMITS:
+            self._counted[job.key, loss] += 1
+            limit, status = LIMITS[loss]
+            if self._counted[job.key, loss] >= limit:
+                return self._settle(Outcome(job.key, status, error=_explain(job, loss, cause)))
+        if not self._draining:
+            self._suspects.append(job)
+        return None
+
     def _settle(self, outcome: Outcome) -> Outcome | None:
         attempts = self._attempts.pop(outcome.key, 0)
         for loss in LIMITS:
@@ -131,10 +154,9 @@ def _due(lane: _Lane) -> float:
     return lane.head_since + lane.jobs[0].deadline * (PROBATION_PATIENCE if lane.on_probation else 1.0)
 
 
-def _explain(job: Job, loss: Loss) -> str:
+def _explain(job: Job, loss: Loss, cause: str) -> str:
     """Why a job was given up, for people."""
     if loss == "deadline":
         return f"did not finish within {PROBATION_PATIENCE:g} times its deadline of {job.deadline:g} s"
-    if loss == "oom":
-        return f"the memory monitor killed its worker {LIMITS[loss][0]} times while it ran alone"
-    return f"its worker's process died {LIMITS[loss][0]} times while it ran alone"
+    what = "memory ran out" if loss == "oom" else "its worker was lost"
+    return f"{what} {LIMITS[loss][0]} times while it ran alone; the last time: {cause}"

@@ -46,7 +46,8 @@ class Outcome:
     Args:
         key: the job's key.
         status: `ok`, `invalid` (the candidate's own fault), `error` (the worker's code raised), or one of those that
-            depend on the machine: `oom`, `timeout`, `crash` (the worker's process died three times over it).
+            depend on the machine: `oom` (memory ran out again and again), `timeout`, `crash` (the worker was lost
+            three times over it).
         values: what the worker returned; empty unless the status is `ok`.
         error: a reason code when `invalid`, otherwise text for people. It may name paths of the machine.
         telemetry: where, when and how long; never part of a search's history.
@@ -118,7 +119,12 @@ class Executor(Protocol):
         Raises:
             WorkersFailed: no worker can start.
             NoCapacity: there has been nothing to run on for too long.
+            AuditFailed: a worker found its model changed, so that results may be wrong.
         """
+        ...
+
+    def drain(self) -> None:
+        """Begin no more jobs and forget those that wait. What runs still comes to its end, and out of `poll`."""
         ...
 
     def counters(self) -> dict[str, int]:

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evoprune.metrics.errors import WorkersFailed
+from evoprune.metrics.errors import NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.executor import Executor, Job, Outcome, Worker
-from evoprune.search.engine.running import WorkerRecipe, get_threads, run_job, set_threads
+from evoprune.search.engine.running import (
+    SickWorker,
+    WorkerRecipe,
+    get_threads,
+    last_line,
+    run_job,
+    set_threads,
+)
 
 
 class InlineExecutor(Executor):
@@ -57,6 +64,7 @@ class InlineExecutor(Executor):
         """Do the oldest open job, however long it takes, and return its outcome.
 
         Raises:
+            NoCapacity: the device is broken for this process; a new one may go on.
             Exception: whatever the factory raises, as it is.
             WorkersFailed: this process may not take part.
         """
@@ -68,10 +76,16 @@ class InlineExecutor(Executor):
         key, job = next(iter(self._queue.items()))
         try:
             outcome = run_job(self._worker, job)
+        except SickWorker as sick:
+            raise NoCapacity(f"the device failed: {last_line(str(sick))}") from sick
         except SystemExit as leaving:  # in another process this would end the worker
             outcome = Outcome(key, "crash", error=f"the worker called sys.exit({leaving.code!r})")
         del self._queue[key]  # only now: an interrupted job stays open
         return [outcome]
+
+    def drain(self) -> None:
+        """Forget the open jobs: between two calls of `poll` nothing runs."""
+        self._queue.clear()
 
     def _admitted(self, worker: Worker) -> Worker:
         if self._admission is not None:

@@ -27,10 +27,11 @@ from evoprune.metrics.errors import InvalidInput, WorkersFailed
 from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.address import LOCAL, split_address
 from evoprune.search.engine.admission import Admission
-from evoprune.search.engine.crew import Crew, last_line, room
+from evoprune.search.engine.crew import Crew, room
 from evoprune.search.engine.executor import Executor, Job, Notify, Outcome
+from evoprune.search.engine.head import Head
 from evoprune.search.engine.librarian import RayCourier, engage, package_folder
-from evoprune.search.engine.running import WorkerRecipe
+from evoprune.search.engine.running import WorkerRecipe, last_line
 from evoprune.search.engine.stdout import stdout_kept_clean
 
 OBJECT_STORE_BYTES = 200_000_000
@@ -62,7 +63,7 @@ class RayExecutor(Executor):
         python_path: folders that actors import from first.
         environment: environment variables of the actors.
         notify: is told what happens to the workers, from the keeper's thread.
-        stall_seconds: without any worker for this long, `poll` raises `NoCapacity`.
+        stall_seconds: without any worker for this long, `poll` raises `NoCapacity`; None is `STALL_SECONDS`.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class RayExecutor(Executor):
         python_path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         notify: Notify | None = None,
-        stall_seconds: float = STALL_SECONDS,
+        stall_seconds: float | None = None,
     ) -> None:
         if workers is not None and workers < 1:
             raise InvalidInput(f"--workers is {workers}; it must be at least 1")
@@ -92,10 +93,11 @@ class RayExecutor(Executor):
         self._parcels = tuple(parcels)
         self._admission = admission
         self._notify: Notify = notify or (lambda *_, **__: None)
-        self._stall_seconds = stall_seconds
+        self._stall_seconds = STALL_SECONDS if stall_seconds is None else stall_seconds
         self._unanswered: set[str] = set()
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._draining = threading.Event()
         self._closing = threading.Event()
         self._wake = threading.Event()
         self._failure: BaseException | None = None
@@ -140,6 +142,11 @@ class RayExecutor(Executor):
             raise self._failure
         return outcomes
 
+    def drain(self) -> None:
+        """See `Executor.drain`."""
+        self._draining.set()
+        self._wake.set()
+
     def counters(self) -> dict[str, int]:
         """See `Executor.counters`."""
         return dict(self._counters)
@@ -166,13 +173,19 @@ class RayExecutor(Executor):
             with _connected(self._address, self._size, self._gpus) as ray, self._libraried(ray) as librarian:
                 self._notify("info", "ray_started", logs=_log_folder(ray))
                 crew = self._crew(ray, librarian)
+                # A client of Ray speaks to a proxy, and need not reach the head.
+                head = None if self._address.startswith("ray://") else Head(ray.get_runtime_context().gcs_address)
                 look = time.monotonic() + GROW_SECONDS
                 try:
                     while not self._closing.is_set():
                         self._wake.clear()
                         crew.submit(self._take_inbox())
+                        if self._draining.is_set():
+                            crew.drain()
                         for outcome in crew.step(self._wake):
                             self._outbox.put(outcome)
+                        if head is not None:
+                            head.check()
                         if self._size is None and time.monotonic() > look:
                             crew.grow()
                             look = time.monotonic() + GROW_SECONDS

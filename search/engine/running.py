@@ -12,12 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from evoprune.metrics.errors import InvalidCandidate
+from evoprune.metrics.errors import AuditFailed, InvalidCandidate
 from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.executor import Job, Outcome, Status, Worker
 
 ERROR_BYTES = 4096
 """How much of a traceback an outcome keeps: its end."""
+DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUSOLVER_STATUS", "CUSPARSE_STATUS", "HIP error")
+"""What the text of an exception holds when a device, or this process's context on it, is broken."""
+
+
+class SickWorker(Exception):
+    """The worker's process is of no use any more: what it computes from here on would be errors, or wrong.
+
+    Its text is the traceback of what happened.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +84,14 @@ def set_gpu_share(share: float) -> None:
 
 
 def run_job(worker: Worker, job: Job) -> Outcome:
-    """Do one job; every `Exception` becomes an outcome.
+    """Do one job; every `Exception` becomes an outcome, unless it says that the process is broken.
 
     The worker gets a copy of the payload, and its values go through JSON, so that an outcome is the same whether the
     worker lives in this process or in another.
+
+    Raises:
+        SickWorker: the job must be done by another process.
+        AuditFailed: the worker found that its own model has changed, so that results before may be wrong as well.
     """
     status: Status = "ok"
     values: dict[str, Any] = {}
@@ -90,9 +103,15 @@ def run_job(worker: Worker, job: Job) -> Outcome:
     except InvalidCandidate as problem:
         status, error = "invalid", problem.reason
         telemetry["detail"] = str(problem)[-ERROR_BYTES:]
+    except AuditFailed:
+        raise
     except Exception as problem:
         status = "oom" if is_out_of_memory(problem) else "error"
         error = tail_of_traceback(problem)
+        if status == "error" and is_sick(problem):
+            raise SickWorker(error) from problem
+    if status == "oom":
+        _give_memory_back()
     telemetry["seconds"] = round(time.perf_counter() - clock, 6)
     telemetry["finished"] = round(time.time(), 3)
     return Outcome(job.key, status, values, error, telemetry)
@@ -120,6 +139,30 @@ def is_out_of_memory(problem: BaseException) -> bool:
         or type(problem).__name__ == "OutOfMemoryError"
         or (isinstance(problem, RuntimeError) and "can't allocate memory" in str(problem))
     )
+
+
+def is_sick(problem: BaseException) -> bool:
+    """Whether an exception says that the process is broken. Works without importing torch.
+
+    After an error on a device every later call fails as well, whatever it is. A file that cannot be read is the
+    machine's fault, not the candidate's.
+    """
+    if isinstance(problem, OSError) or type(problem).__name__ in ("AcceleratorError", "SafetensorError"):
+        return True
+    return isinstance(problem, RuntimeError) and any(sign in str(problem) for sign in DEVICE_ERRORS)
+
+
+def _give_memory_back() -> None:
+    """Return what torch keeps for later: the next attempt, or a neighbour on the device, needs it now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def last_line(text: str) -> str:
+    """The last line of a text that is not empty."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
 
 
 def tail_of_traceback(problem: BaseException) -> str:

@@ -8,9 +8,10 @@ import platform
 from typing import Any
 
 from evoprune.fitness.parcels import set_courier
+from evoprune.metrics.errors import AuditFailed
 from evoprune.search.engine.executor import Job, Worker
 from evoprune.search.engine.librarian import RayCourier, node_id
-from evoprune.search.engine.running import WorkerRecipe, run_job, tail_of_traceback
+from evoprune.search.engine.running import SickWorker, WorkerRecipe, run_job, tail_of_traceback
 from evoprune.search.identity import code_hash
 
 
@@ -46,7 +47,15 @@ class WorkerProcess:
         }
 
     def work(self, job: str) -> dict[str, Any]:
-        """The outcome of a job, both as JSON data."""
+        """The outcome of a job, both as JSON data.
+
+        Or `sick`, a traceback: then this process is to be replaced; or `audit`, a line: then the search is to stop.
+        """
         if self._worker is None:
             raise RuntimeError("not ready")
-        return run_job(self._worker, Job.from_json(json.loads(job))).to_json()
+        try:
+            return run_job(self._worker, Job.from_json(json.loads(job))).to_json()
+        except SickWorker as problem:
+            return {"sick": str(problem)}
+        except AuditFailed as problem:
+            return {"audit": str(problem)}

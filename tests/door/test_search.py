@@ -151,6 +151,20 @@ def test_a_fork_reuses_evaluations(run: Run, finished: Path, place: Path) -> Non
 
 
 @pytest.mark.usefixtures("without_report")
+@pytest.mark.parametrize(("code", "reused"), [("search", True), ("evaluation", False)])
+def test_a_fork_reuses_what_the_code_that_measures_has_not_changed(
+    code: str, reused: bool, run: Run, finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"search": "code_hash", "evaluation": "evaluation_code_hash"}
+    monkeypatch.setattr(f"evoprune.search.metric_run.{names[code]}", lambda: "another")
+    done = run("resume", finished, "--fork", "--executor", "inline", "--run-dir", "fork", "--json")
+    assert done.code == 0, done.err
+    assert (place / "fork" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
+    old, new = (len((path / "evaluations.wal").read_bytes().splitlines()) for path in (finished, place / "fork"))
+    assert new == (old if reused else 2 * old)
+
+
+@pytest.mark.usefixtures("without_report")
 def test_an_interrupted_run(
     run: Run, tiny: Path, small: Path, place: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.expression import Expression, from_json, parse
+from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import evaluate, free_inputs
 from evoprune.metrics.mask import mask
 from evoprune.metrics.probe import Probe
@@ -26,6 +29,7 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces.symbolic import MetricSpace
 
+IDENTITY = "planted"
 HIDDEN = "mul(abs(W),mul(powc(X_l2,0.7),powc(G_l2,0.3)))"
 RULE = MaskRule(0.5)
 
@@ -61,13 +65,26 @@ def probe() -> Probe:
 
 
 class PlantedWorker:
-    """Answers ``evaluate`` jobs; a rung shows one layer more."""
+    """Answers ``evaluate`` jobs; a rung shows one layer more.
 
-    def __init__(self, hidden: str = HIDDEN) -> None:
+    Args:
+        context: ``hidden`` is the metric to find; ``log`` names a file to note the begin of every evaluation in,
+            ``seconds`` is how long one takes.
+    """
+
+    def __init__(self, context: dict[str, Any] | None = None) -> None:
+        self._context = context or {}
         self._layers = layers()
-        self._wanted = [mask(evaluate(parse(hidden), inputs), RULE) for _, inputs in self._layers]
+        self._wanted = [
+            mask(evaluate(parse(self._context.get("hidden", HIDDEN)), inputs), RULE) for _, inputs in self._layers
+        ]
 
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        if "log" in self._context:
+            key = content_hash([IDENTITY, payload["criterion"], payload["thresholds"]])
+            with Path(self._context["log"]).open("ab", buffering=0) as file:
+                file.write(f"{key} {os.getpid()} {time.time()}\n".encode())
+        time.sleep(self._context.get("seconds", 0.0))
         values = self.distances(from_json(payload["criterion"]["expression"]))
         rungs = []
         for rung, last in enumerate((2, 4)):
@@ -89,7 +106,7 @@ class PlantedWorker:
 
 def build(context: dict[str, Any]) -> PlantedWorker:
     """The factory that executors call."""
-    return PlantedWorker(context.get("hidden", HIDDEN))
+    return PlantedWorker(context)
 
 
 TERMINALS = frozenset({"W", "X_l2", "X_ss", "X_max", "G_l2", "G_mean"})
@@ -131,7 +148,7 @@ class Session:
             RULE,
             seed=seed,
             prepared="",
-            identity="planted",
+            identity=IDENTITY,
             full_ladder=frozenset({"wanda"}),
             **search,
         )
@@ -145,10 +162,11 @@ class Session:
         self.loop = BirthLoop(self.search, self.executor, self.log, self.run, window=window)
         self.loop.restore()
 
-    def go(self, evaluations: int, stop_after: int | None = None) -> None:
+    def go(self, evaluations: int, stop_after: int | None = None, stopping: Callable[[], bool] = lambda: False) -> None:
         """Run; with `stop_after`, ask to stop after so many polls."""
-        polls = itertools.count()
-        stopping = (lambda: False) if stop_after is None else (lambda: next(polls) >= stop_after)
+        if stop_after is not None:
+            polls = itertools.count()
+            stopping = lambda: next(polls) >= stop_after  # noqa: E731
         try:
             self.loop.run(Budget(evaluations, stopping=stopping))
         finally:
@@ -164,7 +182,7 @@ class Session:
         """Mean intersection over union of the best candidate's pruned sets with the hidden metric's."""
         best = self.search.archive.best
         assert best is not None
-        values = PlantedWorker(self.hidden).distances(best.expression)
+        values = PlantedWorker({"hidden": self.hidden}).distances(best.expression)
         return 1 - sum(values) / len(values)
 
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
+from evoprune.metrics.expression import parse
 from evoprune.search.config import resolve
+from evoprune.search.engine.deadline import SHORTEST
+from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.metric_run import Resources, resume_metric_search, start_metric_search
 from evoprune.search.rundir import RunDirectory
 from tests.models import save_tiny
@@ -177,6 +180,76 @@ def test_resume_refuses_changed_data(finished, world, tmp_path):
     text.write_text(text.read_text().replace("pears", "plums"))
     with pytest.raises(InvalidInput, match="changed since this run began"):
         resume_metric_search(RunDirectory.open(run.path), Resources(executor="inline"))
+
+
+@pytest.fixture
+def unfinished(world, tmp_path):
+    """A small run whose result has gone, so that it can be continued."""
+    seed = tmp_path / "seed.json"
+    seed.write_text((world / "run" / "export" / "metric.json").read_text())
+    run = start_metric_search(
+        config(world, seed_from=str(seed), evaluations=3), Resources(executor="inline"), run_dir=tmp_path / "run"
+    )
+    (run.path / "result.json").unlink()
+    return RunDirectory.open(run.path)
+
+
+def resumed(run):
+    return resume_metric_search(RunDirectory.open(run.path), Resources(executor="inline"))
+
+
+def test_resume_refuses_another_configuration(finished, unfinished):
+    path = unfinished.path / "config.yaml"
+    path.write_text(path.read_text().replace("window: 16", "window: 8"))
+    with pytest.raises(InvalidInput, match=r"the configuration changed since this run began.*--fork") as caught:
+        resumed(unfinished)
+    assert "\n" not in str(caught.value)
+
+
+def test_resume_takes_another_deadline_and_another_time(finished, unfinished):
+    before = history(unfinished)
+    path = unfinished.path / "config.yaml"
+    path.write_text(path.read_text().replace("deadline: auto", "deadline: 100").replace("minutes: null", "minutes: 9"))
+    run = resumed(unfinished)
+    assert (run.config["deadline"], run.config["minutes"]) == (100, 9)
+    assert history(run) == before
+    assert run.result is not None
+
+
+def test_resume_refuses_other_code(finished, unfinished, monkeypatch):
+    monkeypatch.setattr("evoprune.search.metric_run.code_hash", lambda: "another")
+    with pytest.raises(InvalidInput, match=r"the code of evoprune changed since this run began.*--fork"):
+        resumed(unfinished)
+
+
+def test_resume_refuses_other_seeds(finished, unfinished, monkeypatch):
+    monkeypatch.setattr("evoprune.search.metric_run.seeds_from", lambda source: {"given": parse("mul(abs(W),X_max)")})
+    with pytest.raises(InvalidInput, match=r"the metrics to start from changed since this run began.*--fork"):
+        resumed(unfinished)
+
+
+def test_every_evaluation_has_a_deadline_that_nothing_depends_on(world, tmp_path, monkeypatch):
+    given = []
+
+    class Watched(InlineExecutor):
+        def submit(self, jobs):
+            jobs = list(jobs)
+            given.extend(jobs)
+            super().submit(jobs)
+
+    monkeypatch.setattr("evoprune.search.metric_run.InlineExecutor", Watched)
+    runs = [
+        start_metric_search(
+            config(world, evaluations=3, deadline=deadline), Resources(executor="inline"), run_dir=tmp_path / name
+        )
+        for name, deadline in (("auto", "auto"), ("given", 55))
+    ]
+    measured = [job for job in given if job.kind != "prepare"]
+    half = len(measured) // 2
+    assert {job.deadline for job in measured[:half]} == {SHORTEST}
+    assert {job.deadline for job in measured[half:]} == {55}
+    assert [job.key for job in measured[:half]] == [job.key for job in measured[half:]]
+    assert len({(run.path / "state.json").read_bytes() for run in runs}) == 1
 
 
 def test_seeds_may_come_from_another_run(finished, world, tmp_path):

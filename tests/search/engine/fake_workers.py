@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from evoprune.metrics.errors import InvalidCandidate, InvalidInput
+from evoprune.metrics.errors import AuditFailed, InvalidCandidate, InvalidInput
 
 
 class FakeWorker:
@@ -44,6 +45,24 @@ class FakeWorker:
 
     def memory(self, payload: dict[str, Any]) -> dict[str, Any]:
         raise MemoryError("as ordered")
+
+    def device(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The device breaks, for this process only if there is a marker."""
+        marker = Path(payload["marker"])
+        if marker.exists() and payload.get("once"):
+            return {"fitness": os.getpid()}
+        marker.touch()
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def lost_file(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"text": Path("/nowhere").read_text()}
+
+    def changed(self, payload: dict[str, Any]) -> dict[str, Any]:
+        raise AuditFailed("the restored model differs from the loaded one")
+
+    def segfault(self, payload: dict[str, Any]) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return {}
 
     def spoil(self, payload: dict[str, Any]) -> dict[str, Any]:
         payload["x"] = "spoilt"

@@ -14,6 +14,7 @@ import torch
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.commit import CommittedState
+from tests.search.engine.disk_steps import count_steps
 
 N_COMMITS = 3
 
@@ -57,27 +58,6 @@ def undisturbed(tmp_path: Path) -> dict[str, bytes]:
 
 class Crash(BaseException):
     """Stands for anything that ends a process."""
-
-
-def count_steps(patch: pytest.MonkeyPatch, at_step: Callable[[int, Callable[[], Any] | None], None]) -> list[int]:
-    """Call `at_step(number, half)` before and after every change to the disk; `half` does half a write."""
-    steps = [0]
-
-    def wrapped(real: Callable[..., Any], is_write: bool) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            half = (lambda: real(arguments[0], arguments[1][: len(arguments[1]) // 2])) if is_write else None
-            at_step(steps[0], half)
-            steps[0] += 1
-            result = real(*arguments, **options)
-            at_step(steps[0], None)
-            steps[0] += 1
-            return result
-
-        return call
-
-    for owner, name in ((os, "write"), (os, "fsync"), (os, "ftruncate"), (Path, "replace"), (Path, "unlink")):
-        patch.setattr(owner, name, wrapped(getattr(owner, name), name == "write"))
-    return steps
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_a_suspect_waits_until_a_worker_has_run_dry() -> None:
     assert take_all(dispatcher, 1) == ["a"]
 
 
-def settle(loss: Loss, deaths: int) -> list[Outcome]:
+def settle(loss: Loss, deaths: int, cause: str = "") -> list[Outcome]:
     """What comes out when a job is lost `deaths` times in probation."""
     dispatcher = Dispatcher()
     dispatcher.submit([job("a", 1.0)])
@@ -63,7 +63,7 @@ def settle(loss: Loss, deaths: int) -> list[Outcome]:
     for worker in range(deaths + 1):
         dispatcher.add_worker(worker)
         assert take_all(dispatcher, worker) == ["a"]
-        settled += dispatcher.lose(worker, loss)
+        settled += dispatcher.lose(worker, loss, cause)
     return settled
 
 
@@ -77,6 +77,49 @@ def test_memory_kills_and_deadlines_have_their_own_limits() -> None:
     assert settle("oom", 1) == []
     assert settle("oom", 2)[0].status == "oom"
     assert settle("deadline", 1)[0].status == "timeout"
+
+
+def test_the_outcome_says_what_happened_the_last_time() -> None:
+    assert "lost 3 times while it ran alone; the last time: CUDA error" in settle("died", 3, "CUDA error")[0].error
+
+
+def test_a_lack_of_memory_that_a_worker_reports_is_tried_again_alone() -> None:
+    dispatcher = crew("a", "b")
+    take_all(dispatcher, 0)
+    assert dispatcher.finish(0, Outcome("a", "oom", error="full"), 0.0) is None
+    assert take_all(dispatcher, 0) == []  # b runs dry first
+    assert dispatcher.finish(0, Outcome("b", "ok"), 0.0) is not None
+    for _ in range(2):
+        assert take_all(dispatcher, 0) == ["a"]
+        settled = dispatcher.finish(0, Outcome("a", "oom", error="full"), 0.0)
+    assert settled is not None
+    assert (settled.status, settled.telemetry["attempts"]) == ("oom", 3)
+    assert "full" in settled.error
+
+
+def test_memory_that_comes_back_costs_nothing() -> None:
+    dispatcher = crew("a")
+    take_all(dispatcher, 0)
+    assert dispatcher.finish(0, Outcome("a", "oom"), 0.0) is None
+    take_all(dispatcher, 0)
+    settled = dispatcher.finish(0, Outcome("a", "ok"), 0.0)
+    assert settled is not None
+    assert settled.status == "ok"
+
+
+def test_while_draining_only_what_runs_comes_out() -> None:
+    dispatcher = crew("a", "b", "c", "d", "e", workers=2)
+    take_all(dispatcher, 0)
+    take_all(dispatcher, 1)
+    dispatcher.drain()
+    dispatcher.submit([job("f")])
+    assert dispatcher.running == 2
+    assert dispatcher.finish(0, Outcome("a", "ok"), 0.0) is not None
+    assert dispatcher.finish(0, Outcome("b", "ok"), 0.0) is None  # it was given out, but had not begun
+    assert dispatcher.lose(1, "died") == []
+    assert dispatcher.running == 0
+    dispatcher.add_worker(2)
+    assert take_all(dispatcher, 0) == take_all(dispatcher, 2) == []
 
 
 def test_a_lost_node_is_nobodys_fault() -> None:

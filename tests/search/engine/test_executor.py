@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evoprune.metrics.errors import AuditFailed, NoCapacity
 from evoprune.search.engine.executor import Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
 
@@ -86,6 +87,29 @@ def test_an_interrupted_job_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(KeyboardInterrupt):
             executor.poll(0)
     assert [outcome.key for outcome in executor.poll(0)] == ["again"]
+
+
+@pytest.mark.parametrize("kind", ["device", "lost_file"])
+def test_a_broken_machine_is_not_the_candidates_fault(kind: str, tmp_path: Path) -> None:
+    executor = inline()
+    executor.submit([Job("k", kind, {"marker": str(tmp_path / "marker")})])
+    with pytest.raises(NoCapacity, match=r"the device failed: (RuntimeError: CUDA error|FileNotFoundError)") as caught:
+        executor.poll(0)
+    assert caught.value.exit_code == 75
+
+
+def test_a_worker_that_finds_its_model_changed_stops_the_search() -> None:
+    executor = inline()
+    executor.submit([Job("k", "changed", {})])
+    with pytest.raises(AuditFailed, match="differs"):
+        executor.poll(0)
+
+
+def test_draining_forgets_what_waits() -> None:
+    executor = inline()
+    executor.submit([Job("k", "square", {"x": 1})])
+    executor.drain()
+    assert executor.poll(0) == []
 
 
 def test_what_is_not_json_is_refused_at_the_door() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from evoprune.metrics.errors import InvalidInput, WorkersFailed
+from evoprune.metrics.errors import AuditFailed, InvalidInput, WorkersFailed
 from evoprune.search.engine import ray as engine_ray
 from evoprune.search.engine.executor import Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
@@ -129,6 +129,43 @@ def test_a_poison_job_crashes_and_the_others_do_not(make: MakeExecutor) -> None:
     assert [outcome.key for outcome in outcomes if outcome.status == "crash"] == ["poison"]
     assert outcomes[7].telemetry["attempts"] >= 4
     assert sum(outcome.status == "ok" for outcome in outcomes) == sum(job.kind == "square" for job in jobs)
+
+
+def test_whatever_ends_a_worker_ends_one_job_and_no_other(make: MakeExecutor) -> None:
+    jobs = mixed_jobs(40)
+    for place, kind in ((3, "leave"), (11, "segfault")):
+        jobs.insert(place, Job(kind, kind, {}))
+    outcomes = evaluate(make(2), jobs)
+    assert [outcome.key for outcome in outcomes if outcome.status == "crash"] == ["leave", "segfault"]
+    assert sum(outcome.status == "ok" for outcome in outcomes) == sum(job.kind == "square" for job in jobs)
+
+
+def test_after_a_device_error_another_process_goes_on(make: MakeExecutor, tmp_path: Path) -> None:
+    jobs = [Job("once", "device", {"marker": str(tmp_path / "a"), "once": True}), Job("k", "square", {"x": 3})]
+    jobs.append(Job("always", "device", {"marker": str(tmp_path / "b")}))
+    executor = make()
+    once, other, always = evaluate(executor, jobs)
+    assert (once.status, other.status, always.status) == ("ok", "ok", "crash")
+    assert "CUDA error: an illegal memory access" in always.error
+    assert executor.counters()["deaths"] == 5
+
+
+def test_a_worker_that_finds_its_model_changed_stops_the_search(make: MakeExecutor) -> None:
+    with pytest.raises(AuditFailed, match="worker 0: the restored model differs"):
+        evaluate(make(), [Job("k", "changed", {})])
+
+
+def test_draining_lets_what_runs_finish_and_begins_nothing_more(make: MakeExecutor) -> None:
+    executor = make()
+    executor.submit([Job(f"k{x}", "square", {"x": x, "seconds": 1.0}) for x in range(5)])
+    while executor.counters()["running"] == 0:
+        assert executor.poll(0.05) == []
+    executor.drain()
+    outcomes = []
+    while executor.counters()["running"]:
+        outcomes += executor.poll(0.1)
+    outcomes += executor.poll(0.1)
+    assert [outcome.key for outcome in outcomes] == ["k0"]
 
 
 def test_a_job_that_hangs_times_out(make: MakeExecutor) -> None:

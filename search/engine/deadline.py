@@ -1,0 +1,37 @@
+"""How long an evaluation may take before its worker counts as hung."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from evoprune.search.engine.executor import Outcome
+
+SHORTEST = 300.0
+"""A worker's first evaluation also reads statistics and teacher; a busy machine takes its time over anything."""
+PATIENCE = 20.0
+"""How often an evaluation may take what it should: scores and masks come on top of the forward passes, workers share
+cores, and no evaluation that would have finished should be given up."""
+
+
+class Deadline:
+    """Seconds that a job gets. They depend on the machine, so they are no part of a job's key or of a run's identity.
+
+    Args:
+        asked: seconds for every job, None for no limit, or ``auto``: from the work and the speed.
+        seconds_per_token: of a forward pass of the dense model, as measured once.
+    """
+
+    def __init__(self, asked: float | Literal["auto"] | None, seconds_per_token: float) -> None:
+        self._asked = asked
+        self._seconds_per_token = seconds_per_token
+        self._longest = 0.0
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn from a finished job: what took one long, on whatever machine, may take the next long."""
+        self._longest = max(self._longest, outcome.telemetry.get("seconds", 0.0))
+
+    def seconds(self, tokens: int) -> float | None:
+        """For a job with forward passes over `tokens` tokens at most."""
+        if self._asked != "auto":
+            return self._asked
+        return max(SHORTEST, PATIENCE * tokens * self._seconds_per_token, PATIENCE * self._longest)

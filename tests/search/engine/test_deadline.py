@@ -1,0 +1,24 @@
+"""How long an evaluation may take."""
+
+from __future__ import annotations
+
+from evoprune.search.engine.deadline import PATIENCE, SHORTEST, Deadline
+from evoprune.search.engine.executor import Outcome
+
+
+def test_a_deadline_follows_from_the_work_and_the_speed() -> None:
+    deadline = Deadline("auto", seconds_per_token=0.001)
+    assert deadline.seconds(10) == SHORTEST
+    assert deadline.seconds(1_000_000) == PATIENCE * 1000.0
+
+
+def test_what_was_slow_once_may_be_slow_again() -> None:
+    deadline = Deadline("auto", seconds_per_token=0.0)
+    deadline.observe(Outcome("k", "ok", telemetry={"seconds": SHORTEST}))
+    deadline.observe(Outcome("k", "crash"))
+    assert deadline.seconds(10) == PATIENCE * SHORTEST
+
+
+def test_the_users_word_counts() -> None:
+    assert Deadline(2.5, seconds_per_token=1.0).seconds(1000) == 2.5
+    assert Deadline(None, seconds_per_token=1.0).seconds(1000) is None
