@@ -219,9 +219,12 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
         for bound in language_model.sites:
             check_pattern(context.pattern, bound.site.in_features, bound.site.name)
     longest = language_model.context
-    for name, window in (("window", context.window), ("calibration window", context.calibration_window)):
-        if longest is not None and window > longest:
-            raise InvalidInput(f"{name} of {window} tokens; this model reads at most {longest}")
+    if longest is not None and max(context.window, context.calibration_window) > longest:
+        raise InvalidInput(
+            f"the windows have {context.window} tokens, those of the calibration {context.calibration_window}, and "
+            f"this model reads at most {longest}: give --set data.window={min(context.window, longest)} "
+            f"--calibration-window {min(context.calibration_window, longest)}"
+        )
 
 
 def _site_facts(site: Site) -> dict[str, Any]:
