@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.expression import Expression, from_json, parse
-from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import evaluate, free_inputs
 from evoprune.metrics.mask import mask
 from evoprune.metrics.probe import Probe
@@ -29,7 +26,6 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces.symbolic import MetricSpace
 
-IDENTITY = "planted"
 HIDDEN = "mul(abs(W),mul(powc(X_l2,0.7),powc(G_l2,0.3)))"
 RULE = MaskRule(0.5)
 
@@ -65,23 +61,13 @@ def probe() -> Probe:
 
 
 class PlantedWorker:
-    """Answers ``evaluate`` jobs; a rung shows one layer more.
+    """Answers ``evaluate`` jobs; a rung shows one layer more."""
 
-    Args:
-        context: ``log`` names a file to note the begin of every evaluation in, ``seconds`` is how long one takes.
-    """
-
-    def __init__(self, context: dict[str, Any] | None = None) -> None:
-        self._context = context or {}
+    def __init__(self) -> None:
         self._layers = layers()
         self._wanted = [mask(evaluate(parse(HIDDEN), inputs), RULE) for _, inputs in self._layers]
 
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
-        if "log" in self._context:
-            key = content_hash([IDENTITY, payload["criterion"], payload["thresholds"]])
-            with Path(self._context["log"]).open("ab", buffering=0) as file:
-                file.write(f"{key} {os.getpid()} {time.time()}\n".encode())
-        time.sleep(self._context.get("seconds", 0.0))
         values = self.distances(from_json(payload["criterion"]["expression"]))
         rungs = []
         for rung, last in enumerate((2, 4)):
@@ -103,7 +89,7 @@ class PlantedWorker:
 
 def build(context: dict[str, Any]) -> PlantedWorker:
     """The factory that executors call."""
-    return PlantedWorker(context)
+    return PlantedWorker()
 
 
 TERMINALS = frozenset({"W", "X_l2", "X_ss", "X_max", "G_l2", "G_mean"})
@@ -136,7 +122,7 @@ class Session:
             RULE,
             seed=seed,
             prepared="",
-            identity=IDENTITY,
+            identity="planted",
             full_ladder=frozenset({"wanda"}),
         )
         exists = (folder / "run.json").exists()

@@ -22,15 +22,17 @@ import pytest
 
 from evoprune.cli import main
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.rundir import RunDirectory, list_runs
 from tests.door.conftest import CONFIG
 from tests.models import save_tiny
 from tests.search.planted import Session
+from tests.search.planted_driver import FACTORY
 
 ROOT = Path(__file__).parents[2]
 EVALUATIONS = 220
-PATIENCE = 300.0
+PATIENCE = 600.0
 STORE = 100_000_000
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -39,7 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The history without any fault, in process."""
-    session = Session(tmp_path_factory.mktemp("undisturbed") / "run")
+    session = Session(tmp_path_factory.mktemp("undisturbed") / "run", executor=InlineExecutor(FACTORY, {}))
     session.go(EVALUATIONS)
     return session.history
 
@@ -106,6 +108,20 @@ def nodes(environment: None) -> Iterator[Nodes]:
     made.shutdown()
 
 
+RUNS: list[Run] = []
+
+
+@pytest.fixture(autouse=True)
+def no_driver_is_left() -> Iterator[None]:
+    """A test that fails leaves no driver at work."""
+    yield
+    while RUNS:
+        process = RUNS.pop().process
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
 class Run:
     """A run whose driver may be killed and started again."""
 
@@ -115,6 +131,7 @@ class Run:
         self.errors = folder / "stderr"
         self.options = {"evaluations": EVALUATIONS, "log": self.log, **options}
         self.process: subprocess.Popen[bytes] | None = None
+        RUNS.append(self)
 
     def start(self, **changes: object) -> subprocess.Popen[bytes]:
         options = {**self.options, **changes}
