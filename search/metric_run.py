@@ -96,6 +96,7 @@ class MetricRun:
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
+        self._stopping: Callable[[], bool] = lambda: False
         self._seconds_per_token = 0.0
         self._deadline = Deadline(None, 0.0)
         self._prepared_facts: dict[str, Any] = {}
@@ -109,6 +110,7 @@ class MetricRun:
             Interrupted: `stopping` became true; the run can be resumed.
             InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
         """
+        self._stopping = stopping
         self._hold(config=self._config.identity, code=code_hash())
         executor = self._executor()
         try:
@@ -192,7 +194,7 @@ class MetricRun:
         waiting = set(missing)
         while waiting:
             if stopping():
-                finish_running(executor, self._log, self._progress.update)
+                finish_running(executor, self._log, self._polled)
                 raise Interrupted("stopped by the user; everything finished is saved")
             take_finished(executor, self._log)
             waiting = {key for key in waiting if key not in self._log}
@@ -320,7 +322,7 @@ class MetricRun:
             window=self._config.window,
             deadline=lambda job: self._deadline.seconds(self._config.racing.rungs[-1] * self._config.data.window),
             on_applied=lambda birth, line, outcome: self._applied(search, loop, birth, line, outcome),
-            on_poll=lambda: self._progress.update(),
+            on_poll=self._polled,
         )
         if loop.restore():
             self._board.resume(
@@ -330,6 +332,11 @@ class MetricRun:
             {"model": self._config.model.name, "target": str(self._context.rule), "seed": self._config.seed}
         )
         return loop
+
+    def _polled(self) -> None:
+        if self._stopping():
+            self._progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
+        self._progress.update()
 
     def _applied(
         self, search: MetricSearch, loop: BirthLoop, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None
