@@ -54,6 +54,7 @@ def environment() -> Iterator[None]:
         patch.setenv("RAY_AUTH_TOKEN", engine_ray._process_token)
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # a busy machine would let workers starve
         yield
 
 
