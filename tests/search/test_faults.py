@@ -39,11 +39,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The history without any fault, in process."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """The search without any fault, in process."""
     session = Session(tmp_path_factory.mktemp("undisturbed") / "run", executor=InlineExecutor(FACTORY, {}))
     session.go(EVALUATIONS)
-    return session.history
+    return session
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,10 @@ def lines(path: Path) -> int:
         return 0
 
 
-def check(run: Run, undisturbed: bytes) -> None:
-    """The history is the undisturbed one; every evaluation counts once; none in the log was begun again."""
-    assert (run.folder / "history.jsonl").read_bytes() == undisturbed
+def check(run: Run, undisturbed: Session) -> None:
+    """History and state are the undisturbed ones; every evaluation counts once; none in the log was begun again."""
+    for name in ("history.jsonl", "state.json"):
+        assert (run.folder / name).read_bytes() == (undisturbed.run.path / name).read_bytes()
     raw = (run.folder / "evaluations.wal").read_text().splitlines()
     keys = [json.loads(line.partition(" ")[2])["k"] for line in raw]
     log = EvaluationLog(run.folder / "evaluations.wal")
@@ -211,7 +212,7 @@ def check(run: Run, undisturbed: bytes) -> None:
         assert begun[key] <= outcome.telemetry["finished"] + 0.001
 
 
-def test_drivers_are_killed_at_random_instants(nodes: Nodes, undisturbed: bytes, tmp_path: Path) -> None:
+def test_drivers_are_killed_at_random_instants(nodes: Nodes, undisturbed: Session, tmp_path: Path) -> None:
     """20 kills of the driver, another number of workers after each. One in four comes while it starts."""
     chance = random.Random(1)
     run = Run(tmp_path, address=nodes.address, seconds=0.02)
@@ -231,7 +232,7 @@ def test_drivers_are_killed_at_random_instants(nodes: Nodes, undisturbed: bytes,
     check(run, undisturbed)
 
 
-def test_workers_are_killed_while_they_work(nodes: Nodes, undisturbed: bytes, tmp_path: Path) -> None:
+def test_workers_are_killed_while_they_work(nodes: Nodes, undisturbed: Session, tmp_path: Path) -> None:
     """50 kills, each in the middle of an evaluation, which another worker then does."""
     run = Run(tmp_path, address=nodes.address, seconds=0.1)
     process = run.start(workers=3)
@@ -251,7 +252,7 @@ def test_workers_are_killed_while_they_work(nodes: Nodes, undisturbed: bytes, tm
     assert len(run.begun) > EVALUATIONS
 
 
-def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: bytes, tmp_path: Path) -> None:
+def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: Session, tmp_path: Path) -> None:
     """5 times a raylet with workers on it is killed, and a new node comes."""
     run = Run(tmp_path, address=nodes.address, seconds=0.05)
     process = run.start(workers=4)
@@ -265,7 +266,7 @@ def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: bytes, tm
     assert {event["loss"] for event in run.events("worker_lost")} >= {"node"}
 
 
-def test_a_head_that_is_gone_ends_the_driver_resumably(environment: None, undisturbed: bytes, tmp_path: Path) -> None:
+def test_a_head_that_is_gone_ends_the_driver_resumably(environment: None, undisturbed: Session, tmp_path: Path) -> None:
     """Left alone, Ray would end the process after a minute, with exit code 1 and without a word."""
     nodes = Nodes(1)
     try:
