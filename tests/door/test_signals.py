@@ -24,6 +24,7 @@ def search(tiny: Path, small: Path, run_dir: Path | str, *more: str) -> subproce
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "RAY_worker_niceness": "0"},  # a busy machine would let workers starve
         start_new_session=True,  # so that a test can signal all of it, as a terminal does
     )
 
@@ -43,10 +44,10 @@ def undisturbed(whole: dict[str, bytes], tiny: Path, small: Path, place: Path) -
 
 def wait_for_births(run: Path, process: subprocess.Popen[str]) -> None:
     """Until the first commit, which comes after a few evaluations, or the end."""
-    history = run / "history.jsonl"
+    state = run / "state.json"
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up and process.poll() is None:
-        if history.exists() and history.stat().st_size:
+        if state.exists():
             return
         time.sleep(0.02)
 
