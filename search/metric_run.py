@@ -97,6 +97,7 @@ class MetricRun:
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._context = config.context()
         self._identity = ""
+        self._stopping: Callable[[], bool] = lambda: False
         self._seconds_per_token = 0.0
         self._deadline = Deadline(None, 0.0)
         self._prepared_facts: dict[str, Any] = {}
@@ -110,6 +111,7 @@ class MetricRun:
             Interrupted: `stopping` became true; the run can be resumed.
             InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
         """
+        self._stopping = stopping
         self._hold(config=self._config.identity, code=code_hash())
         executor = self._executor()
         try:
@@ -193,7 +195,7 @@ class MetricRun:
         waiting = set(missing)
         while waiting:
             if stopping():
-                finish_running(executor, self._log, self._progress.update)
+                finish_running(executor, self._log, self._polled)
                 raise Interrupted("stopped by the user; everything finished is saved")
             take_finished(executor, self._log)
             waiting = {key for key in waiting if key not in self._log}
@@ -325,11 +327,16 @@ class MetricRun:
             window=self._config.window,
             deadline=lambda job: self._deadline.seconds(self._config.racing.rungs[-1] * self._config.data.window),
             on_applied=lambda birth, line, outcome: self._applied(line, outcome),
-            on_poll=self._watch.tick,
+            on_poll=self._polled,
         )
         loop.restore()
         self._watch.searching(search, loop, self._run.history(), self._log.outcomes())
         return loop
+
+    def _polled(self) -> None:
+        if self._stopping():
+            self._progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
+        self._watch.tick()
 
     def _applied(self, line: Mapping[str, Any], outcome: Outcome | None) -> None:
         if outcome is not None:

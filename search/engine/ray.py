@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import socket
 import tempfile
 import threading
@@ -97,6 +98,7 @@ class RayExecutor(Executor):
         self._unanswered: set[str] = set()
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Outcome | None] = queue.SimpleQueue()
+        self._sigterm_taken = threading.Event()
         self._draining = threading.Event()
         self._closing = threading.Event()
         self._wake = threading.Event()
@@ -132,6 +134,9 @@ class RayExecutor(Executor):
             raise RuntimeError("start() comes before poll()")
         if self._closing.is_set():
             raise RuntimeError("closed")
+        if self._sigterm_taken.is_set() and threading.current_thread() is threading.main_thread():
+            self._sigterm_taken.clear()
+            _take_sigterm_back()
         outcomes: list[Outcome] = []
         with contextlib.suppress(queue.Empty):
             if self._unanswered or self._failure is not None:
@@ -171,6 +176,7 @@ class RayExecutor(Executor):
         """The keeper's thread, from the connection to Ray until `close`."""
         try:
             with _connected(self._address, self._size, self._gpus) as ray, self._libraried(ray) as librarian:
+                self._sigterm_taken.set()
                 self._notify("info", "ray_started", logs=_log_folder(ray))
                 crew = self._crew(ray, librarian)
                 # A client of Ray speaks to a proxy, and need not reach the head.
@@ -282,6 +288,13 @@ def _connected(address: str, workers: int | None, gpus_per_worker: float | None)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _take_sigterm_back() -> None:
+    """Make Python's handler of SIGTERM the process's again: Ray's calls it, but aborts the process 3 s later."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,40 +17,67 @@ EVALUATIONS = 60
 PATIENCE = 600.0
 
 
-def search(tiny: Path, small: Path, run_dir: str, *more: str) -> subprocess.Popen[str]:
-    words = ["search", "metric", str(tiny), "--config", str(small), "--run-dir", run_dir, *more]
+def search(tiny: Path, small: Path, run_dir: Path | str, *more: str) -> subprocess.Popen[str]:
+    words = ["search", "metric", str(tiny), "--config", str(small), "--run-dir", str(run_dir), *more]
     return subprocess.Popen(
         [sys.executable, "-m", "evoprune", *words, "--evaluations", str(EVALUATIONS)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "RAY_worker_niceness": "0"},  # a busy machine would let workers starve
+        start_new_session=True,  # so that a test can signal all of it, as a terminal does
     )
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, bytes]:
+    """The history of a search that nobody stopped, once a test has made it."""
+    return {}
+
+
+def undisturbed(whole: dict[str, bytes], tiny: Path, small: Path, place: Path) -> bytes:
+    if "history" not in whole:
+        search(tiny, small, place / "whole", "--executor", "inline").communicate(timeout=PATIENCE)
+        whole["history"] = (place / "whole" / "history.jsonl").read_bytes()
+    return whole["history"]
 
 
 def wait_for_births(run: Path, process: subprocess.Popen[str]) -> None:
     """Until the first commit, which comes after a few evaluations, or the end."""
-    history = run / "history.jsonl"
+    state = run / "state.json"
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up and process.poll() is None:
-        if history.exists() and history.stat().st_size:
+        if state.exists():
             return
         time.sleep(0.02)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "more"),
+    ("numbers", "whom", "more"),
     [
-        (signal.SIGINT, ("--executor", "inline")),
-        (signal.SIGTERM, ("--executor", "inline")),
-        pytest.param(signal.SIGINT, ("--workers", "2"), marks=pytest.mark.ray),
+        ((signal.SIGINT,), "driver", ("--executor", "inline")),
+        ((signal.SIGTERM,), "driver", ("--executor", "inline")),
+        ((signal.SIGINT, signal.SIGTERM), "driver", ("--executor", "inline")),
+        pytest.param((signal.SIGTERM,), "driver", ("--workers", "2"), marks=pytest.mark.ray),
+        pytest.param((signal.SIGINT,), "all", ("--workers", "2"), marks=pytest.mark.ray),
+        pytest.param((signal.SIGINT, signal.SIGTERM), "driver", ("--workers", "2"), marks=pytest.mark.ray),
     ],
-    ids=["SIGINT", "SIGTERM", "SIGINT with workers"],
+    ids=["SIGINT", "SIGTERM", "twice", "SIGTERM with workers", "Ctrl-C with workers", "twice with workers"],
 )
-def test_stopped_and_continued(number: int, more: tuple[str, ...], tiny: Path, small: Path, place: Path) -> None:
+def test_stopped_and_continued(
+    numbers: tuple[int, ...],
+    whom: str,
+    more: tuple[str, ...],
+    tiny: Path,
+    small: Path,
+    place: Path,
+    whole: dict[str, bytes],
+) -> None:
     process = search(tiny, small, "stopped", *more)
     wait_for_births(place / "stopped", process)
-    process.send_signal(number)
+    for number in numbers:  # the second insists, and nothing is waited for any more
+        os.killpg(process.pid, number) if whom == "all" else process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (130, ""), err
     assert err.splitlines()[-1].endswith("continue with `evoprune resume stopped`")
@@ -60,6 +88,4 @@ def test_stopped_and_continued(number: int, more: tuple[str, ...], tiny: Path, s
     command = [sys.executable, "-m", "evoprune", "resume", "stopped", "--executor", "inline"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
-    whole = search(tiny, small, "whole", "--executor", "inline")
-    whole.communicate(timeout=PATIENCE)
-    assert (place / "stopped" / "history.jsonl").read_bytes() == (place / "whole" / "history.jsonl").read_bytes()
+    assert (place / "stopped" / "history.jsonl").read_bytes() == undisturbed(whole, tiny, small, place)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.expression import Expression, from_json, parse
-from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import evaluate, free_inputs
 from evoprune.metrics.mask import mask
 from evoprune.metrics.probe import Probe
@@ -29,7 +26,6 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces.symbolic import MetricSpace
 
-IDENTITY = "planted"
 HIDDEN = "mul(abs(W),mul(powc(X_l2,0.7),powc(G_l2,0.3)))"
 RULE = MaskRule(0.5)
 
@@ -68,23 +64,14 @@ class PlantedWorker:
     """Answers ``evaluate`` jobs; a rung shows one layer more.
 
     Args:
-        context: ``hidden`` is the metric to find; ``log`` names a file to note the begin of every evaluation in,
-            ``seconds`` is how long one takes.
+        hidden: the metric to find.
     """
 
-    def __init__(self, context: dict[str, Any] | None = None) -> None:
-        self._context = context or {}
+    def __init__(self, hidden: str = HIDDEN) -> None:
         self._layers = layers()
-        self._wanted = [
-            mask(evaluate(parse(self._context.get("hidden", HIDDEN)), inputs), RULE) for _, inputs in self._layers
-        ]
+        self._wanted = [mask(evaluate(parse(hidden), inputs), RULE) for _, inputs in self._layers]
 
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
-        if "log" in self._context:
-            key = content_hash([IDENTITY, payload["criterion"], payload["thresholds"]])
-            with Path(self._context["log"]).open("ab", buffering=0) as file:
-                file.write(f"{key} {os.getpid()} {time.time()}\n".encode())
-        time.sleep(self._context.get("seconds", 0.0))
         values = self.distances(from_json(payload["criterion"]["expression"]))
         rungs = []
         for rung, last in enumerate((2, 4)):
@@ -106,7 +93,7 @@ class PlantedWorker:
 
 def build(context: dict[str, Any]) -> PlantedWorker:
     """The factory that executors call."""
-    return PlantedWorker(context)
+    return PlantedWorker(context.get("hidden", HIDDEN))
 
 
 TERMINALS = frozenset({"W", "X_l2", "X_ss", "X_max", "G_l2", "G_mean"})
@@ -148,7 +135,7 @@ class Session:
             RULE,
             seed=seed,
             prepared="",
-            identity=IDENTITY,
+            identity="planted",
             full_ladder=frozenset({"wanda"}),
             **search,
         )
@@ -182,7 +169,7 @@ class Session:
         """Mean intersection over union of the best candidate's pruned sets with the hidden metric's."""
         best = self.search.archive.best
         assert best is not None
-        values = PlantedWorker({"hidden": self.hidden}).distances(best.expression)
+        values = PlantedWorker(self.hidden).distances(best.expression)
         return 1 - sum(values) / len(values)
 
 

@@ -1,4 +1,4 @@
-"""The driver process of a search on the planted target, for tests that kill it.
+"""The driver process of a search with workers that start at once, for tests that kill either.
 
     python -m tests.search.planted_driver RUN --workers 2 --evaluations 200
 
@@ -19,6 +19,7 @@ from evoprune.search.signals import stop_on_signals
 from tests.search.planted import Session
 
 ROOT = Path(__file__).parents[2]
+FACTORY = "tests.search.hashed:build"
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--stall", type=float)
     asked = parser.parse_args()
     context = {"seconds": asked.seconds, **({} if asked.log is None else {"log": str(asked.log)})}
-    factory, session = "tests.search.planted:build", None
+    factory, session = FACTORY, None
     executor: Executor = (
         RayExecutor(
             factory,

@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_run(finished, world):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ray_gives_the_same_run_with_any_number_of_workers(finished, world, workers):
     run = start_metric_search(config(world), Resources(workers=workers), run_dir=world / f"ray-{workers}")
     assert history(run) == history(finished)
