@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -83,15 +84,15 @@ class Trials:
         Args:
             lines: of the history.
             outcomes: of the evaluation log, for the times. The history does not name them, but fitness at every rung
-                and its error, digit by digit, do; should two candidates agree in all that, one has the other's times.
+                and its error, digit by digit, do; candidates that agree in all that take turns in the log's order.
         """
-        telemetry: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+        telemetry: defaultdict[tuple[Any, ...], deque[Mapping[str, Any]]] = defaultdict(deque)
         for outcome in outcomes:
             if outcome.values.get("rungs"):
-                telemetry.setdefault((*outcome.values["rungs"], outcome.values["stderr"]), outcome.telemetry)
+                telemetry[(*outcome.values["rungs"], outcome.values["stderr"])].append(outcome.telemetry)
         for line in lines:
-            found = telemetry.get((*line["rungs"], line["stderr"])) if line.get("rungs") else None
-            if (record := self.record(line, found)) is not None:
+            known = telemetry[(*line["rungs"], line["stderr"])] if line.get("rungs") else None
+            if (record := self.record(line, known.popleft() if known else None)) is not None:
                 yield record
 
     def _generation(self, line: Mapping[str, Any]) -> int:

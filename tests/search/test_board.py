@@ -23,7 +23,9 @@ from evoprune.search.engine.background import Background
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.board_storage import check_storage, repair_journal, without_password
 from evoprune.search.engine.board_studies import Studies
+from evoprune.search.engine.executor import Outcome
 from evoprune.search.engine.trial_record import Range, TrialRecord, fits
+from evoprune.search.trials import Trials
 
 NAME = "20260101-000000-metric-abcd"
 RANGES: dict[str, Range] = {"height": (0, 12), "exponent": (-4.0, 3.0), "gradient": [False, True]}
@@ -432,3 +434,30 @@ def test_passwords_are_not_printed() -> None:
 )
 def test_descriptors_stay_within_their_ranges(value: object, allowed: Range, fine: bool) -> None:
     assert fits(value, allowed) is fine
+
+
+def test_trials_get_their_times_from_the_log_and_the_rest_from_the_history() -> None:
+    def line(birth: int, rungs: list[float] | None, **fields: Any) -> dict[str, Any]:
+        known = {"origin": "random", "parents": [], "island": 0, "complexity": 2, "signature": "s", "reason": None}
+        measured = {} if rungs is None else {"rungs": rungs, "stderr": 0.0, "front": len(rungs) == 2}
+        return {"birth": birth, "expression": "abs(W)", **known, **measured, **fields}
+
+    history = [
+        line(0, [0.5, 0.25]),
+        line(1, [0.5], parents=[0], reason="CUT_F0"),
+        line(2, None, reason="DUP_SIG", same_as=0),
+        line(3, [0.5], parents=[1, 0], reason="CUT_F0"),  # as good as birth 1, digit by digit
+        line(4, None, reason="TIMEOUT"),
+    ]
+    outcomes = [
+        Outcome(
+            f"k{number}", "ok", {"rungs": rungs, "stderr": 0.0}, telemetry={"started": number, "finished": number + 1}
+        )
+        for number, rungs in enumerate([[0.5], [0.5, 0.25], [0.5]])
+    ]
+    records = list(Trials(2).records(history, [*outcomes, Outcome("k3", "timeout")]))
+    assert [record.attributes["birth"] for record in records] == [0, 1, 3, 4]
+    assert [record.state for record in records] == ["complete", "pruned", "pruned", "fail"]
+    assert [record.attributes["generation"] for record in records] == [0, 1, 2, 0]
+    assert [record.started for record in records] == [1, 0, 2, None]
+    assert [record.front for record in records] == [True, False, False, False]
