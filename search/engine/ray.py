@@ -299,8 +299,9 @@ def _take_sigterm_back() -> None:
 
 @contextlib.contextmanager
 def _private_settings(address: str) -> Iterator[None]:
-    """Environment that a private instance wants: a token of its own, so that none is written to HOME; no reports."""
-    wanted = {"RAY_USAGE_STATS_ENABLED": "0"}
+    """Environment that a private instance wants: a token of its own, so that none is written to HOME; no reports;
+    workers at this process's priority, for Ray's niceness of 15 starves them on a machine that has other work."""
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     known = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}
     if address == LOCAL and not known & os.environ.keys():
         wanted["RAY_AUTH_TOKEN"] = _process_token
