@@ -86,12 +86,12 @@ class Trials:
             outcomes: of the evaluation log, for the times. The history does not name them, but fitness at every rung
                 and its error, digit by digit, do; candidates that agree in all that take turns in the log's order.
         """
-        telemetry: defaultdict[tuple[Any, ...], deque[Mapping[str, Any]]] = defaultdict(deque)
+        telemetry: defaultdict[tuple[float, ...], deque[Mapping[str, Any]]] = defaultdict(deque)
         for outcome in outcomes:
             if outcome.values.get("rungs"):
-                telemetry[(*outcome.values["rungs"], outcome.values["stderr"])].append(outcome.telemetry)
+                telemetry[_measured(outcome.values)].append(outcome.telemetry)
         for line in lines:
-            known = telemetry[(*line["rungs"], line["stderr"])] if line.get("rungs") else None
+            known = telemetry[_measured(line)] if line.get("rungs") else None
             if (record := self.record(line, known.popleft() if known else None)) is not None:
                 yield record
 
@@ -100,3 +100,8 @@ class Trials:
         known = [self._generations[parent] + 1 for parent in line["parents"] if parent in self._generations]
         self._generations[line["birth"]] = max(known, default=0)
         return self._generations[line["birth"]]
+
+
+def _measured(values: Mapping[str, Any]) -> tuple[float, ...]:
+    """Fitness at every rung, and the error of the last."""
+    return (*values["rungs"], values["stderr"])
