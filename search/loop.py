@@ -207,8 +207,7 @@ class BirthLoop:
 
 def take_finished(executor: Executor, log: EvaluationLog) -> None:
     """Wait a moment, and put what has finished on disk."""
-    for outcome in executor.poll(timeout=0.2):
-        log.append(outcome.key, outcome)
+    log.extend({outcome.key: outcome for outcome in executor.poll(timeout=0.2)})
 
 
 def finish_running(executor: Executor, log: EvaluationLog, on_poll: Callable[[], None]) -> None:
