@@ -19,6 +19,7 @@ from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.rundir import RunDirectory
 
 COMMIT_EVERY = 16
+"""Births between commits, at least; a sixteenth of the window if that is more, for a commit writes all that wait."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class BirthLoop:
         self._log = log
         self._run = run
         self._window = window
+        self._commit_every = max(COMMIT_EVERY, window // 16)
         self._deadline = deadline
         self._on_applied = on_applied
         self._on_poll = on_poll
@@ -190,7 +192,7 @@ class BirthLoop:
         self._lines.append(canonical_json(line))
         self._applied += 1
         self._on_applied(birth, line, outcome)
-        if self._applied % COMMIT_EVERY == 0:
+        if self._applied % self._commit_every == 0:
             self.commit()
 
     def _wait_for(self, key: str, budget: Budget) -> Outcome:
@@ -207,8 +209,7 @@ class BirthLoop:
 
 def take_finished(executor: Executor, log: EvaluationLog) -> None:
     """Wait a moment, and put what has finished on disk."""
-    for outcome in executor.poll(timeout=0.2):
-        log.append(outcome.key, outcome)
+    log.extend({outcome.key: outcome for outcome in executor.poll(timeout=0.2)})
 
 
 def finish_running(executor: Executor, log: EvaluationLog, on_poll: Callable[[], None]) -> None:

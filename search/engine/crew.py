@@ -42,6 +42,7 @@ class Crew:
         admission: decides who may take part.
         librarian: the actor from which they get files that their node lacks.
         elastic: whether `size` follows the cluster, by `grow`; a refused worker is then not replaced.
+        slots: how many jobs an actor runs at the same time, each in a thread of its own.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class Crew:
         admission: Admission | None = None,
         librarian: Any = None,
         elastic: bool = False,
+        slots: int = 1,
     ) -> None:
         self._ray = ray
-        self._options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": "SPREAD", **options}
+        fixed = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": slots, "scheduling_strategy": "SPREAD"}
+        self._options = {**fixed, **options}
         self._admission = admission or Admission("relaxed")
         self._librarian = librarian
         self._elastic = elastic
@@ -65,7 +68,7 @@ class Crew:
         self._recipe = recipe
         self._notify = notify
         self._stall_seconds = stall_seconds
-        self._dispatcher = Dispatcher()
+        self._dispatcher = Dispatcher(slots)
         self._numbers = itertools.count()
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}  # every open call's ref, in the order of calling -> worker
@@ -124,9 +127,10 @@ class Crew:
         now = time.monotonic()
         if not self._draining:
             self._start_missing(now)
-        for worker in self._actors:
-            if worker not in self._starting:
-                while (job := self._dispatcher.next_job(worker, now)) is not None:
+        ready = [worker for worker in self._actors if worker not in self._starting]
+        for ahead in (False, True):
+            for worker in ready:
+                while (job := self._dispatcher.next_job(worker, now, ahead=ahead)) is not None:
                     call = self._actors[worker].work.remote(canonical_json(job.to_json()))
                     self._calls[call] = worker
         settled = [outcome for ready in self._wait(wake) for outcome in self._answer(ready)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from evoprune.search.engine.executor import Job, Outcome, Status
@@ -13,7 +14,7 @@ Loss = Literal["died", "oom", "deadline", "node"]
 """Why a job came to nothing: its worker died or broke, memory ran out, it overran its deadline, or its node left."""
 
 IN_FLIGHT = 2
-"""Jobs given to a worker at a time: while one runs, the next waits beside it, so that the worker never does."""
+"""Jobs given to each slot of a worker: while one runs, the next waits beside it, so that the worker never does."""
 PROBATION_PATIENCE = 4.0
 """By how much a deadline is stretched in probation, where only a job that really hangs should fail."""
 LIMITS: Mapping[Loss, tuple[int, Status]] = {"died": (3, "crash"), "oom": (2, "oom"), "deadline": (1, "timeout")}
@@ -22,22 +23,34 @@ LIMITS: Mapping[Loss, tuple[int, Status]] = {"died": (3, "crash"), "oom": (2, "o
 
 @dataclass(slots=True)
 class _Lane:
-    """What one worker has been given, oldest first; the head is what it runs."""
+    """What one worker has been given, oldest first; the first `slots` of them are what it runs."""
 
+    slots: int
     jobs: deque[Job] = field(default_factory=deque)
     on_probation: bool = False
-    head_since: float = 0.0
+    since: dict[str, float] = field(default_factory=dict)  # when each of those that run began
+
+    def running(self) -> list[Job]:
+        return list(islice(self.jobs, self.slots))
+
+    def note_begun(self, now: float) -> None:
+        for job in islice(self.jobs, self.slots):
+            self.since.setdefault(job.key, now)
 
 
 class Dispatcher:
     """Open jobs and the workers they are on. Every key leaves exactly once, as an outcome.
 
-    When a worker is lost, only the job that it ran can be guilty: that one goes into probation, where it gets a
+    When a worker is lost, only a job that it ran can be guilty: such a one goes into probation, where it gets a
     worker to itself; the others are given out again untouched. Only losses in probation count against a job, since
     any job may be hit by a worker's death that it did not cause. A job that reports a lack of memory is treated alike.
+
+    Args:
+        slots: how many jobs a worker runs at the same time. It begins them in the order in which it got them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = 1) -> None:
+        self._slots = slots
         self._open: set[str] = set()
         self._pending: deque[Job] = deque()
         self._suspects: deque[Job] = deque()
@@ -55,7 +68,7 @@ class Dispatcher:
 
     def add_worker(self, worker: int) -> None:
         """A worker is ready for jobs."""
-        self._lanes[worker] = _Lane()
+        self._lanes[worker] = _Lane(self._slots)
 
     def drain(self) -> None:
         """Forget every job that no worker runs yet."""
@@ -63,11 +76,18 @@ class Dispatcher:
         self._pending.clear()
         self._suspects.clear()
         for lane in self._lanes.values():
-            lane.jobs = deque(list(lane.jobs)[:1])
+            lane.jobs = deque(lane.running())
         self._open = {job.key for lane in self._lanes.values() for job in lane.jobs}
 
-    def next_job(self, worker: int, now: float) -> Job | None:
-        """The job that `worker` should get now, or None; to be asked again until it is None."""
+    def next_job(self, worker: int, now: float, *, ahead: bool = True) -> Job | None:
+        """The job that `worker` should get now, or None; to be asked again until it is None.
+
+        Args:
+            worker: a ready one.
+            now: the time.
+            ahead: whether it may be one that waits beside a running job. Ask every worker without that first: no job
+                should wait at one worker while another has nothing to do.
+        """
         lane = self._lanes[worker]
         if lane.on_probation:
             return None
@@ -76,7 +96,7 @@ class Dispatcher:
                 return None  # let it run dry: a suspect shares its worker with nobody
             lane.on_probation = True
             return self._give(lane, self._suspects.popleft(), now)
-        if self._pending and len(lane.jobs) < IN_FLIGHT:
+        if self._pending and len(lane.jobs) < lane.slots * (IN_FLIGHT if ahead else 1):
             return self._give(lane, self._pending.popleft(), now)
         return None
 
@@ -85,8 +105,9 @@ class Dispatcher:
         lane = self._lanes[worker]
         answered = [job for job in lane.jobs if job.key == outcome.key]
         lane.jobs = deque(job for job in lane.jobs if job.key != outcome.key)
-        on_probation = lane.on_probation
-        lane.on_probation, lane.head_since = False, now
+        lane.since.pop(outcome.key, None)
+        lane.note_begun(now)
+        on_probation, lane.on_probation = lane.on_probation, False
         if answered and outcome.status == "oom":  # it may be a neighbour on the device who took the memory
             return self._blame(answered[0], "oom", on_probation, outcome.error)
         return self._settle(outcome)
@@ -100,28 +121,27 @@ class Dispatcher:
         lane = self._lanes.pop(worker, None)
         if lane is None or not lane.jobs:
             return []
-        head = lane.jobs.popleft()
-        self._pending.extendleft(reversed(lane.jobs))
-        settled = self._blame(head, loss, lane.on_probation, cause)
-        return [] if settled is None else [settled]
+        suspects = lane.running()
+        self._pending.extendleft(reversed(list(lane.jobs)[len(suspects) :]))
+        settled = [self._blame(job, loss, lane.on_probation, cause) for job in suspects]
+        return [outcome for outcome in settled if outcome is not None]
 
     def overdue(self, now: float) -> list[int]:
-        """Workers whose running job has passed its deadline."""
+        """Workers with a running job that has passed its deadline."""
         return [worker for worker, lane in self._lanes.items() if now > _due(lane)]
 
     def is_idle(self) -> bool:
-        """Whether some worker has nothing to do at all."""
-        return any(not lane.jobs for lane in self._lanes.values())
+        """Whether some slot of some worker has nothing to do at all."""
+        return any(len(lane.jobs) < lane.slots for lane in self._lanes.values())
 
     @property
     def running(self) -> int:
         """How many jobs are running."""
-        return sum(bool(lane.jobs) for lane in self._lanes.values())
+        return sum(min(len(lane.jobs), lane.slots) for lane in self._lanes.values())
 
     def _give(self, lane: _Lane, job: Job, now: float) -> Job:
-        if not lane.jobs:
-            lane.head_since = now
         lane.jobs.append(job)
+        lane.note_begun(now)
         self._attempts[job.key] += 1
         return job
 
@@ -148,10 +168,10 @@ class Dispatcher:
 
 
 def _due(lane: _Lane) -> float:
-    """When the head of a lane becomes overdue."""
-    if not lane.jobs or lane.jobs[0].deadline is None:
-        return float("inf")
-    return lane.head_since + lane.jobs[0].deadline * (PROBATION_PATIENCE if lane.on_probation else 1.0)
+    """When the first of a lane's running jobs becomes overdue."""
+    patience = PROBATION_PATIENCE if lane.on_probation else 1.0
+    timed = [(job.key, job.deadline) for job in lane.running() if job.deadline is not None]
+    return min((lane.since[key] + deadline * patience for key, deadline in timed), default=float("inf"))
 
 
 def _explain(job: Job, loss: Loss, cause: str) -> str:

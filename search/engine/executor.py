@@ -82,7 +82,10 @@ class Outcome:
 
 
 class Worker(Protocol):
-    """Holds what evaluations need (model, statistics, tokens) and does them one at a time."""
+    """Holds what evaluations need (model, statistics, tokens) and does them one at a time.
+
+    An executor that gives a worker several slots calls `handle` from as many threads.
+    """
 
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         """The values of one evaluation: JSON data, a pure function of the arguments and of the worker's context.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from evoprune.metrics.files import canonical_json
@@ -53,11 +53,16 @@ class EvaluationLog:
         Raises:
             InvalidInput: the disk is full or read-only; the log is as before.
         """
-        if key in self._outcomes:
+        self.extend({key: outcome})
+
+    def extend(self, outcomes: Mapping[str, Outcome]) -> None:
+        """Keep several outcomes for good, with one flush to disk for all; see `append`."""
+        new = {key: outcome for key, outcome in outcomes.items() if key not in self._outcomes}
+        if not new:
             return
         with disk_errors(self.path):
-            self._file.append(_line(key, outcome))
-        self._outcomes[key] = outcome
+            self._file.append(b"".join(_line(key, outcome) for key, outcome in new.items()))
+        self._outcomes.update(new)
 
     def close(self) -> None:
         """Close the file."""

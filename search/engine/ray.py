@@ -54,6 +54,8 @@ class RayExecutor(Executor):
         context: JSON data for the factory.
         workers: how many actors; None takes as many as a cluster has room for, and more as it grows. Those that have
             no room wait until a node joins.
+        slots_per_worker: how many jobs an actor runs at the same time, each in a thread of its own. Above 1 the worker
+            must bear that, and a worker's death makes all that it ran suspects.
         gpus_per_worker: a fraction of a device or whole devices; 0 is CPU only; None is 1 if the cluster has any.
         threads: torch threads of every worker.
         address: `local` starts a private instance on this machine; anything else is a running cluster's address, and
@@ -73,6 +75,7 @@ class RayExecutor(Executor):
         context: dict[str, Any],
         *,
         workers: int | None = 1,
+        slots_per_worker: int = 1,
         gpus_per_worker: float | None = 0.0,
         threads: int = 1,
         address: str = LOCAL,
@@ -85,9 +88,12 @@ class RayExecutor(Executor):
     ) -> None:
         if workers is not None and workers < 1:
             raise InvalidInput(f"--workers is {workers}; it must be at least 1")
+        if slots_per_worker < 1:
+            raise InvalidInput(f"slots_per_worker is {slots_per_worker}; it must be at least 1")
         if not (gpus_per_worker is None or 0 <= gpus_per_worker < 1 or gpus_per_worker in range(1, 1025)):
             raise InvalidInput(f"--gpus-per-worker is {gpus_per_worker}; it must be below 1 or a whole number")
         self._size = workers
+        self._slots = slots_per_worker
         self._gpus = gpus_per_worker
         self._recipe = WorkerRecipe(factory, context, threads, tuple(python_path), dict(environment or {}))
         self._address = address
@@ -106,7 +112,7 @@ class RayExecutor(Executor):
         self._keeper: threading.Thread | None = None
         self._surroundings = contextlib.ExitStack()
         self._counters = {"ready": 0, "starting": workers or 1, "running": 0, "deaths": 0}
-        self.workers = workers or 1
+        self.workers = (workers or 1) * slots_per_worker
 
     def start(self) -> None:
         """Begin to start Ray and the workers, and return at once.
@@ -195,7 +201,7 @@ class RayExecutor(Executor):
                         if self._size is None and time.monotonic() > look:
                             crew.grow()
                             look = time.monotonic() + GROW_SECONDS
-                        self._counters, self.workers = crew.counters(), crew.size
+                        self._counters, self.workers = crew.counters(), crew.size * self._slots
                 finally:
                     crew.dismiss()
         except BaseException as problem:
@@ -217,17 +223,19 @@ class RayExecutor(Executor):
         )
         crowded = self._address != LOCAL and not gpus
         options = {"num_cpus": (recipe.threads or 1) if crowded else 1, "num_gpus": gpus}
-        self.workers = self._size or max(room(ray, options), 1)
+        size = self._size or max(room(ray, options), 1)
+        self.workers = size * self._slots
         return Crew(
             ray,
             recipe,
-            self.workers,
+            size,
             options,
             self._notify,
             self._stall_seconds,
             self._admission,
             librarian,
             elastic=self._size is None,
+            slots=self._slots,
         )
 
     @contextlib.contextmanager

@@ -81,8 +81,8 @@ def raises_at(number: int, real: Callable[..., Any], *, after: bool = False) -> 
         ("search._searcher", "propose", 40, True),  # a birth has its number, and nobody has the birth
         ("run", "commit", 2, False),
         ("run", "commit", 2, True),  # the state is on disk, and the loop does not know
-        ("log", "append", 25, False),
-        ("log", "append", 25, True),
+        ("log", "extend", 25, False),
+        ("log", "extend", 25, True),
         ("executor", "poll", 33, True),  # a result got lost
     ],
 )

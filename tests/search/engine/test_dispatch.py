@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from evoprune.search.engine.dispatch import Dispatcher, Loss
 from evoprune.search.engine.executor import Job, Outcome
 
@@ -12,8 +14,8 @@ def job(key: str, deadline: float | None = None) -> Job:
     return Job(key, "k", {}, deadline)
 
 
-def crew(*keys: str, workers: int = 1) -> Dispatcher:
-    dispatcher = Dispatcher()
+def crew(*keys: str, workers: int = 1, slots: int = 1) -> Dispatcher:
+    dispatcher = Dispatcher(slots)
     dispatcher.submit([job(key) for key in keys])
     for worker in range(workers):
         dispatcher.add_worker(worker)
@@ -32,6 +34,13 @@ def test_two_jobs_are_in_flight_per_worker() -> None:
     assert take_all(dispatcher, 0) == ["a", "b"]
     assert dispatcher.finish(0, Outcome("a", "ok"), 0.0) is not None
     assert take_all(dispatcher, 0) == ["c"]
+
+
+def test_a_job_can_be_kept_from_waiting_at_a_busy_worker() -> None:
+    dispatcher = crew("a", "b", workers=2)
+    assert dispatcher.next_job(0, 0.0, ahead=False) == job("a")
+    assert dispatcher.next_job(0, 0.0, ahead=False) is None
+    assert dispatcher.next_job(1, 0.0, ahead=False) == job("b")
 
 
 def test_only_the_running_job_is_suspected_when_a_worker_dies() -> None:
@@ -143,12 +152,52 @@ def test_deadlines_count_from_the_start_of_the_job_and_are_longer_in_probation()
     assert dispatcher.overdue(24.1) == [1]
 
 
-def test_every_key_leaves_exactly_once_whatever_happens() -> None:
+def test_each_slot_of_a_worker_runs_one_job_and_has_the_next_beside_it() -> None:
+    dispatcher = crew("a", "b", "c", "d", "e", slots=2)
+    assert dispatcher.is_idle()
+    assert take_all(dispatcher, 0) == ["a", "b", "c", "d"]
+    assert dispatcher.running == 2
+    assert not dispatcher.is_idle()
+    assert dispatcher.finish(0, Outcome("b", "ok"), 0.0) is not None  # c begins
+    assert take_all(dispatcher, 0) == ["e"]
+    dispatcher.drain()
+    assert dispatcher.running == 2
+    assert [dispatcher.finish(0, Outcome(key, "ok"), 0.0) is not None for key in "acde"] == [True, True, False, False]
+
+
+def test_all_that_a_worker_ran_is_suspected_and_then_runs_alone() -> None:
+    dispatcher = crew("a", "b", "c", slots=2)
+    take_all(dispatcher, 0)
+    assert dispatcher.lose(0, "died") == []
+    dispatcher.add_worker(1)
+    for suspect in "ab":
+        assert take_all(dispatcher, 1) == [suspect]
+        assert dispatcher.finish(1, Outcome(suspect, "ok"), 0.0) is not None
+    assert take_all(dispatcher, 1) == ["c"]
+
+
+def test_every_slot_has_a_deadline_of_its_own() -> None:
+    dispatcher = Dispatcher(slots=2)
+    dispatcher.submit([job("a", 2.0), job("b", 1.0), job("c", 1.5)])
+    dispatcher.add_worker(0)
+    take_all(dispatcher, 0, now=10.0)
+    assert dispatcher.overdue(10.9) == []
+    assert dispatcher.overdue(11.1) == [0]  # b
+    dispatcher.finish(0, Outcome("b", "ok"), 11.1)
+    assert dispatcher.overdue(11.9) == []
+    assert dispatcher.overdue(12.1) == [0]  # a
+    dispatcher.finish(0, Outcome("a", "ok"), 12.1)
+    assert dispatcher.overdue(12.5) == []
+    assert dispatcher.overdue(12.7) == [0]  # c, since 11.1
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_every_key_leaves_exactly_once_whatever_happens(slots: int) -> None:
     for seed in range(200):
         chance = random.Random(seed)
         keys = [f"k{number}" for number in range(30)]
         poison = set(chance.sample(keys, 2))
-        dispatcher, alive, fresh, left = crew(*keys, workers=3), [0, 1, 2], 3, []
+        dispatcher, alive, fresh, left = crew(*keys, workers=3, slots=slots), [0, 1, 2], 3, []
         in_flight: dict[int, list[str]] = {worker: [] for worker in alive}
         for _ in range(10_000):
             if len(left) == len(keys):
@@ -157,7 +206,8 @@ def test_every_key_leaves_exactly_once_whatever_happens() -> None:
             in_flight[worker] += take_all(dispatcher, worker)
             if not in_flight[worker]:
                 continue
-            if in_flight[worker][0] in poison or chance.random() < 0.1:
+            runs = in_flight[worker][:slots]
+            if poison & set(runs) or chance.random() < 0.1:
                 left += dispatcher.lose(worker, "died")
                 alive.remove(worker)
                 alive.append(fresh)
@@ -165,7 +215,9 @@ def test_every_key_leaves_exactly_once_whatever_happens() -> None:
                 in_flight[fresh] = []
                 fresh += 1
             else:
-                outcome = dispatcher.finish(worker, Outcome(in_flight[worker].pop(0), "ok"), 0.0)
+                done = chance.choice(runs)
+                in_flight[worker].remove(done)
+                outcome = dispatcher.finish(worker, Outcome(done, "ok"), 0.0)
                 assert outcome is not None
                 left.append(outcome)
         assert sorted(outcome.key for outcome in left) == sorted(keys)

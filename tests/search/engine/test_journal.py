@@ -51,6 +51,19 @@ def test_the_first_outcome_of_a_key_counts(path: Path) -> None:
     assert len(EvaluationLog(path)) == 10
 
 
+def test_several_outcomes_cost_one_flush(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EvaluationLog(path)
+    synced: list[int] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(descriptor), fsync(descriptor))[1])
+    log.extend({f"k{number}": outcome(number) for number in (3, 10, 11)})
+    assert len(synced) == 1
+    log.extend({"k3": outcome(99)})
+    assert len(synced) == 1
+    log.close()
+    assert keys(path) == [f"k{number}" for number in range(12)]
+
+
 def test_a_torn_tail_is_cut_off_at_every_length(path: Path) -> None:
     data = path.read_bytes()
     line_ends = [position + 1 for position, byte in enumerate(data) if byte == ord("\n")]

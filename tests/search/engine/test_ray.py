@@ -54,9 +54,15 @@ def make() -> Iterator[MakeExecutor]:
     """Makes started executors and closes them."""
     made: list[RayExecutor] = []
 
-    def start(workers: int = 1, *, notify: Any = None, **context: object) -> RayExecutor:
+    def start(workers: int = 1, *, slots: int = 1, notify: Any = None, **context: object) -> RayExecutor:
         executor = RayExecutor(
-            "fake_workers:build", dict(context), workers=workers, python_path=[HERE], threads=2, notify=notify
+            "fake_workers:build",
+            dict(context),
+            workers=workers,
+            slots_per_worker=slots,
+            python_path=[HERE],
+            threads=2,
+            notify=notify,
         )
         executor.start()
         made.append(executor)
@@ -103,6 +109,27 @@ def test_workers_get_their_threads_and_answer_from_their_own_process(make: MakeE
     assert outcome.values["threads"] == "2"
     assert outcome.values["pid"] == outcome.telemetry["pid"] != os.getpid()
     assert (outcome.telemetry["worker"], outcome.telemetry["attempts"]) == (0, 1)
+
+
+def test_the_slots_of_a_worker_run_at_the_same_time_in_one_process(make: MakeExecutor) -> None:
+    executor = make(slots=4)
+    assert executor.workers == 4
+    outcomes = evaluate(executor, [Job(f"k{x}", "square", {"x": x, "seconds": 0.5}) for x in range(8)])
+    assert [outcome.values["fitness"] for outcome in outcomes] == [x**2 for x in range(8)]
+    assert len({outcome.telemetry["pid"] for outcome in outcomes}) == 1
+    begun = [outcome.telemetry["started"] for outcome in outcomes]
+    ended = [outcome.telemetry["finished"] for outcome in outcomes]
+    at_once = [sum(a <= moment < b for a, b in zip(begun, ended, strict=True)) for moment in begun]
+    assert max(at_once) == 4
+
+
+def test_no_job_waits_at_one_worker_while_another_has_none(make: MakeExecutor) -> None:
+    executor = make(2)
+    evaluate(executor, [Job("warm", "square", {"x": 1})])
+    while executor.counters()["ready"] < 2:
+        time.sleep(0.05)
+    outcomes = evaluate(executor, [Job(f"k{x}", "square", {"x": x, "seconds": 0.5}) for x in range(2)])
+    assert len({outcome.telemetry["worker"] for outcome in outcomes}) == 2
 
 
 def test_killed_workers_cost_no_outcome_and_condemn_nobody(make: MakeExecutor) -> None:
@@ -206,6 +233,8 @@ def test_senseless_sizes_are_refused() -> None:
         RayExecutor("fake_workers:build", {}, workers=0)
     with pytest.raises(InvalidInput, match=r"--gpus-per-worker is 1.5"):
         RayExecutor("fake_workers:build", {}, gpus_per_worker=1.5)
+    with pytest.raises(InvalidInput, match="slots_per_worker is 0"):
+        RayExecutor("fake_workers:build", {}, slots_per_worker=0)
 
 
 OWN_INSTANCE = """
