@@ -15,7 +15,6 @@ from tests.models import save_tiny
 from tests.search.engine.clusters import LoopbackCluster, loopback_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-pytest.importorskip("ray")
 
 CONFIG = """\
 data: {source: text.txt, window: 32, heldout_windows: 4, calibration_window: 32, calibration_sequences: 4}
