@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,10 +108,7 @@ class Summary:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Summary:
         """What `Prepared.summary` gave."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "probe.safetensors"
-            path.write_bytes(base64.b64decode(values["probe"]))
-            return cls(values["name"], values["facts"], Probe.load(path))
+        return cls(values["name"], values["facts"], Probe.from_bytes(base64.b64decode(values["probe"])))
 
 
 def prepare(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from evoprune.metrics.errors import InvalidInput
@@ -101,16 +101,25 @@ class Probe:
             InvalidInput: `path` is no probe of this version.
         """
         try:
-            with safe_open(path, framework="pt") as stored:
-                described = json.loads((stored.metadata() or {}).get("probe", "{}"))
-                if described.get("format") != _FORMAT:
-                    raise InvalidInput(f"{path} is no probe of format {_FORMAT}")
-                inputs: list[dict[str, Tensor]] = [{} for _ in described["names"]]
-                for key in stored.keys():  # noqa: SIM118  (no mapping: it cannot be iterated)
-                    index, _, name = key.partition("::")
-                    inputs[int(index)][name] = stored.get_tensor(key)
+            return cls.from_bytes(path.read_bytes())
         except (OSError, SafetensorError, ValueError, LookupError) as error:
             raise InvalidInput(f"{path} is no probe: {error}") from None
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Probe:
+        """The probe whose file has this content.
+
+        Raises:
+            SafetensorError, ValueError, LookupError: it is none of this version.
+        """
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        described = json.loads(header.get("__metadata__", {}).get("probe", "{}"))
+        if described.get("format") != _FORMAT:
+            raise ValueError(f"not of format {_FORMAT}")
+        inputs: list[dict[str, Tensor]] = [{} for _ in described["names"]]
+        for key, tensor in safetensors.torch.load(data).items():
+            index, _, name = key.partition("::")
+            inputs[int(index)][name] = tensor
         return cls(tuple(described["names"]), tuple(inputs))
 
 

@@ -437,7 +437,6 @@ def test_files_that_do_not_fit(
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="the driver writes its probe to a temporary file, larger than the limit here", strict=False)
 def test_a_disk_that_fills_during_a_search(
     run: Run, tiny: Path, place: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
