@@ -51,6 +51,17 @@ def test_the_first_outcome_of_a_key_counts(path: Path) -> None:
     assert len(EvaluationLog(path)) == 10
 
 
+def test_outcomes_come_in_the_order_of_their_ends_and_stay_on_disk(path: Path) -> None:
+    log = EvaluationLog(path)
+    log.extend({"k10": outcome(10), "k11": outcome(11)})
+    assert list(log.outcomes()) == [outcome(number) for number in range(12)]
+    assert log.get("k11") == outcome(11)
+    log.close()
+    path.write_bytes(path.read_bytes().replace(b"k3", b"k4"))
+    with pytest.raises(InvalidInput, match="changed while it was in use"):
+        log.get("k3")
+
+
 def test_several_outcomes_cost_one_flush(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = EvaluationLog(path)
     synced: list[int] = []
