@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evoprune.search.config import MetricSearchConfig
 from evoprune.search.progress import clock
 
 _STATUS_STYLES = {
@@ -117,7 +118,7 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
 
 def unfinished_view(
     document: Mapping[str, Any],
-    config: Mapping[str, Any],
+    config: MetricSearchConfig,
     run: Path,
     history: Sequence[Mapping[str, Any]],
     error: str | None,
@@ -135,7 +136,7 @@ def unfinished_view(
     facts: dict[str, RenderableType] = {
         "run": document["run"],
         "state": Text(document["state"], style=_STATUS_STYLES[document["state"]]),
-        "model": f"{config['model']['name']}, seed {document['seed']}",
+        "model": f"{config.model.name}, seed {document['seed']}",
         "evaluations": f"{document['evaluations']}{_budget(config)} in {clock(document['seconds'])}",
     }
     if best is not None:
@@ -145,7 +146,7 @@ def unfinished_view(
         answered = sum("same_as" in line for line in history)
         facts["births"] = f"{len(history)}, {answered} of them answered without a forward pass"
         reached = [len(line.get("rungs") or ()) for line in history]
-        rungs = range(len(config["racing"]["rungs"]))
+        rungs = range(len(config.racing.rungs))
         facts["by rung"] = " → ".join(str(sum(count > rung for count in reached)) for rung in rungs)
     if reasons := Counter(line["reason"] for line in history if line["reason"]):
         facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
@@ -159,9 +160,9 @@ def unfinished_view(
     return [_facts(facts)]
 
 
-def _budget(config: Mapping[str, Any]) -> str:
+def _budget(config: MetricSearchConfig) -> str:
     """Such as `` of 250`` or `` of 250, at most 10 min``."""
-    evaluations, minutes = config["evaluations"], config["minutes"]
+    evaluations, minutes = config.evaluations, config.minutes
     parts = [] if evaluations is None else [f" of {evaluations}"]
     return ",".join([*parts, *([] if minutes is None else [f" at most {minutes:g} min"])])
 

@@ -62,6 +62,7 @@ def show(
         if as_json:
             output.json(run_document(directory))
             return
+        from evoprune.search.config import validated
         from evoprune.search.tables import result_view, unfinished_view
 
         result = directory.result
@@ -71,7 +72,8 @@ def show(
             failures = [event for event in directory.read_events() if event["event"] == "failed"]
             error = failures[-1].get("error") if directory.state == "failed" else None
             history = list(directory.history())
-            view = unfinished_view(run_document(directory), directory.config, directory.path, history, error)
+            config = validated(directory.config)
+            view = unfinished_view(run_document(directory), config, directory.path, history, error)
             output.show(*view)
 
 

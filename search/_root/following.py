@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evoprune.metrics.errors import Interrupted
+from evoprune.search.config import validated
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
@@ -34,9 +35,9 @@ def follow(run: RunDirectory) -> None:
     Raises:
         Interrupted: the user has seen enough.
     """
-    config, document = run.config, run_document(run)
-    title = f"evoprune {run.run_id}: {config['model']['name']}, seed {document['seed']} (followed)"
-    progress = Progress(config["evaluations"], config["minutes"], title=title, elapsed=document["seconds"])
+    config, document = validated(run.config), run_document(run)
+    title = f"evoprune {run.run_id}: {config.model.name}, seed {document['seed']} (followed)"
+    progress = Progress(config.evaluations, config.minutes, title=title, elapsed=document["seconds"])
     try:
         with progress:
             events, position = run.tail_events(0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import evoprune
 from evoprune.cli import main
 from tests.models import save_tiny
 
@@ -49,6 +50,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Llama of two blocks that reads at most 64 tokens."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def finished(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; it only gets read."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "small.yaml"
+    config.write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVOPRUNE_CACHE", str(cache))
+        run = evoprune.search_metric(
+            str(tiny), config=config, executor="inline", run_dir=folder / "run", quiet=True, seed=1
+        )
+    return run.path
 
 
 @pytest.fixture(autouse=True)

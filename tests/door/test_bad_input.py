@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -293,6 +294,15 @@ def test_damaged_run_folders(files: dict[str, str], said: str, refused: Callable
         assert said in refused(*command)
     for command in (["resume", "run"], ["report", "run"], ["export", "run", "--to", "m.py"]):
         refused(*command)
+
+
+def test_a_run_from_before_an_option_existed_is_shown(run: Callable[..., Any], place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "run.json").write_text(RUN)
+    (place / "run" / "config.yaml").write_text("seed: 1")
+    done = run("show", "run")
+    assert done.code == 0
+    assert "reference, seed 1" in done.out
 
 
 # Names

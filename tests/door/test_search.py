@@ -16,7 +16,7 @@ from evoprune.configuration import KEYS, metric_config
 from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.search.config import MetricSearchConfig
-from tests.door.conftest import CONFIG, Run
+from tests.door.conftest import Run
 
 SHOWN = [
     "run", "kind", "state", "seed", "evaluations", "distinct", "seconds", "best", "baselines", "dense", "front",
@@ -28,20 +28,6 @@ HELDOUT = {"loss", "perplexity", "kl", "stderr", "tokens"}
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches that take seconds need not draw figures for as long."""
     monkeypatch.setattr("evoprune.sessions.write_report", lambda run: None)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run; it only gets read."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "small.yaml"
-    config.write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EVOPRUNE_CACHE", str(cache))
-        run = evoprune.search_metric(
-            str(tiny), config=config, executor="inline", run_dir=folder / "run", quiet=True, seed=1
-        )
-    return run.path
 
 
 def test_a_search_from_the_command_line(run: Run, tiny: Path, small: Path, place: Path) -> None:

@@ -21,23 +21,9 @@ import pytest
 
 import evoprune
 from evoprune.search.rundir import RunDirectory
-from tests.door.conftest import CONFIG, Run
+from tests.door.conftest import Run
 
 PATIENCE = 300.0
-
-
-@pytest.fixture(scope="module")
-def finished(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("finished")
-    config = folder / "small.yaml"
-    config.write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EVOPRUNE_CACHE", str(cache))
-        run = evoprune.search_metric(
-            str(tiny), config=config, executor="inline", run_dir=folder / "run", quiet=True, seed=1
-        )
-    return run.path
 
 
 def study(folder: Path) -> optuna.Study:

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from evoprune.metrics.errors import InvalidInput
-from tests.search.engine.disk_steps import count_steps
+from tests.search.engine.disk_steps import count_steps, ends_at_step
 from tests.search.planted import Session
 
 ROOT = Path(__file__).parents[2]
@@ -109,21 +110,11 @@ def test_the_process_may_end_at_any_step_on_the_disk(undisturbed: Session, tmp_p
     for fatal in range(3, steps[0], steps[0] // 7):
         folder = tmp_path / f"exit-{fatal}"
 
-        def end(step: int, half: Callable[[], Any] | None, fatal: int = fatal) -> None:
-            if step == fatal:
-                if half is not None:
-                    half()
-                os._exit(9)
-
-        child = os.fork()
-        if child == 0:
+        def prepare(folder: Path = folder) -> Callable[[], object]:
             torch.set_num_threads(1)  # threads do not survive a fork
-            session = Session(folder)
-            with pytest.MonkeyPatch.context() as patch:
-                count_steps(patch, end)
-                session.go(EVALUATIONS)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            return partial(Session(folder).go, EVALUATIONS)
+
+        ends_at_step(fatal, prepare)
         go_on(folder, undisturbed)
 
 

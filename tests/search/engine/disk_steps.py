@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -29,3 +30,29 @@ def count_steps(patch: pytest.MonkeyPatch, at_step: Callable[[int, Callable[[], 
     for owner, name in ((os, "write"), (os, "fsync"), (os, "ftruncate"), (Path, "replace"), (Path, "unlink")):
         patch.setattr(owner, name, wrapped(getattr(owner, name), name == "write"))
     return steps
+
+
+def ends_at_step(fatal: int, prepare: Callable[[], Callable[[], object]]) -> None:
+    """Work in a child process that ends at step `fatal`, in the middle of it if that is a write.
+
+    Args:
+        fatal: a step that `count_steps` counts.
+        prepare: called in the child before steps count; returns the work.
+    """
+
+    def end(step: int, half: Callable[[], Any] | None) -> None:
+        if step == fatal:
+            if half is not None:
+                half()
+            os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        # Whatever goes wrong in it, the child must not come back as a second test session.
+        with contextlib.suppress(BaseException):
+            work = prepare()
+            with pytest.MonkeyPatch.context() as patch:
+                count_steps(patch, end)
+                work()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -46,6 +46,14 @@ class FakeWorker:
     def memory(self, payload: dict[str, Any]) -> dict[str, Any]:
         raise MemoryError("as ordered")
 
+    def hoard(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Takes memory, slowly, until somebody ends it or `bytes` are taken."""
+        held = bytearray()
+        while len(held) < payload["bytes"]:
+            held += b"x" * (64 << 20)
+            time.sleep(0.05)
+        return {"fitness": len(held)}
+
     def device(self, payload: dict[str, Any]) -> dict[str, Any]:
         """The device breaks, for this process only if there is a marker."""
         marker = Path(payload["marker"])

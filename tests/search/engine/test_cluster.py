@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.models import save_tiny
-from tests.search.engine.clusters import LoopbackCluster, loopback_cluster
+from tests.search.engine.clusters import LocalCluster, local_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -22,26 +22,27 @@ racing: {rungs: [1, 2, 4]}
 searcher: {population: 8, islands: 2, power_budget: 4}
 statistics: [X_l2, X_l1, G_l2]
 """
+TEXT = "\n".join(f"line {index}: {index * index % 97} apples." for index in range(6000))
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     folder = tmp_path_factory.mktemp("cluster")
     save_tiny(folder / "model")
-    (folder / "text.txt").write_text("\n".join(f"line {index}: {index * index % 97} apples." for index in range(6000)))
+    (folder / "text.txt").write_text(TEXT)
     (folder / "small.yaml").write_text(CONFIG)
-    with loopback_cluster(folder) as cluster:
+    with local_cluster(folder) as cluster:
         cluster.add("a")
         cluster.add("b")
         yield cluster
 
 
-def command(cluster: LoopbackCluster, run: str, *words: str) -> list[str]:
+def command(cluster: LocalCluster, run: str, *words: str) -> list[str]:
     search = ["search", "metric", "model", "--config", "small.yaml", "--run-dir", run]
     return [sys.executable, "-m", "evoprune", *search, "--address", cluster.address, *words]
 
 
-def search(cluster: LoopbackCluster, run: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def search(cluster: LocalCluster, run: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(cluster, run, *words),
         cwd=cluster.folder,
@@ -52,13 +53,13 @@ def search(cluster: LoopbackCluster, run: str, *words: str, **environment: str) 
     )
 
 
-def events(cluster: LoopbackCluster, run: str, event: str) -> list[dict[str, object]]:
+def events(cluster: LocalCluster, run: str, event: str) -> list[dict[str, object]]:
     path = cluster.folder / run / "events.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [found for line in lines if (found := json.loads(line))["event"] == event]
 
 
-def test_nodes_come_and_go_and_the_history_is_that_of_one_process(cluster: LoopbackCluster) -> None:
+def test_nodes_come_and_go_and_the_history_is_that_of_one_process(cluster: LocalCluster) -> None:
     """Engine list 4: a node is killed, another joins, `--workers` follows; 18: the token is nowhere."""
     budget = ("--evaluations", "120")
     with (cluster.folder / "elastic.err").open("w") as stream:
@@ -102,7 +103,7 @@ def wait_for(condition: object, driver: subprocess.Popen[bytes]) -> None:
         time.sleep(0.1)
 
 
-def test_a_cluster_is_not_entered_without_its_token(cluster: LoopbackCluster) -> None:
+def test_a_cluster_is_not_entered_without_its_token(cluster: LocalCluster) -> None:
     """Engine list 17: evoprune refuses without a token, Ray with a wrong one."""
     bare = search(cluster, "bare", "--evaluations", "8", RAY_AUTH_MODE="", RAY_AUTH_TOKEN="")
     assert bare.returncode == 2
@@ -134,7 +135,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_node_with_other_code_is_refused(cluster: LoopbackCluster) -> None:
+def test_a_node_with_other_code_is_refused(cluster: LocalCluster) -> None:
     """Engine list 16: the driver sends a package whose code is not its own, as a stale copy on a node would be."""
     program = cluster.folder / "stale.py"
     program.write_text(STALE)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.commit import CommittedState
-from tests.search.engine.disk_steps import count_steps
+from tests.search.engine.disk_steps import count_steps, ends_at_step
 
 N_COMMITS = 3
 
@@ -75,20 +75,7 @@ def test_a_process_may_end_before_and_after_every_step(
 ) -> None:
     for fatal in range(n_steps):
         (folder := tmp_path / f"exit-{fatal}").mkdir()
-
-        def end(step: int, half: Callable[[], Any] | None, fatal: int = fatal) -> None:
-            if step == fatal:
-                if half is not None:
-                    half()
-                os._exit(9)
-
-        child = os.fork()
-        if child == 0:
-            with pytest.MonkeyPatch.context() as patch:
-                count_steps(patch, end)
-                go_on(folder)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        ends_at_step(fatal, lambda folder=folder: partial(go_on, folder))
         go_on(folder)
         assert files(folder) == undisturbed
 

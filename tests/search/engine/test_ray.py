@@ -278,6 +278,43 @@ def test_an_instance_of_its_own_leaves_stdout_home_and_processes_clean(tmp_path:
     assert left == []
 
 
+MONITORED = """
+import sys
+from evoprune.search.engine.executor import Job, evaluate
+from evoprune.search.engine.ray import RayExecutor
+if __name__ == "__main__":
+    executor = RayExecutor("fake_workers:build", {}, workers=2, python_path=[sys.argv[1]])
+    executor.start()
+    jobs = [Job(f"k{x}", "square", {"x": x, "seconds": 0.1}) for x in range(20)]
+    jobs.insert(3, Job("hoard", "hoard", {"bytes": int(sys.argv[2])}))
+    outcomes = evaluate(executor, jobs)
+    executor.close()
+    print(*(outcome.status for outcome in outcomes))
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_the_memory_monitor_ends_is_out_of_memory(tmp_path: Path) -> None:
+    """Engine list 3, with Ray's threshold lowered to 2 GiB above what the machine has in use."""
+    memory = pytest.importorskip("psutil").virtual_memory()
+    if memory.available < 6 << 30:
+        pytest.skip("needs 6 GiB of free memory")
+    program = tmp_path / "program.py"
+    program.write_text(MONITORED)
+    threshold = (memory.total - memory.available + (2 << 30)) / memory.total
+    monitor = {"RAY_memory_usage_threshold": f"{threshold:.3f}", "RAY_memory_monitor_refresh_ms": "100"}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(program), HERE, str(5 << 30)],
+        env={**clean, **monitor},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ok"] * 3 + ["oom"] + ["ok"] * 17
+
+
 def processes_with_home(home: Path) -> list[str]:
     """The processes that were started with this HOME and still live."""
     psutil = pytest.importorskip("psutil")
