@@ -288,7 +288,7 @@ def _connected(address: str, workers: int | None, gpus_per_worker: float | None)
         except Exception as problem:
             place = "on this machine" if address == LOCAL else f"at {address}"
             lacks = isinstance(problem, ImportError) and address.startswith("ray://")
-            hint = "; ray:// needs pip install 'ray[client]'" if lacks else ""
+            hint = "; ray:// needs pip install 'evoprune[cluster]'" if lacks else ""
             raise WorkersFailed(f"Ray does not start {place}: {last_line(str(problem))}{hint}") from problem
     try:
         if address == LOCAL:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +41,7 @@ class LocalCluster:
     def __init__(self, folder: Path, scratch: Path, host: Host = LOOPBACK) -> None:
         self.folder = folder
         self.token = secrets.token_hex(32)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"{host.ip}:{free.getsockname()[1]}"
+        self.address = f"{host.ip}:{free_port()}"
         clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.environment = {
             **clean,
@@ -56,8 +54,13 @@ class LocalCluster:
         self._scratch = scratch
         self._raylets: dict[str, subprocess.Popen[bytes]] = {}
 
-    def add(self, name: str, cpus: int = 1, host: Host = LOOPBACK, dashboard: bool = False, **environment: str) -> None:
+    def add(
+        self, name: str, cpus: int = 1, host: Host = LOOPBACK, options: Sequence[str] = (), **environment: str
+    ) -> None:
         """Start a raylet, the head first, and wait for it.
+
+        Args:
+            options: more words for ``ray start``.
 
         Raises:
             RuntimeError: it does not come up.
@@ -69,7 +72,8 @@ class LocalCluster:
         else:
             # The path of a socket has 107 characters at most, so it is not below the test's own folder.
             words += ["--head", f"--port={self.address.partition(':')[2]}", f"--temp-dir={self._scratch}"]
-            words += [f"--include-dashboard={str(dashboard).lower()}"]
+            words += ["--include-dashboard=false"]
+        words += options
         log = self.folder / f"{name}.log"
         with log.open("wb") as stream:
             self._raylets[name] = subprocess.Popen(
@@ -97,6 +101,13 @@ class LocalCluster:
         """End all of them, the head last."""
         for name in reversed(list(self._raylets)):
             self.remove(name)
+
+
+def free_port() -> int:
+    """A port that nobody listens on yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @contextlib.contextmanager
