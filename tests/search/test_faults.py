@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,10 @@ class Nodes:
         """SIGKILL of a raylet; the workers on it go with it."""
         node = self.nodes.pop(which)
         os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+
+    def remove(self, which: int) -> None:
+        """A node leaves, with time to say so."""
+        self.cluster.remove_node(self.nodes.pop(which))
 
     def kill_head(self) -> None:
         """SIGKILL of the process that knows the cluster (GCS)."""
@@ -253,17 +258,27 @@ def test_workers_are_killed_while_they_work(nodes: Nodes, undisturbed: Session, 
 
 
 def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: Session, tmp_path: Path) -> None:
-    """5 times a raylet with workers on it is killed, and a new node comes."""
+    """5 times a raylet with workers on it is killed, once a node takes its leave, and each time a new one comes.
+
+    With health checks every half second the work never stands still for 10 s (engine list 4).
+    """
     run = Run(tmp_path, address=nodes.address, seconds=1.0)  # slow, for a new node takes seconds to join
     process = run.start(workers=4)
-    for kill in range(5):
+    for loss in range(6):
         assert run.wait_for(run.finished + 5)
-        nodes.kill_raylet(kill % 2)
+        if loss == 2:
+            nodes.remove(loss % 2)
+        else:
+            nodes.kill_raylet(loss % 2)
         nodes.add(2)
     assert process.poll() is None
     assert run.end() == 0, run.errors.read_text()[-2000:]
     check(run, undisturbed)
     assert {event["loss"] for event in run.events("worker_lost")} >= {"node"}
+    log = EvaluationLog(run.folder / "evaluations.wal")
+    finished = sorted(outcome.telemetry["finished"] for outcome in log.outcomes())
+    log.close()
+    assert max(later - earlier for earlier, later in pairwise(finished)) < 10
 
 
 def test_a_head_that_is_gone_ends_the_driver_resumably(environment: None, undisturbed: Session, tmp_path: Path) -> None:
@@ -305,9 +320,6 @@ def tiny(tmp_path: Path) -> list[str]:
     return [str(save_tiny(tmp_path / "model")), "--config", str(config)]
 
 
-@pytest.mark.xfail(
-    reason="failed once since clusters, faults and board came together; not yet understood", strict=False
-)
 def test_searches_share_a_cluster_a_cache_and_a_storage(
     nodes: Nodes, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +345,7 @@ def test_searches_share_a_cluster_a_cache_and_a_storage(
         subprocess.run(words, check=True, capture_output=True)
         assert (runs[seed].path / "history.jsonl").read_bytes() == (alone / "history.jsonl").read_bytes()
         study = optuna.load_study(study_name=runs[seed].run_id, storage=storage)
-        assert len(study.trials) == sum("rungs" in line for line in runs[seed].history())
+        assert len(study.trials) == runs[seed].config["evaluations"]
         assert not any(hides_a_secret(path) for path in runs[seed].path.rglob("*") if path.is_file())
 
 
