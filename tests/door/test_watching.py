@@ -36,7 +36,14 @@ def study(folder: Path) -> optuna.Study:
 def process(*words: object) -> Iterator[subprocess.Popen[str]]:
     """A command of its own, killed at the end."""
     command = [sys.executable, "-m", "evoprune", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+
+    def interruptible() -> None:
+        # Tests that a shell started in the background ignore SIGINT, and their children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible
+    ) as running:
         try:
             yield running
         finally:
