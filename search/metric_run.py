@@ -41,6 +41,8 @@ from evoprune.search.spaces.symbolic import MetricSpace
 from evoprune.search.watch import Watch
 
 WORKER_FACTORY = "evoprune.fitness.worker:build"
+PURE_JOBS = ("evaluate", "heldout", "agreement")
+"""Kinds of jobs that give the same values on every admitted worker; `prepare` also times itself."""
 
 # Facts of a run that must not change between its sessions, and what they are called.
 _FIXED = {
@@ -174,6 +176,7 @@ class MetricRun:
             parcels=sorted({place.partition("/")[0] for place in places.values()}),
             admission=self._admission,
             notify=self._notify,
+            audited=PURE_JOBS if self._config.numerics == "strict" else (),
         )
 
     def _notify(self, level: str, event: str, **fields: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from evoprune.metrics.errors import AuditFailed, NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.admission import Admission
-from evoprune.search.engine.dispatch import Dispatcher, Loss
+from evoprune.search.engine.dispatch import Dispatcher, Loss, is_audited
 from evoprune.search.engine.executor import Job, Notify, Outcome
 from evoprune.search.engine.running import WorkerRecipe, last_line
 from evoprune.search.engine.worker_process import WorkerProcess
@@ -43,6 +43,7 @@ class Crew:
         librarian: the actor from which they get files that their node lacks.
         elastic: whether `size` follows the cluster, by `grow`; a refused worker is then not replaced.
         slots: how many jobs an actor runs at the same time, each in a thread of its own.
+        audited: kinds of jobs of which a hundredth is done again by another actor, and must come out the same.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Crew:
         librarian: Any = None,
         elastic: bool = False,
         slots: int = 1,
+        audited: Collection[str] = (),
     ) -> None:
         self._ray = ray
         fixed = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": slots, "scheduling_strategy": "SPREAD"}
@@ -68,7 +70,7 @@ class Crew:
         self._recipe = recipe
         self._notify = notify
         self._stall_seconds = stall_seconds
-        self._dispatcher = Dispatcher(slots)
+        self._dispatcher = Dispatcher(slots, lambda job: job.kind in audited and is_audited(job))
         self._numbers = itertools.count()
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}  # every open call's ref, in the order of calling -> worker

@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,9 @@ class RayExecutor(Executor):
         python_path: folders that actors import from first.
         environment: environment variables of the actors.
         notify: is told what happens to the workers, from the keeper's thread.
+        audited: kinds of jobs whose values depend on nothing but the job, to the last bit, on every worker that is
+            admitted. A hundredth of them is done again by another worker; if that gives other values, `poll` raises
+            `AuditFailed`.
         stall_seconds: without any worker for this long, `poll` raises `NoCapacity`; None is `STALL_SECONDS`.
     """
 
@@ -84,6 +87,7 @@ class RayExecutor(Executor):
         python_path: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         notify: Notify | None = None,
+        audited: Collection[str] = (),
         stall_seconds: float | None = None,
     ) -> None:
         if workers is not None and workers < 1:
@@ -99,6 +103,7 @@ class RayExecutor(Executor):
         self._address = address
         self._parcels = tuple(parcels)
         self._admission = admission
+        self._audited = frozenset(audited)
         self._notify: Notify = notify or (lambda *_, **__: None)
         self._stall_seconds = STALL_SECONDS if stall_seconds is None else stall_seconds
         self._unanswered: set[str] = set()
@@ -236,6 +241,7 @@ class RayExecutor(Executor):
             librarian,
             elastic=self._size is None,
             slots=self._slots,
+            audited=self._audited,
         )
 
     @contextlib.contextmanager

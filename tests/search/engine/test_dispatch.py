@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from evoprune.search.engine.dispatch import Dispatcher, Loss
+from evoprune.metrics.errors import AuditFailed
+from evoprune.search.engine.dispatch import Dispatcher, Loss, is_audited
 from evoprune.search.engine.executor import Job, Outcome
 
 
@@ -14,8 +15,8 @@ def job(key: str, deadline: float | None = None) -> Job:
     return Job(key, "k", {}, deadline)
 
 
-def crew(*keys: str, workers: int = 1, slots: int = 1) -> Dispatcher:
-    dispatcher = Dispatcher(slots)
+def crew(*keys: str, workers: int = 1, slots: int = 1, audited: tuple[str, ...] = ()) -> Dispatcher:
+    dispatcher = Dispatcher(slots, lambda job: job.key in audited)
     dispatcher.submit([job(key) for key in keys])
     for worker in range(workers):
         dispatcher.add_worker(worker)
@@ -222,3 +223,51 @@ def test_every_key_leaves_exactly_once_whatever_happens(slots: int) -> None:
                 left.append(outcome)
         assert sorted(outcome.key for outcome in left) == sorted(keys)
         assert poison <= {outcome.key for outcome in left if outcome.status == "crash"}
+
+
+def test_an_audited_job_is_done_again_by_another_worker() -> None:
+    dispatcher = crew("a", "b", "c", "d", workers=2, audited=("a",))
+    assert dispatcher.next_job(0, 0.0) == job("a")
+    assert dispatcher.next_job(1, 0.0) == job("b")
+    outcome = dispatcher.finish(0, Outcome("a", "ok", {"fitness": 0.5}), 0.0)
+    assert outcome is not None and outcome.values == {"fitness": 0.5}
+    assert take_all(dispatcher, 0) == ["c", "d"]  # not by the same one
+    assert take_all(dispatcher, 1) == ["audit:a"]
+    assert dispatcher.finish(1, Outcome("b", "ok"), 0.0) is not None
+    assert dispatcher.finish(1, Outcome("audit:a", "ok", {"fitness": 0.5}), 0.0) is None
+
+
+@pytest.mark.parametrize("values", [{"fitness": 0.5000000000000001}, {}, {"fitness": 0.5, "more": 1}])
+def test_an_audit_that_gives_other_values_stops_the_search(values: dict[str, float]) -> None:
+    dispatcher = crew("a", workers=2, audited=("a",))
+    take_all(dispatcher, 0)
+    dispatcher.finish(0, Outcome("a", "ok", {"fitness": 0.5}), 0.0)
+    assert take_all(dispatcher, 1) == ["audit:a"]
+    with pytest.raises(AuditFailed, match="workers 0 and 1 disagree about evaluation a"):
+        dispatcher.finish(1, Outcome("audit:a", "ok", values), 0.0)
+
+
+def test_an_audit_that_fails_or_is_lost_proves_nothing_and_blames_nobody() -> None:
+    dispatcher = crew("a", "b", workers=2, audited=("a", "b"))
+    assert take_all(dispatcher, 0) == ["a", "b"]
+    dispatcher.finish(0, Outcome("a", "ok", {"fitness": 0.5}), 0.0)
+    dispatcher.finish(0, Outcome("b", "ok", {"fitness": 0.5}), 0.0)
+    assert take_all(dispatcher, 1) == ["audit:a", "audit:b"]
+    assert dispatcher.lose(1, "died") == []
+    dispatcher.add_worker(2)
+    assert take_all(dispatcher, 2) == ["audit:b"]  # that of `a` ran when its worker died, and is given up
+    assert dispatcher.finish(2, Outcome("audit:b", "error"), 0.0) is None
+    assert take_all(dispatcher, 2) == []
+
+
+def test_a_job_that_failed_is_not_audited_and_draining_forgets_audits() -> None:
+    dispatcher = crew("a", "b", "c", workers=2, audited=("a", "b"))
+    take_all(dispatcher, 0)
+    dispatcher.finish(0, Outcome("a", "invalid", error="TIES"), 0.0)
+    dispatcher.finish(0, Outcome("b", "ok", {"fitness": 1.0}), 0.0)
+    dispatcher.drain()
+    assert take_all(dispatcher, 1) == []
+
+
+def test_one_key_in_a_hundred_is_audited() -> None:
+    assert 70 < sum(is_audited(job(f"k{number}")) for number in range(10_000)) < 130

@@ -16,6 +16,7 @@ import pytest
 
 from evoprune.metrics.errors import AuditFailed, InvalidInput, WorkersFailed
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.dispatch import is_audited
 from evoprune.search.engine.executor import Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.ray import RayExecutor
@@ -54,7 +55,9 @@ def make() -> Iterator[MakeExecutor]:
     """Makes started executors and closes them."""
     made: list[RayExecutor] = []
 
-    def start(workers: int = 1, *, slots: int = 1, notify: Any = None, **context: object) -> RayExecutor:
+    def start(
+        workers: int = 1, *, slots: int = 1, notify: Any = None, audited: tuple[str, ...] = (), **context: object
+    ) -> RayExecutor:
         executor = RayExecutor(
             "fake_workers:build",
             dict(context),
@@ -63,6 +66,7 @@ def make() -> Iterator[MakeExecutor]:
             python_path=[HERE],
             threads=2,
             notify=notify,
+            audited=audited,
         )
         executor.start()
         made.append(executor)
@@ -182,6 +186,17 @@ def test_a_worker_that_finds_its_model_changed_stops_the_search(make: MakeExecut
         evaluate(make(), [Job("k", "changed", {})])
 
 
+def test_workers_that_disagree_stop_the_search(make: MakeExecutor) -> None:
+    """A hundredth of the jobs is done twice; the process id stands for a value that memory has spoilt."""
+    audited = next(key for key in map(str, range(1000)) if is_audited(Job(key, "", {})))
+    sound = [Job(audited if x == 3 else f"k{x}", "square", {"x": x}) for x in range(40)]
+    executor = make(2, audited=("square", "where"))
+    assert [outcome.values["fitness"] for outcome in evaluate(executor, sound)] == [x**2 for x in range(40)]
+    spoilt = [Job(audited, "where", {}), *(Job(f"l{x}", "square", {"x": x, "seconds": 0.05}) for x in range(400))]
+    with pytest.raises(AuditFailed, match="disagree about evaluation"):
+        evaluate(executor, spoilt)
+
+
 def test_draining_lets_what_runs_finish_and_begins_nothing_more(make: MakeExecutor) -> None:
     executor = make()
     executor.submit([Job(f"k{x}", "square", {"x": x, "seconds": 1.0}) for x in range(5)])
@@ -240,6 +255,7 @@ def test_senseless_sizes_are_refused() -> None:
 OWN_INSTANCE = """
 import os, sys
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.dispatch import is_audited
 from evoprune.search.engine.executor import Job, evaluate
 from evoprune.search.engine.ray import RayExecutor
 if __name__ == "__main__":
