@@ -25,7 +25,7 @@ def convergence(data: ReportData) -> Figure | None:
     if not data.entries:
         return None
     top = data.n_rungs - 1 if data.finalists else max(len(entry.rungs) for entry in data.entries) - 1
-    figure = canvas.new_figure(3.4 if top == 0 else 5.2)
+    figure = canvas.new_figure(3.4 if top == 0 else 5.6)
     grid = figure.add_gridspec(2 if top else 1, max(top, 1), height_ratios=[1.8, 1] if top else [1])
     axes = figure.add_subplot(grid[0, :])
     levels = data.levels if top == data.n_rungs - 1 else {}
@@ -34,7 +34,11 @@ def convergence(data: ReportData) -> Figure | None:
     for rung in range(top):
         lower = figure.add_subplot(grid[1, rung])
         if beyond := _progress(lower, data, rung):
-            lower.set_xlabel(f"evaluations ({beyond} above the axis)")
+            lower.set_xlabel(f"evaluations\n({beyond} above the axis)")
+        # Side by side there is room for narrow words only.
+        lower.set_title(lower.get_title(loc="left").replace(", ", "\n"))
+        if rung:
+            lower.set_ylabel("")
     return figure
 
 
