@@ -34,7 +34,7 @@ test: $(DEV_READY)
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(DEV_READY)
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(BIN)/python -m pytest -m slow --durations=0 --durations-min=20 $(ARGS)
 
 lint: $(DEV_READY)
 	@echo "ruff check" && $(BIN)/ruff check --quiet .
