@@ -71,7 +71,7 @@ class Allocation:
     model: str
     sparsity: float
     sites: tuple[SiteSparsity, ...]
-    allocator: str = "file"
+    allocator: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property

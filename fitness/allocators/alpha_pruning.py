@@ -45,7 +45,7 @@ def tail_exponent(eigenvalues: Tensor, fit: str = "peak") -> float:
 
     Source: Lu et al. 2024, AlphaPruning, arXiv:2410.10912, section 3 (Hill estimator), and its released code.
     """
-    values = eigenvalues.double().sort().values
+    values = eigenvalues.double().cpu().sort().values
     values = values[values > _ZERO * values[-1]]
     if len(values) < 2 or values[0] == values[-1]:
         raise InvalidInput("a spectrum with fewer than two different eigenvalues has no exponent")
@@ -74,7 +74,7 @@ def _distance(values: Tensor, start: int) -> float:
         return math.inf
     tail = values[start:]
     law = 1 - (tail / tail[0]) ** (1 - alpha)
-    steps = torch.arange(len(tail), dtype=torch.float64, device=tail.device) / len(tail)
+    steps = torch.arange(len(tail), dtype=torch.float64) / len(tail)
     return (law - steps).abs().max().item()
 
 

@@ -21,7 +21,15 @@ from evoprune.metrics.records import MaskRule, removed_count
 from tests.door.conftest import Done, Run
 from tests.models import save_tiny
 
-SHORT = ("--calibration-sequences", 4, "--calibration-window", 32)
+SHORT = ("--calibration", "text.txt", "--calibration-sequences", 4, "--calibration-window", 32)
+
+
+@pytest.fixture(autouse=True)
+def text(place: Path) -> Path:
+    """A text of bytes that takes no time to read."""
+    path = place / "text.txt"
+    path.write_text("".join(f"line {number} holds {number * number % 97} of something\n" for number in range(400)))
+    return path
 
 
 @pytest.fixture
@@ -57,6 +65,7 @@ def test_an_allocator_by_name(run: Run, tiny: Path, place: Path) -> None:
     card = (place / "out" / "README.md").read_text()
     assert '"allocator": "owl"' in card
     assert "q_proj" not in card
+    assert "allocated by uniform" in run("prune", tiny, "--out", "even", "--allocation", "uniform", *SHORT).err
     # What the recipe holds can be given again, and prunes alike.
     (place / "again.json").write_text(json.dumps(recipe["allocation"]))
     again = run("prune", tiny, "--out", "again", "--allocation", "again.json", *SHORT, "--json").json
@@ -71,7 +80,9 @@ def test_masks_are_those_of_each_sparsity_by_row(metric: str, run: Run, tiny: Pa
     assert run("prune", tiny, "--out", "out", "--metric", metric, "--allocation", "a.json", *SHORT).code == 0
     pruned = AutoModelForCausalLM.from_pretrained(place / "out")
     dense = load_model(str(tiny))
-    statistics = evoprune.collect_statistics(dense, ["X_l2"], calibration_sequences=4, calibration_window=32)
+    statistics = evoprune.collect_statistics(
+        dense, ["X_l2"], calibration="text.txt", calibration_sequences=4, calibration_window=32
+    )
     for bound, own in zip(dense.sites, allocation.sites, strict=True):
         inputs = {"W": bound.weight(), **statistics.site_statistics(bound.site.name, ["X_l2"])}
         keep = mask(CRITERIA[metric].score(bound.site, inputs), MaskRule(own.sparsity))
@@ -150,15 +161,18 @@ def test_the_list(run: Run) -> None:
     assert all(row["what"].endswith(".") for row in rows.values())
 
 
-def test_python(tiny: Path, place: Path) -> None:
+def test_python(tiny: Path, place: Path, text: Path) -> None:
     model = evoprune.load_model(str(tiny))
-    allocation = evoprune.allocate(model, "atp", 0.5, parameters={"evaluations": 2}, calibration_sequences=4)
+    allocation = evoprune.allocate(
+        model, "atp", 0.5, parameters={"evaluations": 2}, calibration=str(text), calibration_sequences=4
+    )
     assert isinstance(allocation, evoprune.Allocation)
-    assert evoprune.prune(model, allocation=allocation, calibration_sequences=4).allocation == allocation
+    pruned = evoprune.prune(model, allocation=allocation, calibration=str(text), calibration_sequences=4)
+    assert pruned.allocation == allocation
     path = write_allocation(allocation, place / "a.json")
     assert read_allocation(path) == allocation
     pruned = evoprune.prune(model, metric="magnitude", allocation=path)
     assert pruned.removed == allocation.removed == 15360 // 2
-    assert evoprune.evaluate(model, tokens=256).sparsity == 0
+    assert evoprune.evaluate(model, data=str(text), tokens=256).sparsity == 0
     with pytest.raises(InvalidInput, match="outside"):
         evoprune.allocate(model, "owl", 1.0)

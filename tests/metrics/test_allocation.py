@@ -274,7 +274,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="no file"):
         read_allocation(tmp_path / "none.json")
     with pytest.raises(InvalidInput, match="cannot write"):
-        write_allocation(Allocation("M", 0.0, ()), tmp_path / "none" / "allocation.json")
+        write_allocation(Allocation("M", 0.0, (), "uniform"), tmp_path / "none" / "allocation.json")
 
 
 def test_an_allocation_of_another_model_is_named(allocation: Allocation) -> None:
