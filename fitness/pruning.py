@@ -143,11 +143,12 @@ def prune_model(
 
 
 def check_allocation(language_model: LanguageModel, allocation: Allocation) -> None:
-    """Refuse an allocation of another model.
+    """Refuse an allocation of another model, or one that does not meet its own budget.
 
     Raises:
-        InvalidInput: names the first matrix that differs.
+        InvalidInput: names the first matrix that differs, or both sums.
     """
+    allocation.check_budget()
     allocation.check(type(language_model.model).__name__, [bound.site for bound in language_model.sites])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,5 +175,7 @@ def test_python(tiny: Path, place: Path, text: Path) -> None:
     pruned = evoprune.prune(model, metric="magnitude", allocation=path)
     assert pruned.removed == allocation.removed == 15360 // 2
     assert evoprune.evaluate(model, data=str(text), tokens=256).sparsity == 0
+    with pytest.raises(InvalidInput, match="change one or the other"):
+        evoprune.prune(model, metric="magnitude", allocation=replace(allocation, sparsity=0.7))
     with pytest.raises(InvalidInput, match="outside"):
         evoprune.allocate(model, "owl", 1.0)
