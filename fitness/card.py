@@ -80,7 +80,7 @@ def model_card(name: str, counts: WeightCounts, recipe: Mapping[str, Any], repor
         "## Recipe",
         "",
         "```json",
-        json.dumps(recipe, indent=2, sort_keys=True, ensure_ascii=False),
+        json.dumps(_without_matrices(recipe), indent=2, sort_keys=True, ensure_ascii=False),
         "```",
         "",
         "All numbers, layer by layer, are in `evoprune.json`.",
@@ -115,6 +115,14 @@ def _results(report: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
     for key, value in report.items():
         if isinstance(value, Mapping):
             yield from _results(value, (*path, str(key)))
+
+
+def _without_matrices(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without the hundreds of lines that an allocation has, one for each matrix."""
+    allocation = recipe.get("allocation")
+    if not isinstance(allocation, Mapping):
+        return dict(recipe)
+    return {**recipe, "allocation": {key: value for key, value in allocation.items() if key != "sites"}}
 
 
 def _share(part: int, whole: int) -> str:

@@ -12,12 +12,16 @@ from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.compressors import COMPRESSORS, compress
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.statistics import Statistics
+from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.interpreter import free_inputs
 from evoprune.metrics.mask import check_finite, check_pattern, global_masks, mask
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS
+
+# Where nobody says how much goes.
+DEFAULT_SPARSITY = 0.5
 
 # What the relative output error of a layer is measured with, the better one first.
 _OF_ERROR = ("H", "X_ss")
@@ -72,7 +76,7 @@ def mask_rule(criterion: Criterion, sparsity: float | None, pattern: str | None,
         raise InvalidInput(f"no group {group[:80]!r}; the groups are {', '.join(GROUPS)}")
     if pattern is not None:
         return MaskRule(None, parse_pattern(pattern), "row")
-    return MaskRule(0.5 if sparsity is None else sparsity, None, chosen or criterion.group)
+    return MaskRule(DEFAULT_SPARSITY if sparsity is None else sparsity, None, chosen or criterion.group)
 
 
 def check_rule(language_model: LanguageModel, rule: MaskRule) -> None:
@@ -94,6 +98,7 @@ def prune_model(
     *,
     statistics: Statistics | None = None,
     compressor: str = "mask",
+    allocation: Allocation | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PrunedLayer, ...]:
     """Replace the weights of every prunable matrix by pruned ones, in place.
@@ -104,18 +109,26 @@ def prune_model(
         rule: how many weights go, and what their scores are compared within.
         statistics: at least `needed_statistics`; None if those are none.
         compressor: what happens to the weights that stay.
+        allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
+            `rule` must be the sparsity of its budget, by row.
         progress: called with (done, total) in matrices.
 
     Returns:
         One entry per matrix, in model order.
 
     Raises:
-        InvalidInput: the widths do not fit the pattern, or the criterion gives scores that cannot become a mask. The
-            model may then be pruned in part: load it again.
+        InvalidInput: the widths do not fit the pattern, the allocation is of another model, or the criterion gives
+            scores that cannot become a mask. The model may then be pruned in part: load it again.
     """
     check_rule(language_model, rule)
+    if allocation is not None:
+        if rule != MaskRule(allocation.sparsity):
+            raise InvalidInput(
+                f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}"
+            )
+        check_allocation(language_model, allocation)
     layers = []
-    for bound, keep in _masks(language_model, criterion, rule, statistics):
+    for bound, keep in _masks(language_model, criterion, rule, statistics, allocation):
         site, weight = bound.site, bound.weight()
         names = set(COMPRESSORS[compressor].needs)
         if statistics is not None:
@@ -129,20 +142,45 @@ def prune_model(
     return tuple(layers)
 
 
+def check_allocation(language_model: LanguageModel, allocation: Allocation) -> None:
+    """Refuse an allocation of another model, or one that does not meet its own budget.
+
+    Raises:
+        InvalidInput: names the first matrix that differs, or both sums.
+    """
+    allocation.check_budget()
+    allocation.check(type(language_model.model).__name__, [bound.site for bound in language_model.sites])
+
+
 def _masks(
-    language_model: LanguageModel, criterion: Criterion, rule: MaskRule, statistics: Statistics | None
+    language_model: LanguageModel,
+    criterion: Criterion,
+    rule: MaskRule,
+    statistics: Statistics | None,
+    allocation: Allocation | None,
 ) -> Iterator[tuple[SiteModule, Tensor]]:
     """([out, in] bool, True = keep) of every matrix, one at a time unless scores are compared across all of them."""
     if rule.group == "global" and rule.sparsity is not None:
-        scores = [_scores(bound, criterion, rule, statistics) for bound in language_model.sites]
+        scores = [site_scores(bound, criterion, rule, statistics) for bound in language_model.sites]
         yield from zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True)
         return
+    own = {} if allocation is None else allocation.by_name()
     for bound in language_model.sites:
-        yield bound, mask(_scores(bound, criterion, rule, statistics), rule)
+        of_site = MaskRule(own[bound.site.name]) if own else rule
+        yield bound, mask(site_scores(bound, criterion, of_site, statistics), of_site)
 
 
-def _scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:
-    """[out, in] float32, all finite.
+def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:
+    """Scores of one matrix by a criterion.
+
+    Args:
+        bound: the matrix, with its weights as they are.
+        criterion: gives the scores.
+        rule: its nominal fraction is the terminal ``sparsity`` of the criterion.
+        statistics: at least those that the criterion needs; None if it needs none.
+
+    Returns:
+        [out, in] float32, all finite.
 
     Raises:
         InvalidInput: the criterion cannot score this matrix.

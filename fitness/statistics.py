@@ -13,8 +13,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from evoprune.fitness.allocator import freed_tensors_released
 from evoprune.fitness.cache import cache_folder, disk_errors
+from evoprune.fitness.heap import freed_tensors_released
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.statistics_gradient import loss_scale
 from evoprune.fitness.statistics_passes import PassSettings, Progress, run_passes

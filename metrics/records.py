@@ -94,4 +94,8 @@ def parse_pattern(text: str) -> tuple[int, int]:
 
 def removed_count(sparsity: float, total: int) -> int:
     """floor(sparsity * total) of the decimal number that was written: 0.29 of 100 is 29."""
+    product = float(sparsity) * total
+    # Rounding moves a product by less than this: farther from a whole number, its floor is beyond doubt.
+    if abs(product - round(product)) > 1e-12 * total:
+        return int(product)
     return int(Fraction(repr(float(sparsity))) * total)

@@ -201,6 +201,8 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%}) by "
         f"{document['criterion']}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     )
+    if document["allocation"] is not None:
+        total += f", allocated by {document['allocation']['allocator']}"
     return Group(table, Text(total))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from evoprune.fitness.adapters import ADAPTERS
+from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit_formula import latex, to_text
 from evoprune.metrics.expression import parse
@@ -22,13 +23,14 @@ FILES = dict(re.findall(r"^`([^`\n]+)`:\n\n```\w+\n(.*?)^```$", TEXT, flags=re.M
 RECIPES = {
     "metrics/library/wanda_l1.py": "tests/metrics/test_wanda_l1.py",
     "metrics/operators/hypotenuse.py": "tests/metrics/test_hypotenuse.py",
+    "fitness/allocators/first_block.py": "tests/fitness/test_first_block.py",
     "fitness/adapters/gpt_neox.py": "tests/fitness/test_gpt_neox.py",
 }
 
 
 @pytest.fixture(autouse=True)
 def _registries_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (CRITERIA, OPERATORS, ADAPTERS):
+    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS):
         assert len(registry) > 0  # read, so that what a recipe adds comes on top
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
@@ -40,6 +42,7 @@ def run_file(path: str, folder: Path) -> dict[str, object]:
     spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as an import does: dataclasses look their module up
     spec.loader.exec_module(module)
     return vars(module)
 

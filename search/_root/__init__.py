@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evoprune.api import collect_statistics, evaluate, load_model, prune
+    from evoprune.api import allocate, collect_statistics, evaluate, load_model, prune
+    from evoprune.metrics.allocation import Allocation
     from evoprune.outcomes import Evaluation, Pruned
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_metric
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 # Which module has what this package offers by name.
 _HOMES = {
+    "Allocation": "evoprune.metrics.allocation",
     "Evaluation": "evoprune.outcomes",
     "Pruned": "evoprune.outcomes",
     "Run": "evoprune.runs",
+    "allocate": "evoprune.api",
     "collect_statistics": "evoprune.api",
     "evaluate": "evoprune.api",
     "list_runs": "evoprune.runs",
@@ -39,10 +42,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Allocation",
     "Evaluation",
     "Pruned",
     "Run",
     "__version__",
+    "allocate",
     "collect_statistics",
     "evaluate",
     "list_runs",

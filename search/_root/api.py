@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,79 +10,28 @@ from typing import Any
 
 from torch import Tensor
 
+from evoprune.allocations import GivenAllocation, allocate
+from evoprune.calibration import TEXT, Progress, collect_statistics, default_window, loaded, silent
 from evoprune.fitness.adapters import list_sites, zero_fraction
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
-from evoprune.fitness.statistics import Statistics, statistics_for
+from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.text import token_windows
+from evoprune.metrics.allocation import Allocation
+from evoprune.metrics.allocation_file import to_json
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import Evaluation, Pruned
-from evoprune.search.config import DEFAULT_STATISTICS, DataConfig
 
-__all__ = ["Evaluation", "Pruned", "collect_statistics", "evaluate", "load_model", "prune"]
+__all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
 
-Progress = Callable[[str, int, int], None]
-"""Told what runs, how much of it is done and how much there is."""
-
-# The same text as in a search, so that numbers can be compared.
-TEXT = DataConfig()
 HELD_OUT_TOKENS = (TEXT.heldout_windows or 256) * TEXT.window
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Shows nothing."""
-
-
-def collect_statistics(
-    model: str | LanguageModel = "reference",
-    names: Iterable[str] = DEFAULT_STATISTICS,
-    *,
-    calibration: str = "corpus",
-    calibration_sequences: int = TEXT.calibration_sequences,
-    calibration_window: int | None = None,
-    seed: int = 0,
-    progress: Progress = _silent,
-    **loading: Any,
-) -> Statistics:
-    """The statistics that metrics read, collected on text A and kept in the cache for the next time.
-
-    Args:
-        model: `reference`, a folder, a Hub id, or a loaded model.
-        names: statistics such as ``X_l2`` or ``G_l2``; ``H`` is the full Gram matrix of a layer's inputs.
-        calibration: `corpus`, a file, a folder, or a data set; its side A is read.
-        calibration_sequences: windows of text.
-        calibration_window: tokens in each; None takes 256, or the model's context if that is shorter.
-        seed: draws the windows.
-        progress: told how far it is, in sequences over all passes; not called if the cache has them.
-        loading: further arguments of `load_model`, where `model` is a name.
-
-    Returns:
-        A set with `tensor(site name, statistic)`, and the `folder` where it is.
-
-    Raises:
-        InvalidInput: no such model, text or statistic, or too little text.
-    """
-    language_model = _loaded(model, loading)
-    window = _window(language_model, calibration_window)
-    windows = token_windows(
-        language_model.tokenizer, calibration, "A", window=window, count=calibration_sequences, seed=seed
-    )
-    wanted = sorted(names)
-    what = f"{', '.join(wanted)} on {len(windows)} × {window} tokens"
-    provenance = {"source": calibration, "side": "A", "seed": seed}
-    return statistics_for(
-        language_model,
-        windows,
-        wanted,
-        provenance=provenance,
-        progress=lambda done, total: progress(f"collecting {what}", done, total),
-    )
 
 
 def prune(
@@ -92,13 +41,15 @@ def prune(
     sparsity: float | None = None,
     pattern: str | None = None,
     group: str | None = None,
+    allocation: str | Path | Allocation | None = None,
+    allocation_parameters: Mapping[str, Any] | None = None,
     compressor: str = "mask",
     out: str | Path | None = None,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     **loading: Any,
 ) -> Pruned:
     """Remove the weights that a criterion scores lowest, and write a checkpoint if asked to.
@@ -110,6 +61,9 @@ def prune(
         sparsity: fraction of the prunable weights to remove, in [0, 1); 0.5 unless `pattern` is given.
         pattern: ``N:M``, N kept of every M consecutive inputs.
         group: compare scores within a ``row``, a ``layer`` or the ``global`` model; None takes the criterion's own.
+        allocation: a sparsity for each matrix, by row: an `Allocation`, a file that holds one (ours or EvoPress's
+            text), or the name of an allocator, which is then run. `sparsity` is the budget; a file has its own.
+        allocation_parameters: of that allocator; for EvoPress's text ``step``, the weights in a level.
         compressor: what happens to the weights that stay; ``mask`` leaves them as they are.
         out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing.
         calibration, calibration_sequences, calibration_window, seed: text A; see `collect_statistics`. Not read if the
@@ -121,38 +75,41 @@ def prune(
         InvalidInput: something of the above does not exist or does not fit; no checkpoint is written.
     """
     criterion = load_metric(metric) if isinstance(metric, str) else metric
+    given = GivenAllocation(allocation, allocation_parameters or {}, sparsity, pattern, group)
     rule = mask_rule(criterion, sparsity, pattern, group)
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
-    language_model = _copy(model) if isinstance(model, LanguageModel) else _loaded(model, loading, progress)
+    language_model = _copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     check_rule(language_model, rule)
-    statistics = None
-    if needs:
-        statistics = collect_statistics(
-            language_model,
-            needs,
-            calibration=calibration,
-            calibration_sequences=calibration_sequences,
-            calibration_window=calibration_window,
-            seed=seed,
-            progress=progress,
-        )
+    text: dict[str, Any] = {
+        "calibration": calibration,
+        "calibration_sequences": calibration_sequences,
+        "calibration_window": calibration_window,
+        "seed": seed,
+        "progress": progress,
+    }
+    own = given.resolved(language_model, criterion, text)
+    if own is not None:
+        rule = MaskRule(own.sparsity)
+    statistics = collect_statistics(language_model, needs, **text) if needs else None
     layers = prune_model(
         language_model,
         criterion,
         rule,
         statistics=statistics,
         compressor=compressor,
+        allocation=own,
         progress=lambda done, total: progress("pruning matrices", done, total),
     )
-    pruned = Pruned(language_model, _label(metric, criterion), rule, compressor, layers)
+    pruned = Pruned(language_model, _label(metric, criterion), rule, compressor, layers, allocation=own)
     recipe = {
         "criterion": pruned.criterion,
         "source": criterion.source,
         "sparsity": rule.sparsity,
         "pattern": str(rule) if rule.pattern else None,
         "group": rule.group,
+        "allocation": None if own is None else to_json(own),
         "compressor": compressor,
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
@@ -173,7 +130,7 @@ def evaluate(
     data: str = "corpus",
     window: int | None = None,
     tokens: int | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     **loading: Any,
 ) -> Evaluation:
     """Perplexity of a model on text C, and its KL divergence from the dense model.
@@ -190,15 +147,15 @@ def evaluate(
     Raises:
         InvalidInput: no such model or text, or too little text.
     """
-    language_model = _loaded(model, loading, progress)
-    width = _window(language_model, window)
+    language_model = loaded(model, loading, progress)
+    width = default_window(language_model, window)
     count = None if tokens is None else tokens // width
     if count == 0:
         raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
     windows = token_windows(language_model.tokenizer, data, "C", window=width, count=count)
     if tokens is None:
         windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
-    reference = None if dense is None else _loaded(dense, loading, progress).model
+    reference = None if dense is None else loaded(dense, loading, progress).model
     held_out = _held_out(language_model, windows, reference, progress)
     return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data)
 
@@ -219,23 +176,6 @@ def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str
         "seed": seed,
         "statistics": sorted(needs),
     }
-
-
-def _loaded(model: str | LanguageModel, loading: dict[str, Any], progress: Progress = _silent) -> LanguageModel:
-    if isinstance(model, LanguageModel):
-        return model
-    progress(f"loading {model}", 0, 1)
-    language_model = load_model(model, **loading)
-    progress(f"loading {model}", 1, 1)
-    return language_model
-
-
-def _window(language_model: LanguageModel, window: int | None) -> int:
-    """The window that was asked for, or the default that the model can read."""
-    if window is not None:
-        language_model.check_window(window)
-        return window
-    return min(TEXT.window, language_model.context or TEXT.window)
 
 
 def _held_out(language_model: LanguageModel, windows: Tensor, dense: Any, progress: Progress) -> HeldOut:

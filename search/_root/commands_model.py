@@ -74,7 +74,18 @@ def prune(
         ),
     ] = "mask",
     allocation: Annotated[
-        Path | None, option("--allocation", metavar="A", help=f"sparsity per layer; {NOT_LANDED}", panel=TARGET)
+        str | None,
+        option(
+            "--allocation",
+            metavar="A",
+            help="sparsity by matrix: a file, or an allocator's name (`evoprune list allocators`)",
+            panel=TARGET,
+            autocompletion=completion.plugins("evoprune.fitness.allocators"),
+        ),
+    ] = None,
+    allocation_set: Annotated[
+        list[str] | None,
+        option("--allocation-set", metavar="KEY=VALUE", help="a parameter of the allocator; repeatable", panel=TARGET),
     ] = None,
     shape: Annotated[
         Path | None, option("--shape", metavar="F", help=f"heads and neurons to keep; {NOT_LANDED}", panel=TARGET)
@@ -98,7 +109,7 @@ def prune(
 ) -> None:
     """Remove the weights that a criterion scores lowest, and write a checkpoint that plain transformers loads."""
     with Output(as_json) as output:
-        for name, given in (("--allocation", allocation), ("--shape", shape), ("--recovery", recovery)):
+        for name, given in (("--shape", shape), ("--recovery", recovery)):
             if given is not None:
                 raise InvalidInput(f"{name} {NOT_LANDED}; prune with --sparsity or --pattern")
         if form not in ("auto", "plain"):
@@ -117,6 +128,8 @@ def prune(
             sparsity=sparsity,
             pattern=pattern,
             group=group,
+            allocation=allocation,
+            allocation_parameters=_settings(allocation_set or []),
             compressor=compressor,
             out=out,
             seed=seed,
@@ -282,6 +295,23 @@ def check_writable(folder: Path) -> None:
         raise InvalidInput(f"cannot write {folder}: {existing} is no folder")
     if not os.access(existing, os.W_OK):
         raise InvalidInput(f"cannot write {folder}: {existing} is read-only; give a folder that can be written")
+
+
+def _settings(words: list[str]) -> dict[str, str]:
+    """Values by name from words KEY=VALUE.
+
+    Raises:
+        InvalidInput: a word has no name or no value, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = (part.strip() for part in word.partition("="))
+        if not name or not equals or name in found:
+            raise InvalidInput(
+                f"--allocation-set {word[:60]!r} is not KEY=VALUE with each KEY once, such as spread=0.1"
+            )
+        found[name] = value
+    return found
 
 
 def _calibration(text: str | None, sequences: int | None, window: int | None) -> dict[str, Any]:

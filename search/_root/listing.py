@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from evoprune.fitness.allocators import ALLOCATORS, parameters_of
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.criterion import CRITERIA, Metric
@@ -70,6 +71,21 @@ def _terminals() -> list[Row]:
     ]
 
 
+def _allocators() -> list[Row]:
+    rows = []
+    for name in ALLOCATORS:
+        allocator = ALLOCATORS[name]
+        rows.append(
+            {
+                "name": name,
+                "needs": [*sorted(allocator.needs), *sorted(allocator.uses)],
+                "parameters": [f"{key}={_word(value)}" for key, value in parameters_of(allocator).items()],
+                "what": _first_line(type(allocator)),
+            }
+        )
+    return rows
+
+
 def _compressors() -> list[Row]:
     return [
         {
@@ -111,13 +127,18 @@ _KINDS: Mapping[str, Callable[[], list[Row]]] = {
     "criteria": _criteria,
     "operators": _operators,
     "terminals": _terminals,
-    "allocators": _none_yet,
+    "allocators": _allocators,
     "compressors": _compressors,
     "objectives": _objectives,
     "spaces": _spaces,
     "searchers": _searchers,
     "recoveries": _none_yet,
 }
+
+
+def _word(value: object) -> str:
+    """A parameter's value as `--allocation-set` takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _first_line(documented: object) -> str:

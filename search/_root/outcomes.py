@@ -9,6 +9,7 @@ from typing import Any
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import PrunedLayer
+from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.records import MaskRule
 
 
@@ -23,6 +24,7 @@ class Pruned:
         compressor: what happened to the weights that stayed.
         layers: one entry per matrix, in model order.
         out: folder of the checkpoint; None if none was asked for.
+        allocation: the sparsity of each matrix; None if all had the same.
     """
 
     language_model: LanguageModel
@@ -31,6 +33,7 @@ class Pruned:
     compressor: str
     layers: tuple[PrunedLayer, ...]
     out: Path | None = None
+    allocation: Allocation | None = None
 
     @property
     def removed(self) -> int:
@@ -57,6 +60,7 @@ class Pruned:
             "pattern": str(self.rule) if self.rule.pattern else None,
             "criterion": self.criterion,
             "compressor": self.compressor,
+            "allocation": None if self.allocation is None else self.allocation.summary(),
             "layers": [
                 {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
                 for layer in self.layers

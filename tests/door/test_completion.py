@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from evoprune import completion
+from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.criterion import CRITERIA
@@ -26,6 +27,7 @@ BASH = shutil.which("bash")
     ("package", "registry"),
     [
         ("evoprune.metrics.library", CRITERIA),
+        ("evoprune.fitness.allocators", ALLOCATORS),
         ("evoprune.fitness.compressors", COMPRESSORS),
         ("evoprune.fitness.objectives", OBJECTIVES),
         ("evoprune.search.searchers", SEARCHERS),

@@ -30,10 +30,11 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     assert pruned.code == 0
     document = pruned.json
     assert list(document) == [
-        "out", "sparsity", "removed", "prunable", "pattern", "criterion", "compressor", "layers",
+        "out", "sparsity", "removed", "prunable", "pattern", "criterion", "compressor", "allocation", "layers",
     ]  # fmt: skip
     assert document["out"] == str(place / "out")
     assert (document["pattern"], document["criterion"], document["compressor"]) == (None, "wanda", "mask")
+    assert document["allocation"] is None
     assert document["removed"] == sum(int(where.sum()) for where in zeros(place / "out").values())
     assert document["sparsity"] == document["removed"] / document["prunable"]
     assert len(document["layers"]) == 7 * LAYERS

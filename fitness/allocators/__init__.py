@@ -1,0 +1,227 @@
+"""Allocators: how much each matrix should lose, from what a dense model shows. Plug-ins, one file each.
+
+An allocator is a frozen dataclass whose fields are its parameters, with their defaults. It only says what it would
+like; `evoprune.metrics.allocation.repair` then meets the budget exactly, the same way for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Protocol, cast
+
+from torch import Tensor
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import Site
+from evoprune.metrics.registry import Registry
+
+Use = Literal["scores", "outputs", "hidden", "loss"]
+"""What an allocator may read beside weights and statistics: the scores of the criterion inside; outputs of the
+matrices or hidden states between blocks in a forward pass over text A; losses on text B."""
+
+GRANULARITIES = ("matrix", "block", "kind")
+
+
+class Evidence(Protocol):
+    """What an allocator may look at: a dense model, measured when it is asked for.
+
+    Attributes:
+        sites: its matrices, in model order.
+        target: the budget, as the fraction of all their weights that goes, in [0, 1).
+    """
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+
+    @property
+    def target(self) -> float: ...
+
+    def weight(self, site: Site) -> Tensor:
+        """[out, in] float32, a private copy."""
+
+    def scores(self, site: Site) -> Tensor:
+        """[out, in] float32 scores of the criterion inside, finite, low = removed first."""
+
+    def statistic(self, site: Site, name: str) -> Tensor:
+        """One of `needs`; shapes as in `evoprune.fitness.statistics.Statistics.tensor`."""
+
+    def diversity(self, pairs: str) -> Sequence[float]:
+        """How unlike the outputs of each matrix are for different tokens, 0 to 2, one number per site."""
+
+    def influence(self) -> Sequence[float]:
+        """Mean of 1 - cos(input, output) of each block over tokens."""
+
+    def losses(self, requests: Sequence[Sequence[float]]) -> Sequence[float]:
+        """Loss on text B in nats per token at each request, repaired and pruned by the criterion inside."""
+
+    def losses_without(self) -> Sequence[float]:
+        """Loss on text B in nats per token without each block in turn, which then passes on what it is given."""
+
+
+class Allocator(Protocol):
+    """Says how much each matrix should lose. Deterministic; a frozen dataclass of plain parameters.
+
+    Attributes:
+        needs: names of the statistics it reads, beside those of the criterion inside.
+        uses: what else it reads.
+        source: the paper it is from.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def uses(self) -> frozenset[Use]: ...
+
+    @property
+    def source(self) -> str: ...
+
+    def request(self, evidence: Evidence) -> Sequence[float]:
+        """One sparsity per site, in model order; may lie outside [0, 1) and miss the budget.
+
+        Raises:
+            InvalidInput: a parameter does not fit this model.
+        """
+
+
+ALLOCATORS: Registry[Allocator] = Registry("allocator", "evoprune.fitness.allocators")
+
+
+def parameters_of(allocator: Allocator) -> dict[str, Any]:
+    """The parameters of an allocator by name: JSON values."""
+    assert is_dataclass(allocator)
+    return {field.name: getattr(allocator, field.name) for field in fields(allocator)}
+
+
+def configured(name: str, given: Mapping[str, Any] | None = None) -> Allocator:
+    """A registered allocator with some parameters changed.
+
+    Args:
+        name: one of `ALLOCATORS`.
+        given: by name; text is read as the type that the default has.
+
+    Raises:
+        UnknownName: no such allocator.
+        InvalidInput: no such parameter, or a value that it cannot have.
+    """
+    allocator = ALLOCATORS[name]
+    known = parameters_of(allocator)
+    values = {}
+    for parameter, value in (given or {}).items():
+        if parameter not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise InvalidInput(f"allocator {name!r} has no parameter {parameter[:40]!r}; {has}")
+        values[parameter] = _typed(f"{parameter} of allocator {name!r}", value, known[parameter])
+    return cast(Allocator, replace(cast(Any, allocator), **values))
+
+
+def _typed(what: str, value: Any, default: Any) -> Any:
+    """`value` as the type of `default`."""
+    kind = type(default)
+    if kind is str and isinstance(value, str):
+        return value
+    words = {"true": True, "false": False}
+    if kind is bool:
+        if isinstance(value, bool) or str(value).lower() in words:
+            return words[str(value).lower()]
+        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give true or false")
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give a value like {default!r}") from None
+    if isinstance(value, bool) or (kind is float and not math.isfinite(number)):
+        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give a value like {default!r}")
+    return number
+
+
+def check_range(what: str, value: float, low: float, high: float) -> None:
+    """Refuse a parameter outside [low, high].
+
+    Raises:
+        InvalidInput: says what would be right.
+    """
+    if not low <= value <= high:
+        raise InvalidInput(f"{what} {value:g} is outside [{low:g}, {high:g}]")
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a parameter that is none of `known`.
+
+    Raises:
+        InvalidInput: lists them.
+    """
+    if value not in known:
+        raise InvalidInput(f"no {what} {value[:40]!r}; there are {', '.join(known)}")
+
+
+def grouped(sites: Sequence[Site], granularity: str) -> list[list[int]]:
+    """Indices of the sites that share one sparsity: each alone, those of a block, or those of a kind, in model order.
+
+    Raises:
+        InvalidInput: no such granularity.
+    """
+    check_choice("granularity", granularity, GRANULARITIES)
+    groups: dict[object, list[int]] = {}
+    for index, site in enumerate(sites):
+        key = {"matrix": index, "block": site.block, "kind": site.kind}[granularity]
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def shared_out(groups: Sequence[Sequence[int]], values: Sequence[float]) -> list[float]:
+    """One value per site from one per group."""
+    by_site = {index: value for group, value in zip(groups, values, strict=True) for index in group}
+    return [by_site[index] for index in range(len(by_site))]
+
+
+def group_weights(sites: Sequence[Site], groups: Sequence[Sequence[int]]) -> list[int]:
+    """Number of weights in each group."""
+    return [sum(sites[index].weights for index in group) for group in groups]
+
+
+def scaled(values: Sequence[float]) -> list[float]:
+    """Values brought to [0, 1] by their smallest and largest; all 0 if they are equal."""
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+def around(target: float, removal: Sequence[float], spread: float) -> list[float]:
+    """Sparsities within a range of 2 * `spread` whose mean is the target, high where `removal` is.
+
+    Source: the scaling of OWL (Yin et al. 2024, arXiv:2310.05175), which DSA shares.
+    """
+    offsets = [2 * spread * value for value in scaled(removal)]
+    mean = math.fsum(offsets) / len(offsets)
+    return [target + offset - mean for offset in offsets]
+
+
+def check_numbers(what: str, sites: Sequence[Site], groups: Sequence[Sequence[int]], values: Sequence[float]) -> None:
+    """Refuse scores that are no finite numbers.
+
+    Raises:
+        InvalidInput: names the first matrix that they are of.
+    """
+    for group, value in zip(groups, values, strict=True):
+        if not math.isfinite(value):
+            raise InvalidInput(f"{what} of {sites[group[0]].name} is {value}: no allocation follows from it")
+
+
+def matching(sites: Sequence[Site], patterns: str) -> list[int]:
+    """Indices of the sites whose name fits one of the patterns.
+
+    Args:
+        patterns: of names, with ``*`` and ``?``, separated by commas; none if empty.
+
+    Raises:
+        InvalidInput: a pattern fits no matrix.
+    """
+    found: set[int] = set()
+    for pattern in (part.strip() for part in patterns.split(",")):
+        fits = [index for index, site in enumerate(sites) if fnmatchcase(site.name, pattern)]
+        if pattern and not fits:
+            raise InvalidInput(f"no matrix is called {pattern[:80]!r}; one is {sites[0].name}, and * fits anything")
+        found.update(fits)
+    return sorted(found)

@@ -1,0 +1,262 @@
+"""Allocations as files: evoprune's JSON, and the text that EvoPress reads and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, check_matrices
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import canonical_json, user_path, write_atomically
+from evoprune.metrics.records import Site, removed_count
+
+FORMAT = "evoprune-allocation/1"
+EVOPRESS = "evopress"
+_MAX_BYTES = 20_000_000
+_KEYS = ("format", "model", "allocator", "parameters", "sparsity", "sites")
+_LINE = re.compile(r"\s*([\w.\-/]+)\s*:\s*([+-]?\d{1,12})\s*")
+
+
+def to_json(allocation: Allocation) -> dict[str, Any]:
+    """The document that `from_json` reads."""
+    return {
+        "format": FORMAT,
+        "model": allocation.model,
+        **allocation.summary(),
+        "sites": [
+            {"name": site.name, "shape": list(site.shape), "sparsity": site.sparsity} for site in allocation.sites
+        ],
+    }
+
+
+def from_json(document: Any) -> Allocation:
+    """The allocation that a document describes.
+
+    Raises:
+        InvalidInput: it is no such document, a sparsity is outside [0, 1), or they do not add up to the budget.
+    """
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        shown = str(document.get("format"))[:40] if isinstance(document, dict) else type(document).__name__
+        raise InvalidInput(f"format {shown!r} is not known; this version reads {FORMAT!r}")
+    if missing := [key for key in _KEYS if key not in document]:
+        raise InvalidInput(f"it has no {missing[0]!r}")
+    parameters, rows = document["parameters"], document["sites"]
+    if not isinstance(parameters, dict) or not isinstance(rows, list) or not rows:
+        raise InvalidInput("'parameters' must be an object and 'sites' a list of at least one matrix")
+    sites = tuple(_site(row, index) for index, row in enumerate(rows))
+    if len({site.name for site in sites}) < len(sites):
+        names = [site.name for site in sites]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidInput(f"{twice[:120]} is in it twice: give each matrix one sparsity")
+    sparsity = _fraction(document["sparsity"], "the budget 'sparsity'")
+    allocation = Allocation(str(document["model"]), sparsity, sites, str(document["allocator"]), parameters)
+    allocation.check_budget()
+    return allocation
+
+
+def write_allocation(allocation: Allocation, path: str | Path, *, step: int = 1) -> Path:
+    """Write an allocation to a file, whole or not at all.
+
+    Args:
+        allocation: what to write.
+        path: ``.txt`` gives EvoPress's text, anything else JSON with a line for each matrix.
+        step: see `to_evopress`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InvalidInput: the file cannot be written.
+    """
+    place = user_path(path)
+    text = to_evopress(allocation, step) if place.suffix == ".txt" else _readable(to_json(allocation))
+    try:
+        write_atomically(place, text)
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror or error}") from None
+    return place
+
+
+def read_allocation(
+    path: str | Path,
+    *,
+    model: str | None = None,
+    sites: Sequence[Site] | None = None,
+    sparsity: float | None = None,
+    step: int | None = None,
+) -> Allocation:
+    """The allocation in a file of ours, or in EvoPress's text.
+
+    Args:
+        path: a ``.json`` that `write_allocation` wrote, or lines ``module: level`` as EvoPress writes them.
+        model: class name of the model that it is for; needed for EvoPress's text.
+        sites: matrices of that model; needed for EvoPress's text.
+        sparsity: the budget; for EvoPress's text, which does not hold it.
+        step: weights in a level; for EvoPress's text, which does not hold it.
+
+    Raises:
+        InvalidInput: no such file, or not one of these; the text needs what is not given; or the allocation is of
+            another model, which is only asked if `model` and `sites` are given.
+    """
+    text = _read(user_path(path), path)
+    name = Path(path).name[:80]
+    try:
+        if text.lstrip().startswith(("{", "[")):
+            allocation = from_json(json.loads(text, parse_constant=_refuse_constant))
+        else:
+            levels = evopress_levels(text)
+            if sparsity is None or step is None or model is None or sites is None:
+                raise InvalidInput(
+                    "EvoPress's text holds neither its budget nor the weights in a level: give both, such as "
+                    "--sparsity 0.7 --allocation-set step=1000000"
+                )
+            return from_evopress(levels, model=model, sites=sites, sparsity=sparsity, step=step)
+    except InvalidInput as error:
+        raise InvalidInput(f"{name!r}: {error}") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise InvalidInput(f"{name!r} is not a JSON document of an allocation") from None
+    if model is not None and sites is not None:
+        allocation.check(model, sites)
+    return allocation
+
+
+def to_evopress(allocation: Allocation, step: int = 1) -> str:
+    """Lines ``module: level``, where a matrix at level l loses sparsity * weights + l * `step` weights.
+
+    EvoPress reads them beside a database that was built with the same sparsity and step. Levels are rounded to whole
+    ones, so that only a step of 1 keeps every allocation exactly.
+
+    Raises:
+        InvalidInput: the step is not at least 1.
+    """
+    _check_step(step)
+    lines = []
+    for site in allocation.sites:
+        offset = site.removed - removed_count(allocation.sparsity, site.weights)
+        lines.append(f"{site.name}: {(2 * offset + step) // (2 * step)}\n")
+    return "".join(lines)
+
+
+def evopress_levels(text: str) -> dict[str, int]:
+    """Level by module path.
+
+    Raises:
+        InvalidInput: a line is not ``module: level``, or names a module again; says which.
+    """
+    levels: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise InvalidInput(
+                f"line {number} is {line.strip()[:60]!r}: give lines such as model.layers.0.mlp.up_proj: -2, or a .json"
+            )
+        if match[1] in levels:
+            raise InvalidInput(f"line {number} names {match[1][:120]} again: give each matrix one level")
+        levels[match[1]] = int(match[2])
+    if not levels:
+        raise InvalidInput("it holds no allocation: give a .json of evoprune, or lines module: level of EvoPress")
+    return levels
+
+
+def from_evopress(
+    levels: dict[str, int], *, model: str, sites: Sequence[Site], sparsity: float, step: int
+) -> Allocation:
+    """The allocation of a profile that EvoPress found, repaired by the few columns that its levels are not whole of.
+
+    Args:
+        levels: by module path; a matrix at level l loses sparsity * weights + l * `step` weights.
+        model, sites: the model, by class name and matrices in model order.
+        sparsity: the budget.
+        step: weights in a level.
+
+    Raises:
+        InvalidInput: the levels are of other matrices, a level leads outside [0, 1), or they do not add up to the
+            budget.
+
+    Source: EvoPress, arXiv:2410.14649; the format of its released code.
+    """
+    _check_step(step)
+    _fraction(sparsity, "the budget")
+    check_matrices(model, dict.fromkeys(levels), model, sites)
+    requested, removed = [], 0.0
+    for site in sites:
+        level = levels[site.name]
+        share = sparsity + level * step / site.weights
+        if not 0 <= share < 1:
+            raise InvalidInput(
+                f"level {level} of {site.name} is a sparsity of {share:.4g}, outside [0, 1): its {site.weights:,} "
+                f"weights have levels from {-int(sparsity * site.weights / step)} to "
+                f"{int((1 - sparsity) * site.weights / step)} at {step:,} weights a level"
+            )
+        requested.append(share)
+        removed += share * site.weights
+    weights = sum(site.weights for site in sites)
+    # A column of each matrix is lost in rounding, no more.
+    if abs(removed - sparsity * weights) > sum(site.out_features for site in sites):
+        raise InvalidInput(
+            f"its levels remove {removed / weights:.4f} of all weights, not the budget of {sparsity:g}: "
+            f"give --sparsity {removed / weights:.4f}"
+        )
+    return allocation_of(requested, sites, sparsity, model=model, allocator=EVOPRESS, parameters={"step": step})
+
+
+def _site(row: Any, index: int) -> SiteSparsity:
+    shape = row.get("shape") if isinstance(row, dict) else None
+    if (
+        not isinstance(row, dict)
+        or not isinstance(row.get("name"), str)
+        or not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(isinstance(size, int) and 0 < size < 1 << 32 for size in shape)
+    ):
+        raise InvalidInput(
+            f"entry {index + 1} of 'sites' is no matrix with a name, a shape of two sizes and a sparsity"
+        )
+    name = row["name"]
+    return SiteSparsity(name, (shape[0], shape[1]), _fraction(row.get("sparsity"), f"the sparsity of {name[:120]}"))
+
+
+def _fraction(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise InvalidInput(f"{what} is {str(value)[:40]}, outside [0, 1): give the fraction of weights to remove")
+    return float(value)
+
+
+def _check_step(step: int) -> None:
+    if step < 1:
+        raise InvalidInput(f"a level of {step} weights cannot be: give a step of at least 1")
+
+
+def _readable(document: dict[str, Any]) -> str:
+    """JSON with one line for each matrix."""
+    head = json.dumps({key: value for key, value in document.items() if key != "sites"}, indent=2, ensure_ascii=False)
+    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["sites"])
+    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
+    return f'{head[:-2]},\n  "sites": [\n{rows}\n  ]\n}}\n'
+
+
+def _read(place: Path, shown: str | Path) -> str:
+    try:
+        if not place.is_file():
+            raise InvalidInput(
+                f"no file {str(shown)[:200]!r}; give an allocation's .json or .txt, or an allocator's name"
+            )
+        with place.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidInput(f"{str(shown)[:200]!r} is no text file; give an allocation's .json or .txt") from None
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read {str(shown)[:200]!r}: {getattr(error, 'strerror', None) or error}") from None
+    if len(data) > _MAX_BYTES:
+        raise InvalidInput(f"{str(shown)[:200]!r} is larger than {_MAX_BYTES // 1_000_000} MB, so it is no allocation")
+    return text
+
+
+def _refuse_constant(literal: str) -> float:
+    raise ValueError(f"{literal} is no JSON number")

@@ -1,0 +1,184 @@
+"""Allocations in Python: made by an allocator, or read from a file, and checked against what else is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from evoprune.calibration import TEXT, Progress, collect_statistics, default_window, loaded, silent
+from evoprune.fitness.allocating import allocate_model, statistics_needed
+from evoprune.fitness.allocators import ALLOCATORS, configured
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
+from evoprune.fitness.text import token_windows
+from evoprune.metrics.allocation import Allocation
+from evoprune.metrics.allocation_file import read_allocation
+from evoprune.metrics.criterion import Criterion
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.exported import load_metric
+from evoprune.metrics.records import MaskRule
+
+# Windows of text B on which an allocator that tries things out compares losses.
+LOSS_SEQUENCES = 8
+
+
+def allocate(
+    model: str | LanguageModel = "reference",
+    allocator: str = "owl",
+    sparsity: float = 0.5,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    metric: str | Criterion = "wanda",
+    calibration: str = "corpus",
+    calibration_sequences: int = TEXT.calibration_sequences,
+    calibration_window: int | None = None,
+    loss_sequences: int = LOSS_SEQUENCES,
+    seed: int = 0,
+    progress: Progress = silent,
+    **loading: Any,
+) -> Allocation:
+    """How much each matrix should lose, so that the whole model loses `sparsity`.
+
+    Args:
+        model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is.
+        allocator: a name of `evoprune list allocators`.
+        sparsity: fraction of all prunable weights to remove, in [0, 1).
+        parameters: of the allocator, by name; `evoprune list allocators` shows them with their defaults.
+        metric: the criterion whose scores an allocator such as ``owl`` reads; see `prune`.
+        calibration: text of the statistics and outputs (its side A) and of the losses that some allocators compare
+            (its side B).
+        calibration_sequences, calibration_window: windows of text A; see `collect_statistics`.
+        loss_sequences: windows of text B.
+        seed: draws the windows.
+        progress: told what runs and how far it is.
+        loading: further arguments of `load_model`, where `model` is a name.
+
+    Returns:
+        An allocation for `prune`; `evoprune.metrics.allocation_file` writes it to a file.
+
+    Raises:
+        InvalidInput: something of the above does not exist or does not fit, or the budget cannot be reached.
+    """
+    chosen = configured(allocator, parameters)
+    criterion = load_metric(metric) if isinstance(metric, str) else metric
+    MaskRule(sparsity)
+    language_model = loaded(model, loading, progress)
+    text: dict[str, Any] = {"calibration": calibration, "calibration_sequences": calibration_sequences, "seed": seed}
+    text["calibration_window"] = default_window(language_model, calibration_window)
+    needs = statistics_needed(chosen, criterion)
+    statistics = collect_statistics(language_model, needs, progress=progress, **text) if needs else None
+
+    def windows(side: str, count: int) -> Tensor:
+        window = text["calibration_window"]
+        return token_windows(language_model.tokenizer, calibration, side, window=window, count=count, seed=seed)
+
+    return allocate_model(
+        language_model,
+        allocator,
+        chosen,
+        sparsity,
+        criterion=criterion,
+        statistics=statistics,
+        calibration=windows("A", calibration_sequences) if chosen.uses & {"outputs", "hidden"} else None,
+        search=windows("B", loss_sequences) if "loss" in chosen.uses else None,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class GivenAllocation:
+    """The allocation that `prune` was asked for, with what else was said of the target.
+
+    Raises:
+        InvalidInput: things that do not go together, a name that does not exist, or a file that cannot be read: all
+            that can be told without the model.
+    """
+
+    allocation: str | Path | Allocation | None
+    parameters: Mapping[str, Any]
+    sparsity: float | None
+    pattern: str | None
+    group: str | None
+
+    def __post_init__(self) -> None:
+        if self.allocation is None:
+            if self.parameters:
+                raise InvalidInput("parameters of an allocation need an allocation: name an allocator or a file")
+            return
+        if self.pattern is not None:
+            raise InvalidInput("a pattern fixes the sparsity of every row: give an allocation or a pattern, not both")
+        if self.group not in (None, "row"):
+            raise InvalidInput(f"an allocation counts by row: leave out the group {self.group!r}")
+        if self._named is not None:
+            configured(self._named, self.parameters)
+        elif isinstance(self.allocation, Allocation):
+            self._checked(self.allocation)
+        elif _is_json(self.allocation):
+            if self.parameters:
+                raise InvalidInput("an allocation in a .json has its parameters in it: give none beside it")
+            self._checked(read_allocation(self.allocation))
+        elif not _is_file(self.allocation):
+            configured(str(self.allocation))  # which says what name may be meant
+
+    @property
+    def _named(self) -> str | None:
+        """The allocator's name, if it is one."""
+        return str(self.allocation) if isinstance(self.allocation, str) and self.allocation in ALLOCATORS else None
+
+    def resolved(self, language_model: LanguageModel, criterion: Criterion, text: dict[str, Any]) -> Allocation | None:
+        """The allocation for this model; None if none was asked for."""
+        if self.allocation is None:
+            return None
+        if self._named is not None:
+            sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+            return allocate(language_model, self._named, sparsity, parameters=self.parameters, metric=criterion, **text)
+        if isinstance(self.allocation, Allocation):
+            check_allocation(language_model, self.allocation)
+            return self.allocation
+        return self._checked(
+            read_allocation(
+                self.allocation,
+                model=type(language_model.model).__name__,
+                sites=[bound.site for bound in language_model.sites],
+                sparsity=self.sparsity,
+                step=_step(self.parameters),
+            )
+        )
+
+    def _checked(self, allocation: Allocation) -> Allocation:
+        if self.sparsity is not None and self.sparsity != allocation.sparsity:
+            raise InvalidInput(
+                f"the allocation's budget is a sparsity of {allocation.sparsity:g}, not {self.sparsity:g}: "
+                f"give {allocation.sparsity:g} or none"
+            )
+        return allocation
+
+
+def _is_json(allocation: str | Path) -> bool:
+    return Path(allocation).suffix == ".json"
+
+
+def _is_file(allocation: str | Path) -> bool:
+    """Whether a file is meant, there or not, rather than an allocator."""
+    return isinstance(allocation, Path) or "/" in allocation or "." in allocation or Path(allocation).is_file()
+
+
+def _step(parameters: Mapping[str, Any]) -> int | None:
+    """The weights in a level of EvoPress's text, if they are given.
+
+    Raises:
+        InvalidInput: another parameter is, or this one is no whole number.
+    """
+    for name in parameters:
+        if name != "step":
+            raise InvalidInput(f"a file of EvoPress has no parameter {str(name)[:40]!r}; it has step")
+    if "step" not in parameters:
+        return None
+    try:
+        return int(parameters["step"])
+    except (TypeError, ValueError):
+        raise InvalidInput(f"step is {str(parameters['step'])[:40]!r}: give the weights in a level") from None
