@@ -26,6 +26,7 @@ BENCHMARKS = {
     "duplicates": "duplicates",
     "memory": "worker_memory",
     "search": "search_speed",
+    "levels": "level_cost",
 }
 LONG = {"scale": "engine_scale"}
 """These take over 5 minutes and run only when they are named."""

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import Objective
+from evoprune.fitness.resident import ResidentWeights
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.teacher import Teacher, WindowLosses, linear_head, window_losses
 from evoprune.metrics.criterion import Criterion
-from evoprune.metrics.errors import AuditFailed, InvalidCandidate
+from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.interpreter import free_inputs
 from evoprune.metrics.mask import check_finite, global_masks, mask
 from evoprune.metrics.records import MaskRule, Site
@@ -54,8 +54,7 @@ class Evaluator:
         self.rule = rule
         self.statistics = statistics
         self.head = linear_head(language_model.model, windows[:1, :8].to(language_model.device))
-        self._dense = dense
-        self._checksum = self._resident_checksum()
+        self._resident = ResidentWeights(language_model, dense)
 
     @property
     def sites(self) -> list[Site]:
@@ -64,7 +63,7 @@ class Evaluator:
 
     def inputs(self, site: Site, needs: frozenset[str]) -> dict[str, Tensor]:
         """Float32 terminals of a site by name: the free ones and `needs`."""
-        weight = self._dense_weight(site).to(self.language_model.device)
+        weight = self._resident.dense(site.name).to(self.language_model.device)
         return {
             **free_inputs(site, weight, self.rule.fraction),
             **self.statistics.site_statistics(site.name, needs, weight.device),
@@ -100,24 +99,17 @@ class Evaluator:
         bound = {entry.site.name: entry for entry in self.language_model.sites}
         removed = 0
         for site, keep in self.masks(criterion, max_tied):
-            target = bound[site.name].weight()
-            dense = self._dense_weight(site).to(target.device)
-            # A product would keep a NaN and turn removed negative weights into -0.
-            torch.where(keep, dense, torch.zeros((), dtype=dense.dtype, device=dense.device), out=target)
+            self._resident.write(bound[site.name], keep)
             removed += site.weights - int(keep.sum())
         return removed
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Write the dense weights back.
 
         Raises:
             AuditFailed: the restored model differs from the one that was loaded.
         """
-        for entry in self.language_model.sites:
-            entry.weight().copy_(self._dense_weight(entry.site))
-        if self._resident_checksum() != self._checksum:
-            raise AuditFailed("the restored model differs from the loaded one: memory or the dense weight file changed")
+        self._resident.restore()
 
     @contextmanager
     def applied(self, criterion: Criterion) -> Iterator[int]:
@@ -138,7 +130,7 @@ class Evaluator:
         errors = {}
         for entry in self.language_model.sites:
             gram = self.statistics.tensor(entry.site.name, "H", self.language_model.device)
-            dense = self._dense_weight(entry.site).to(gram.device).float()
+            dense = self._resident.dense(entry.site.name).to(gram.device).float()
             lost = dense - entry.weight().float()
             above, below = (((m @ gram) * m).sum(dtype=torch.float64).item() for m in (lost, dense))
             errors[entry.site.name] = above / below if below else 0.0
@@ -180,16 +172,3 @@ class Evaluator:
                 break
         stderr = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else 0.0
         return {"rungs": fitness, "stderr": stderr, "removed": removed}
-
-    def _dense_weight(self, site: Site) -> Tensor:
-        # Opened anew each time: a mapping kept open would count every page ever read as this worker's memory.
-        with safe_open(self._dense, framework="pt") as file:
-            return file.get_tensor(site.name)
-
-    def _resident_checksum(self) -> tuple[float, ...]:
-        """Two float64 sums per site, equal for equal weights."""
-        sums: list[float] = []
-        for entry in self.language_model.sites:
-            wide = entry.weight().double()
-            sums += [wide.sum().item(), wide.square().sum().item()]
-        return tuple(sums)

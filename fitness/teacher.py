@@ -23,6 +23,9 @@ from evoprune.metrics.errors import InvalidInput
 # Tokens whose logits exist at one time: small enough for a processor's cache.
 CHUNK = 512
 
+BATCH = 4
+"""Windows in a forward pass, unless the caller says otherwise. Another number may change the last bit of a loss."""
+
 # Memory for cached log-probabilities, per text, where the expected embedding does not apply.
 MAX_LOG_PROBABILITY_BYTES = 4 << 30
 
@@ -115,7 +118,7 @@ def _logit_chunks(
 
 
 @torch.no_grad()
-def build_teacher(model: PreTrainedModel, head: nn.Linear | None, windows: Tensor, *, batch: int = 4) -> Teacher:
+def build_teacher(model: PreTrainedModel, head: nn.Linear | None, windows: Tensor, *, batch: int = BATCH) -> Teacher:
     """Run the dense model over `windows` and keep what `window_losses` needs.
 
     Args:
@@ -166,7 +169,7 @@ def build_teacher(model: PreTrainedModel, head: nn.Linear | None, windows: Tenso
 
 @torch.no_grad()
 def window_losses(
-    model: PreTrainedModel, head: nn.Linear | None, windows: Tensor, teacher: Teacher | None, *, batch: int = 4
+    model: PreTrainedModel, head: nn.Linear | None, windows: Tensor, teacher: Teacher | None, *, batch: int = BATCH
 ) -> WindowLosses:
     """Losses of `model` on each window.
 
