@@ -117,7 +117,7 @@ class MetricSearch:
         record["uniform"] = self.racing.is_uniform(draws)
         thresholds = self.racing.thresholds(draws)
         thresholds[: proposal.rung] = [None] * len(thresholds[: proposal.rung])
-        if proposal.origin.removeprefix("seed:") in self._full_ladder:
+        if given and proposal.origin.removeprefix("seed:") in self._full_ladder:
             thresholds = [None] * len(thresholds)
         return Birth(number, record, self._job(expression, thresholds, None if given else MAX_TIED_ROWS))
 

@@ -136,7 +136,7 @@ class Session:
             seed=seed,
             prepared="",
             identity="planted",
-            full_ladder=frozenset({"wanda"}),
+            full_ladder=frozenset({"wanda", "random"}),
             **search,
         )
         exists = (folder / "run.json").exists()

@@ -102,6 +102,14 @@ def test_random_search_breeds_nothing(tmp_path):
     assert session.search.evolved_parents == 0
 
 
+def test_what_is_drawn_at_random_is_cut_like_anything_else(tmp_path):
+    """The baseline called random stands in the table, and runs every rung; what is drawn only shares its name."""
+    session = Session(tmp_path / "run", searcher="random")
+    session.go(80)
+    drawn = [line for line in lines(session) if line["origin"] == "random" and "rungs" in line]
+    assert sum(line["reason"] == "CUT_F0" for line in drawn) > len(drawn) / 2
+
+
 def test_a_search_with_the_published_simplification_runs(finished, tmp_path):
     session = Session(tmp_path / "run", simplify="opposing")
     session.go(60)
