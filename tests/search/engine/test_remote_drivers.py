@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -35,6 +37,8 @@ def cluster(ports: dict[str, int], tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "text.txt").write_text(TEXT)
     (folder / "small.yaml").write_text(CONFIG.replace("text.txt", str(folder / "text.txt")))
     options = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}"]
+    # Any other Ray on this machine holds the default port, and without its own the head's agent takes no jobs.
+    options += [f"--dashboard-agent-listen-port={free_port()}"]
     with local_cluster(folder) as cluster:
         cluster.add("head", 2, options=[*options, f"--ray-client-server-port={ports['client']}"])
         yield cluster
@@ -65,12 +69,27 @@ def run(cluster: LocalCluster, *words: str) -> str:
 def test_a_submitted_job_drives_the_search_on_the_head(
     cluster: LocalCluster, ports: dict[str, int], history: bytes
 ) -> None:
-    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address"]
-    told = run(
-        cluster, *submit, f"http://127.0.0.1:{ports['dashboard']}", "--", *search(cluster, "job"), "--address", "auto"
-    )
-    assert "succeeded" in told
+    address = f"http://127.0.0.1:{ports['dashboard']}"
+    wait_for_agent(cluster, address)
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--"]
+    assert "succeeded" in run(cluster, *submit, *search(cluster, "job"), "--address", "auto")
     assert (cluster.folder / "job" / "history.jsonl").read_bytes() == history
+
+
+def wait_for_agent(cluster: LocalCluster, address: str) -> None:
+    """Until the head takes jobs: the process that starts them comes up after all others."""
+    token = {"Authorization": f"Bearer {cluster.token}", "Content-Type": "application/json"}
+    job = urllib.request.Request(f"{address}/api/jobs/", json.dumps({"entrypoint": "true"}).encode(), token)
+    give_up = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(job, timeout=60) as answer:
+                assert answer.status == 200
+                return
+        except urllib.error.HTTPError as refused:
+            assert b"No available agent" in refused.read()
+            assert time.monotonic() < give_up
+            time.sleep(1)
 
 
 def test_a_client_drives_the_search_from_outside(
