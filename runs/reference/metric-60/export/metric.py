@@ -1,0 +1,146 @@
+"""found by evoprune on reference at 0.6
+
+score = |W|·(286.872·‖G‖₂^0.67 + ‖X‖₂^0.62)   (compared within each row, lowest removed first)
+Use: keep = mask(layer.weight, X_l2=X_l2, G_l2=G_l2). Run this file to test it.
+model: reference
+fitness: kl 0.21814 on 49152 tokens
+seed: 0
+run: 20261125-232815-metric-7395
+heldout_perplexity: {'winner': 34.0052, 'dense': 29.3843, 'wanda': 34.941, 'power': 33.9883}
+source: evoprune run 20261125-232815-metric-7395
+metric-json sha256: f482dbb4cedb1fc7be7870e5e3d7ea6a851a64279251cbdd6f7c4d7b762e2c0d
+"""
+
+import hashlib
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+FORMULA = "mul(abs(W),add(mul(286.871600101,powc(G_l2,0.67)),powc(X_l2,0.62)))"
+REQUIRES = ("X_l2", "G_l2")
+GROUP = "row"
+FORMAT = "symbolic-metric/1"
+SEAL = "4e51337ca437a5ba0638c5a6fedf2dc5f5aabb8666955688cc65e14cc18efd1e"
+BOUND = 1e30
+TINY = 1e-30
+
+
+def absolute(x: Tensor) -> Tensor:
+    return x.abs()
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y).clamp_(-BOUND, BOUND)
+
+
+def mul(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).clamp_(-BOUND, BOUND)
+
+
+def powc(x: Tensor, exponent: float) -> Tensor:
+    magnitude = x.abs()
+    if exponent > 0:
+        # Zero to a positive power is zero, not a power of the smallest magnitude.
+        return magnitude.pow_(exponent).clamp_(max=BOUND)
+    return magnitude.clamp_(min=TINY).pow_(exponent).clamp_(max=BOUND)
+
+
+@torch.no_grad()
+def score(W, *, X_l2, G_l2):
+    """float32 [out, in], low = removed first; finite for finite inputs.
+
+    W [out, in]: signed weight, of any float dtype.
+    X_l2 [in] or [1, in]: l2 norm of x over a sequence: root of X_ss.
+    G_l2 [out, in]: l2 norm over sequences of the loss gradient.
+    """
+    W = W.float().clamp(-BOUND, BOUND)
+    abs_W = absolute(W)
+    c1 = torch.full((1, 1), 286.871600101, dtype=torch.float32, device=W.device)
+    G_l2 = G_l2.float().clamp(-BOUND, BOUND)
+    powc_G_l2 = powc(G_l2, 0.67)
+    mul_6 = mul(c1, powc_G_l2)
+    X_l2 = X_l2.float().reshape(1, -1).clamp(-BOUND, BOUND)
+    powc_X_l2 = powc(X_l2, 0.62)
+    add_9 = add(mul_6, powc_X_l2)
+    mul_10 = mul(abs_W, add_9)
+    return mul_10.expand(W.shape)
+
+
+def removed_count(sparsity: float, total: int) -> int:
+    """floor(sparsity * total) of the decimal that was written: 0.29 of 100 is 29."""
+    digits, _, power = repr(float(sparsity)).partition("e")
+    whole, _, fraction = digits.partition(".")
+    return int(whole + fraction) * total // 10 ** (len(fraction) - int(power or 0))
+
+
+def keep_largest(rows: Tensor, removed: int) -> Tensor:
+    """True = keep: each row loses its `removed` lowest scores; ties lose the lower column first."""
+    if not torch.isfinite(rows).all():
+        raise ValueError("a score is NaN or infinite")
+    lowest = rows.argsort(dim=1, stable=True)[:, :removed]
+    return torch.ones_like(rows, dtype=torch.bool).scatter_(1, lowest, False)
+
+
+def mask(W, sparsity=0.6, nm=None, **stats):
+    """True = keep, bool [out, in]: every row loses floor(sparsity * in) weights.
+
+    With nm=(n, m) every m consecutive columns of a row keep n instead. Of equal scores the lower column goes first.
+    The statistics are those of `score`.
+    """
+    scores = score(W, **stats)
+    if nm is not None:
+        kept, width = nm
+        if not 0 < kept < width or W.shape[1] % width:
+            raise ValueError(f"{kept}:{width} needs 0 < N < M and a number of inputs that M divides")
+        return keep_largest(scores.reshape(-1, width), width - kept).reshape(W.shape)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is outside [0, 1)")
+    rows = scores
+    return keep_largest(rows, removed_count(sparsity, rows.shape[1])).reshape(W.shape)
+
+
+def draw(seed: int, rows: int, columns: int) -> Tensor:
+    """Pseudo-random float32 numbers in [0, 1) with 24 bits, the same on every machine."""
+    numbers = []
+    for _ in range(rows * columns):
+        seed = (1103515245 * seed + 12345) % 2**31
+        numbers.append((seed >> 7) / 2**24)
+    return torch.tensor(numbers, dtype=torch.float32).reshape(rows, columns)
+
+
+def _selftest(source=None):
+    """Whether this file still computes what it did when it was exported, and, given its own text, is unchanged."""
+    W = 2 * draw(1, 8, 32) - 1
+    stats = {
+        "X_l2": draw(2, 1, 32),
+        "G_l2": draw(3, 8, 32),
+    }
+    expected = [
+        5.279674530029297,
+        27.140308380126953,
+        27.741268157958984,
+        55.277732849121094,
+        61.740928649902344,
+        96.50653076171875,
+        95.33589172363281,
+        128.06658935546875,
+    ]
+    found = score(W, **stats).flatten()[::31][:8].tolist()
+    slack = 1e-6 * max(map(abs, expected))
+    kept = mask(W, sparsity=0.5, **stats).flatten().tolist()
+    faults = []
+    if not all(math.isclose(x, y, rel_tol=1e-5, abs_tol=slack) for x, y in zip(found, expected, strict=True)):
+        faults.append("the scores are not those of the export")
+    if hashlib.sha256(bytes(kept)).hexdigest() != "09c7d29f79dee454a94e43119033051490cd88c8b44e00ac317d7df8f8624d02":
+        faults.append("the mask is not that of the export")
+    if source is not None and hashlib.sha256(source.replace(SEAL, "").encode()).hexdigest() != SEAL:
+        faults.append("the file was edited after its export")
+    print("self-test: " + ("; ".join(faults) or "passed"))
+    return not faults
+
+
+if __name__ == "__main__":
+    with open(__file__, encoding="utf-8") as stream:
+        sys.exit(0 if _selftest(stream.read()) else 1)
