@@ -30,28 +30,35 @@ class Birth:
         number: from 0, without gaps.
         record: what the search wants to remember of it, as JSON values.
         job: what has to be evaluated; None if it was answered without.
+        counted: it is the first evaluation of its candidate; only these are in the budget.
     """
 
     number: int
     record: dict[str, Any]
     job: Job | None
+    counted: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them back."""
-        return {"number": self.number, "record": self.record, "job": None if self.job is None else self.job.to_json()}
+        job = None if self.job is None else self.job.to_json()
+        return {"number": self.number, "record": self.record, "job": job, "counted": self.counted}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Birth:
         """The birth that `to_json` wrote."""
         job = values["job"]
-        return cls(values["number"], values["record"], None if job is None else Job.from_json(job))
+        return cls(values["number"], values["record"], None if job is None else Job.from_json(job), values["counted"])
 
 
 class BirthSearch(Protocol):
     """A search by numbered births."""
 
-    def next_birth(self) -> Birth:
-        """The next birth, from results applied so far and nothing else."""
+    def next_birth(self) -> Birth | None:
+        """The next birth, from results applied so far and nothing else.
+
+        None while it depends on births whose results are not applied yet, such as the rest of a generation; if there
+        are none, the search is over.
+        """
 
     def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
         """Take in a result, in the order of birth numbers; the line of the history, as JSON values."""
@@ -144,8 +151,9 @@ class BirthLoop:
         """
         while True:
             while self._waiting < self._window and not self._spent(budget):
-                birth = self.search.next_birth()
-                self.evaluations += birth.job is not None
+                if (birth := self.search.next_birth()) is None:
+                    break
+                self.evaluations += birth.job is not None and birth.counted
                 self._enqueue(birth)
             if not self._pending:
                 break

@@ -1,0 +1,287 @@
+"""Allocation search by generations: level switches, more text for fewer candidates, the best is the next parent.
+
+A generation is a number of children of one parent. Each stage measures them on the same windows of text and keeps the
+best few for the next stage, which has more; the parent joins the last one, on equal terms. Windows are drawn anew for
+every generation, so that nobody wins by fitting them. The last parents and the best seed are then compared on one long
+text, the same for all, and the best of them is the result.
+Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3; layerwise sparsity allocation, section 5.3a.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.loop import Birth
+from evoprune.search.spaces.ladder import Genome, LadderSpace
+
+SPANS = (1, 2, 4, 8, 16, 32, 64)
+"""How many of 256 levels a gene moves at once: a quarter of a row at most, for some matrices do best nearly empty."""
+FINALISTS = 8
+_ATTEMPTS_PER_CHILD = 20
+
+# What an outcome's status is called in the history when it is no verdict on the candidate.
+_STATUS_REASONS = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "error": "ERROR"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of selection.
+
+    Attributes:
+        windows: of text, that each candidate is measured on.
+        survivors: how many go on.
+    """
+
+    windows: int
+    survivors: int
+
+
+@dataclass(frozen=True)
+class Member:
+    """A candidate of the present stage.
+
+    Attributes:
+        genome: its options.
+        origin: ``seed:NAME``, ``switch`` or ``parent``.
+        birth: number of the birth that measured it last; None before.
+        kl: what was measured then, in nats per token; None where it has no fitness.
+    """
+
+    genome: Genome
+    origin: str
+    birth: int | None = None
+    kl: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {"genome": list(self.genome), "origin": self.origin, "birth": self.birth, "kl": self.kl}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Member:
+        """The member that `to_json` wrote."""
+        return cls(tuple(values["genome"]), values["origin"], values["birth"], values["kl"])
+
+
+class AllocationSearch:
+    """Births of level vectors, by generations.
+
+    Args:
+        space: what genomes are made of.
+        seeds: genomes to start from, by name.
+        stages: of a generation, each with more windows than the one before and fewer survivors; the last keeps one.
+        windows: windows of text B that there are.
+        final_windows: of these, how many the seeds and the finalists are measured on, from the first.
+        offspring: children of a generation.
+        seed: of the run.
+        evaluations: candidates to measure in all, seeds included; None for no limit.
+        identity: hash of everything that an evaluation depends on beside the genome and the windows.
+        payload: what every job says beside these.
+    """
+
+    def __init__(
+        self,
+        space: LadderSpace,
+        seeds: Mapping[str, Genome],
+        stages: Sequence[Stage],
+        *,
+        windows: int,
+        final_windows: int,
+        offspring: int,
+        seed: int,
+        evaluations: int | None,
+        identity: str,
+        payload: Mapping[str, Any],
+    ) -> None:
+        self.space = space
+        self.seed_fitness: dict[str, float] = {}
+        self.best: Member | None = None
+        self.generation = 0
+        self._stages = tuple(stages)
+        self._windows = windows
+        self._final_windows = final_windows
+        self._offspring = offspring
+        self._seed = seed
+        self._evaluations = evaluations
+        self._identity = identity
+        self._payload = dict(payload)
+        self._births = 0
+        self._counted = 0
+        self._phase = "seeds"
+        self._stage = 0
+        self._parent: Member | None = None
+        self._parents: list[Member] = []
+        self._known: set[str] = set()
+        self._measured: list[Member] = []
+        self._pool: list[Member] = []
+        self._waiting: deque[int] = deque()
+        self._enter([Member(genome, f"seed:{name}") for name, genome in seeds.items()])
+
+    @property
+    def births(self) -> int:
+        """Births so far."""
+        return self._births
+
+    def next_birth(self) -> Birth | None:
+        if not self._waiting:
+            return None
+        member = self._pool[self._waiting.popleft()]
+        number = self._births
+        self._births += 1
+        first, last = self._span()
+        counted = self._phase == "seeds" or (self._phase == "generation" and self._stage == 0)
+        self._counted += counted
+        record = {"member": member.to_json(), "generation": self.generation, "stage": self._stage_name()}
+        parent = member.genome if self._parent is None else self._parent.genome
+        payload = {
+            **self._payload,
+            "levels": list(member.genome),
+            "parent": list(parent),
+            "first": first,
+            "last": last,
+        }
+        # The parent only says from where a worker may start: it changes no number.
+        key = content_hash([self._identity, payload["levels"], first, last])
+        return Birth(number, record, Job(key, "levels", payload), counted)
+
+    def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
+        assert outcome is not None and birth.job is not None  # every birth has a job
+        member = Member.from_json(birth.record["member"])
+        line: dict[str, Any] = {
+            "birth": birth.number,
+            "origin": member.origin,
+            "generation": birth.record["generation"],
+            "stage": birth.record["stage"],
+            "windows": [birth.job.payload["first"], birth.job.payload["last"]],
+            "genome": list(member.genome),
+            "kl": None,
+            "reason": None,
+        }
+        if outcome.status == "ok":
+            line |= {"kl": outcome.values["kl"], "stderr": outcome.values["stderr"]}
+        else:
+            line["reason"] = outcome.error if outcome.status == "invalid" else _STATUS_REASONS[outcome.status]
+        self._measured.append(Member(member.genome, member.origin, birth.number, line["kl"]))
+        if len(self._measured) == len(self._pool):
+            self._advance()
+        return line
+
+    def _advance(self) -> None:
+        """All of the stage are measured: choose who goes on, and what comes next."""
+        ranked = self._ranked(self._measured)
+        if self._phase == "seeds":
+            self.seed_fitness = {
+                member.origin.removeprefix("seed:"): member.kl for member in ranked if member.kl is not None
+            }
+            self._follow(ranked[:1])
+        elif self._phase == "final":
+            self.best = ranked[0] if ranked else None
+            self._enter([])
+        elif self._stage + 1 < len(self._stages):
+            survivors = ranked[: self._stages[self._stage].survivors]
+            self._stage += 1
+            if self._stage + 1 == len(self._stages):
+                assert self._parent is not None
+                survivors = [*survivors, Member(self._parent.genome, "parent")]
+            self._enter(survivors)
+        else:
+            self._follow(ranked[:1])
+
+    def _follow(self, winners: Sequence[Member]) -> None:
+        """The winner of a generation is the parent of the next; without one, nothing can go on."""
+        if not winners:
+            self._enter([])
+            return
+        (winner,) = winners
+        if self._parent is None or winner.genome != self._parent.genome:
+            self._parents.append(winner)
+        self._parent = self.best = winner
+        self._known.add(content_hash(list(winner.genome)))
+        self._breed()
+
+    def _breed(self) -> None:
+        """The next generation, or the finals if the budget is spent or nothing new is found."""
+        left = self._offspring if self._evaluations is None else self._evaluations - self._counted
+        self.generation += 1
+        self._stage = 0
+        children = self._children(min(self._offspring, left))
+        if children:
+            self._phase = "generation"
+            self._enter(children)
+            return
+        self._phase = "final"
+        seen: dict[Genome, Member] = {member.genome: member for member in self._parents[:1]}
+        seen |= {member.genome: member for member in self._parents[-FINALISTS:]}
+        self._enter(list(seen.values()))
+
+    def _children(self, count: int) -> list[Member]:
+        assert self._parent is not None
+        rng = random.Random(derived_seed(self._seed, "generation", self.generation))
+        children: dict[Genome, Member] = {}
+        for _ in range(_ATTEMPTS_PER_CHILD * max(count, 0)):
+            if len(children) == count:
+                break
+            made = self.space.switched(self._parent.genome, rng, SPANS)
+            if made is not None and content_hash(list(made)) not in self._known:
+                children.setdefault(made, Member(made, "switch"))
+        return list(children.values())
+
+    def _ranked(self, members: Sequence[Member]) -> list[Member]:
+        """Those with a fitness, the best first; of equals the one that removes more, then by content."""
+        return sorted(
+            (member for member in members if member.kl is not None),
+            key=lambda member: (member.kl, -self.space.removed(member.genome), content_hash(list(member.genome))),
+        )
+
+    def _enter(self, pool: Sequence[Member]) -> None:
+        self._pool = list(pool)
+        self._measured = []
+        self._waiting = deque(range(len(self._pool)))
+
+    def _span(self) -> tuple[int, int]:
+        """The windows of the present stage."""
+        if self._phase != "generation":
+            return 0, self._final_windows
+        windows = self._stages[self._stage].windows
+        offset = derived_seed(self._seed, f"windows-{self._stage}", self.generation) % (self._windows - windows + 1)
+        return offset, offset + windows
+
+    def _stage_name(self) -> int | str:
+        return self._stage if self._phase == "generation" else self._phase
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "births": self._births,
+            "counted": self._counted,
+            "phase": self._phase,
+            "generation": self.generation,
+            "stage": self._stage,
+            "parent": None if self._parent is None else self._parent.to_json(),
+            "parents": [member.to_json() for member in self._parents],
+            "best": None if self.best is None else self.best.to_json(),
+            "known": sorted(self._known),
+            "measured": [member.to_json() for member in self._measured],
+            "pool": [member.to_json() for member in self._pool],
+            "waiting": list(self._waiting),
+            "seed_fitness": self.seed_fitness,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._births = state["births"]
+        self._counted = state["counted"]
+        self._phase = state["phase"]
+        self.generation = state["generation"]
+        self._stage = state["stage"]
+        self._parent = None if state["parent"] is None else Member.from_json(state["parent"])
+        self._parents = [Member.from_json(values) for values in state["parents"]]
+        self.best = None if state["best"] is None else Member.from_json(state["best"])
+        self._known = set(state["known"])
+        self._measured = [Member.from_json(values) for values in state["measured"]]
+        self._pool = [Member.from_json(values) for values in state["pool"]]
+        self._waiting = deque(state["waiting"])
+        self.seed_fitness = dict(state["seed_fitness"])

@@ -1,0 +1,171 @@
+"""Ladders: every gene stands on one of its options, and all of them together meet a budget.
+
+Sparsity levels of matrices and the dropping of blocks are both ladders. Costs are whole numbers of removed weights, so
+genes of any shape trade with each other, and the budget is met to half a step of the smallest gene.
+Source: layerwise sparsity allocation, sections 5.1 to 5.3; the level switch is that of Sieberling et al. 2025
+(EvoPress, arXiv:2410.14649), section 3, made exact for genes of different sizes.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evoprune.metrics.errors import InvalidInput
+
+Genome = tuple[int, ...]
+"""One option per gene."""
+
+MOST_MOVES = 8
+"""Moves that may follow a switch to meet the budget again; more would be another mutation."""
+_MANY_MOVES = 64
+_ATTEMPTS = 50
+# The part of a gene's ladder that one move may take, so that what a repair has to move is spread.
+_SHARE = 16
+
+
+@dataclass(frozen=True)
+class Gene:
+    """What one number of a genome decides.
+
+    Attributes:
+        name: of a matrix, a group of them, or a part that can be dropped.
+        removed: weights that go at each option, from 0 upwards, never decreasing.
+        block: index of the first decoder block that it changes.
+    """
+
+    name: str
+    removed: tuple[int, ...]
+    block: int = 0
+
+    def nearest(self, weights: float) -> int:
+        """The option that removes most nearly so many weights; the lower of two that are as near."""
+        at = bisect_left(self.removed, weights)
+        if at == len(self.removed):
+            return self._first(at - 1)
+        if at and weights - self.removed[at - 1] <= self.removed[at] - weights:
+            return self._first(at - 1)
+        return at
+
+    def _first(self, option: int) -> int:
+        """The lowest option that removes as much as this one: higher ones would be other genomes of one mask."""
+        return bisect_left(self.removed, self.removed[option])
+
+    @property
+    def step(self) -> int:
+        """Weights of its smallest step, 0 if it has only one option."""
+        differences = (high - low for low, high in zip(self.removed, self.removed[1:], strict=False))
+        return min((difference for difference in differences if difference), default=0)
+
+
+class LadderSpace:
+    """Genomes that remove `budget` weights, to half a step of the smallest gene: exactly, where all steps are alike.
+
+    Args:
+        genes: at least one.
+        budget: weights that have to go.
+
+    Raises:
+        InvalidInput: there is no gene, or they cannot lose as much.
+    """
+
+    def __init__(self, genes: Sequence[Gene], budget: int) -> None:
+        if not genes:
+            raise InvalidInput("there is nothing to allocate: no matrix, or none that the granularity names")
+        most = sum(gene.removed[-1] for gene in genes)
+        if not 0 <= budget <= most:
+            raise InvalidInput(f"{budget:,} weights cannot go: the matrices can lose {most:,} in all")
+        self.genes = tuple(genes)
+        self.budget = budget
+        self.tolerance = min((gene.step for gene in genes if gene.step), default=0) // 2
+
+    def removed(self, genome: Genome) -> int:
+        """Weights that go."""
+        return sum(gene.removed[option] for gene, option in zip(self.genes, genome, strict=True))
+
+    def meets_budget(self, genome: Genome) -> bool:
+        """Whether it removes the budget, to half a step of the smallest gene."""
+        return abs(self.removed(genome) - self.budget) <= self.tolerance
+
+    def nearest(self, weights: Sequence[float], rng: random.Random) -> Genome:
+        """A genome that meets the budget and is near to so many removed weights per gene.
+
+        Raises:
+            InvalidInput: none is found, as where a few parts can only be dropped as a whole.
+        """
+        for _ in range(_ATTEMPTS):
+            options = [gene.nearest(count) for gene, count in zip(self.genes, weights, strict=True)]
+            if (settled := self._settled(options, rng, most=_MANY_MOVES * len(self.genes))) is not None:
+                return settled
+        raise InvalidInput(
+            f"the steps of {len(self.genes)} genes do not add up to {self.budget:,} weights, to within "
+            f"{self.tolerance:,}: choose another sparsity or a finer granularity"
+        )
+
+    def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
+        """A genome after one to three switches: one gene loses more, another as much less.
+
+        Args:
+            genome: meets the budget.
+            rng: decides.
+            spans: how many options a gene may move at once; drawn evenly, cut off at the ladder's end.
+
+        Returns:
+            Another genome that meets the budget, or None where the draw leads to none.
+        """
+        options = list(genome)
+        for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
+            up = [at for at, gene in enumerate(self.genes) if gene.removed[options[at]] < gene.removed[-1]]
+            down = [at for at, option in enumerate(options) if self.genes[at].removed[option] > 0]
+            if not up:
+                break
+            more = rng.choice(up)
+            less = [at for at in down if at != more]
+            if not less:
+                break
+            other = rng.choice(less)
+            freed = self._move(options, more, rng.choice(spans))
+            gene = self.genes[other]
+            options[other] = gene.nearest(gene.removed[options[other]] - freed)
+        settled = self._settled(options, rng, most=MOST_MOVES)
+        return None if settled == genome else settled
+
+    def crossed(self, first: Genome, second: Genome, rng: random.Random) -> Genome | None:
+        """A genome with the genes of every block from one of two parents, moved to the budget; None if it is one."""
+        chosen: dict[int, Genome] = {}
+        for gene in self.genes:
+            chosen.setdefault(gene.block, rng.choice((first, second)))
+        mixed = [chosen[gene.block][at] for at, gene in enumerate(self.genes)]
+        settled = self._settled(mixed, rng, most=_MANY_MOVES * len(self.genes))
+        return None if settled in (first, second) else settled
+
+    def _move(self, options: list[int], at: int, span: int) -> int:
+        """Move a gene up so many options, or to its end; the weights that this removes beyond what it did."""
+        gene = self.genes[at]
+        before = gene.removed[options[at]]
+        options[at] = gene.nearest(gene.removed[min(options[at] + span, len(gene.removed) - 1)])
+        if gene.removed[options[at]] == before:  # steps too small to remove another weight
+            options[at] = next(option for option, removed in enumerate(gene.removed) if removed > before)
+        return gene.removed[options[at]] - before
+
+    def _settled(self, options: list[int], rng: random.Random, most: int) -> Genome | None:
+        """Genes moved, at random, until the budget is met; None if `most` moves do not do."""
+        residue = self.budget - sum(gene.removed[option] for gene, option in zip(self.genes, options, strict=True))
+        for _ in range(most):
+            if abs(residue) <= self.tolerance:
+                break
+            helping = []
+            for at, gene in enumerate(self.genes):
+                most_here = max(gene.removed[-1] // _SHARE, gene.step)
+                moved = gene.nearest(gene.removed[options[at]] + max(-most_here, min(residue, most_here)))
+                change = gene.removed[moved] - gene.removed[options[at]]
+                if abs(residue - change) < abs(residue):
+                    helping.append((at, moved, change))
+            if not helping:
+                return None
+            at, moved, change = rng.choice(helping)
+            options[at] = moved
+            residue -= change
+        return tuple(options) if abs(residue) <= self.tolerance else None
