@@ -25,9 +25,6 @@ SPANS = (1, 2, 4, 8, 16, 32, 64)
 FINALISTS = 8
 _ATTEMPTS_PER_CHILD = 20
 
-# What an outcome's status is called in the history when it is no verdict on the candidate.
-_STATUS_REASONS = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "error": "ERROR"}
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -160,12 +157,10 @@ class AllocationSearch:
             "windows": [birth.job.payload["first"], birth.job.payload["last"]],
             "genome": list(member.genome),
             "kl": None,
-            "reason": None,
+            "reason": outcome.reason,
         }
         if outcome.status == "ok":
             line |= {"kl": outcome.values["kl"], "stderr": outcome.values["stderr"]}
-        else:
-            line["reason"] = outcome.error if outcome.status == "invalid" else _STATUS_REASONS[outcome.status]
         self._measured.append(Member(member.genome, member.origin, birth.number, line["kl"]))
         if len(self._measured) == len(self._pool):
             self._advance()

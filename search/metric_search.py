@@ -31,9 +31,6 @@ MAX_SIZE_BRED = 80
 # A winner has to beat the best power product of these, whoever found it.
 POWER_TERMINALS = frozenset({"W", "X_l2", "X_ss", "G_l2"})
 
-# What an outcome's status is called in the history when it is no verdict on the candidate.
-_STATUS_REASONS = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "error": "ERROR"}
-
 
 class MetricSearch:
     """Births of metrics, simplified as the space does it, none of them ever evaluated twice.
@@ -161,9 +158,8 @@ class MetricSearch:
     def _take_in(self, birth: Birth, proposal: Proposal, outcome: Outcome) -> dict[str, Any]:
         """Tell racing, archive and searcher; what the history adds."""
         if outcome.status != "ok":
-            reason = outcome.error if outcome.status == "invalid" else _STATUS_REASONS[outcome.status]
             self._searcher.tell(proposal, None, None)
-            return {"reason": reason}
+            return {"reason": outcome.reason}
         rungs = tuple(outcome.values["rungs"])
         candidate = Candidate(
             birth=birth.number,

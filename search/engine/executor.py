@@ -9,6 +9,9 @@ from typing import Any, Literal, Protocol, get_args
 Status = Literal["ok", "invalid", "error", "oom", "timeout", "crash"]
 STATUSES: tuple[str, ...] = get_args(Status)
 
+# What the history calls an outcome that is no verdict on its candidate.
+_REASONS: Mapping[str, str] = {"timeout": "TIMEOUT", "oom": "OOM", "crash": "WORKER_LOST", "error": "ERROR"}
+
 Notify = Callable[..., None]
 """Receives `(level, event, **fields)` for the run's event log; `RunDirectory.events` is one."""
 
@@ -58,6 +61,11 @@ class Outcome:
     values: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     telemetry: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str | None:
+        """Why there are no values, as a code for the history; None if the status is `ok`."""
+        return self.error if self.status == "invalid" else _REASONS.get(self.status)
 
     def to_json(self) -> dict[str, Any]:
         """The outcome as JSON data."""

@@ -85,10 +85,6 @@ class LadderSpace:
         """Weights that go."""
         return sum(gene.removed[option] for gene, option in zip(self.genes, genome, strict=True))
 
-    def meets_budget(self, genome: Genome) -> bool:
-        """Whether it removes the budget, to half a step of the smallest gene."""
-        return abs(self.removed(genome) - self.budget) <= self.tolerance
-
     def nearest(self, weights: Sequence[float], rng: random.Random) -> Genome:
         """A genome that meets the budget and is near to so many removed weights per gene.
 
@@ -131,15 +127,6 @@ class LadderSpace:
             options[other] = gene.nearest(gene.removed[options[other]] - freed)
         settled = self._settled(options, rng, most=MOST_MOVES)
         return None if settled == genome else settled
-
-    def crossed(self, first: Genome, second: Genome, rng: random.Random) -> Genome | None:
-        """A genome with the genes of every block from one of two parents, moved to the budget; None if it is one."""
-        chosen: dict[int, Genome] = {}
-        for gene in self.genes:
-            chosen.setdefault(gene.block, rng.choice((first, second)))
-        mixed = [chosen[gene.block][at] for at, gene in enumerate(self.genes)]
-        settled = self._settled(mixed, rng, most=_MANY_MOVES * len(self.genes))
-        return None if settled in (first, second) else settled
 
     def _move(self, options: list[int], at: int, span: int) -> int:
         """Move a gene up so many options, or to its end; the weights that this removes beyond what it did."""
