@@ -20,9 +20,10 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.worker import MetricWorker
 from evoprune.metrics.expression import parse
 from evoprune.search.config import resolve
-from evoprune.search.metric_run import Resources, start_metric_search
 from evoprune.search.result import paired_difference, summary
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Resources
+from evoprune.search.session import start_search
 
 OUT = Path(__file__).parent / "out"
 SEEDS = (0, 1, 2)
@@ -51,7 +52,7 @@ def search(searcher: str, seed: int, evaluations: int) -> dict[str, Any]:
             "data.heldout_windows": HELDOUT_WINDOWS,
         }
     )
-    run = start_metric_search(config, Resources(), run_dir=folder)
+    run = start_search(config, Resources(), run_dir=folder)
     assert run.result is not None
     return run.result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.interpreter import evaluate
 from evoprune.metrics.records import removed_count
-from evoprune.search.config import MetricSearchConfig, resolve
+from evoprune.search.config import resolve
+from evoprune.search.config_metric import MetricSearchConfig
+from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.loop import Budget
-from evoprune.search.metric_run import MetricRun, Resources
+from evoprune.search.metric_run import MetricRun
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Resources
 from figure import Figure
 from shared import reference_worker
 
@@ -71,7 +75,7 @@ def _search(config: MetricSearchConfig, worker: object, prepared: str) -> tuple[
                 session = MetricRun(run, config, Resources(executor="inline"), progress)
                 executor = _Resident(worker)
                 summary = Summary.from_json(Prepared.open(prepared).summary())
-                search = session.build_search(session.identify(summary))
+                search = session.build_search(session.identify(summary), _nothing_asked)
                 loop = session.build_loop(search, executor)
                 began = time.perf_counter()
                 loop.run(Budget(None, expired=lambda: search.births >= BIRTHS))
@@ -82,6 +86,11 @@ def _search(config: MetricSearchConfig, worker: object, prepared: str) -> tuple[
             return expressions, seconds, best.expression
         finally:
             run.close()
+
+
+def _nothing_asked(jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+    """A metric search begins without a job."""
+    return []
 
 
 class _Resident(InlineExecutor):

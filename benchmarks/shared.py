@@ -7,7 +7,7 @@ import torch
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.evaluator import Evaluator
 from evoprune.fitness.worker import MetricWorker
-from evoprune.search.config import DEFAULT_STATISTICS
+from evoprune.search.config_metric import DEFAULT_STATISTICS
 
 
 def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:

@@ -22,6 +22,7 @@ class EvaluationContext:
         seed: draws the windows of texts A and B; text C is fixed.
         window: tokens in a window of texts B and C.
         rungs: windows of text B seen up to each rung, increasing: later rungs contain the earlier.
+        final_windows: further windows of text B, as far as it has them, on which finalists are compared.
         heldout_windows: windows of text C; None takes all.
         calibration_sequences, calibration_window: text A.
         statistics: names that candidates may read.
@@ -41,6 +42,7 @@ class EvaluationContext:
     seed: int = 0
     window: int = 256
     rungs: tuple[int, ...] = (4, 16, 64)
+    final_windows: int = 0
     heldout_windows: int | None = None
     calibration: str = "corpus"
     calibration_sequences: int = 128

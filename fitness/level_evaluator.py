@@ -90,6 +90,14 @@ class LevelEvaluator:
         remember = self.prefix.spread(self.windows[first:last].numel())
         return self._losses(complete, first, last, remember)
 
+    def apply(self, levels: Mapping[str, int]) -> None:
+        """Leave the model at `levels`, for whoever wants to run it.
+
+        Raises:
+            InvalidInput: see `evaluate`.
+        """
+        self._resident.apply(levels)
+
     def restore(self) -> None:
         """Write the dense weights back; the parent and what is remembered of it stay.
 

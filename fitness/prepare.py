@@ -34,7 +34,7 @@ from evoprune.metrics.probe import Probe, spread_sites
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import STATISTICS
 
-FORMAT = "evoprune-prepared/2"
+FORMAT = "evoprune-prepared/3"
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ class Prepared:
     def text(self, side: str) -> tuple[Tensor, Teacher]:
         """([n, w] token ids, their teacher) of ``search`` (text B) or ``heldout`` (text C)."""
         tensors = load_file(self.folder / f"{side}.safetensors")
-        windows = tensors.pop("windows")
-        return windows, Teacher(**tensors)
+        windows, teacher = tensors.pop("windows"), Teacher(**tensors)
+        return windows[: len(teacher.negative_entropy)], teacher
+
+    def final_windows(self) -> Tensor:
+        """[n, w] token ids of text B: those of the search, and behind them the ones that only finalists see."""
+        with safe_open(self.folder / "search.safetensors", framework="pt") as file:
+            return file.get_tensor("windows")
 
     def probe(self) -> Probe:
         """Slices of real weights and statistics, for rank signatures."""
@@ -135,19 +140,13 @@ def prepare(
             window=context.window,
             count=context.rungs[-1],
             seed=context.seed,
+            spare=context.final_windows,
         ),
         "heldout": token_windows(
             tokenizer, context.place(context.data), "C", window=context.window, count=context.heldout_windows
         ),
     }
-    calibration = token_windows(
-        tokenizer,
-        context.place(context.calibration),
-        "A",
-        window=context.calibration_window,
-        count=context.calibration_sequences,
-        seed=context.seed,
-    )
+    calibration = calibration_windows(language_model, context)
     needs = (frozenset(context.statistics) & STATISTICS) | OBJECTIVES[context.objective].needs
     identity = {
         "format": FORMAT,
@@ -168,10 +167,11 @@ def prepare(
     )
     with disk_errors(cache_folder()), packing(prefix) as packed:
         folder = packed.folder
+        taught = {"search": context.rungs[-1], "heldout": None}  # finalists are compared by loss, without a teacher
         head = linear_head(language_model.model, windows["search"][:1, :8].to(language_model.device))
         for side, tokens in windows.items():
             progress(f"teacher on {side} text", 0, len(tokens))
-            teacher = build_teacher(language_model.model, head, tokens)
+            teacher = build_teacher(language_model.model, head, tokens[: taught[side]])
             save_file({"windows": tokens, **teacher.tensors()}, folder / f"{side}.safetensors")
         _build_probe(language_model, statistics, needs, context).save(folder / "probe.safetensors")
         link(_dense_file(language_model), folder / "dense.safetensors")
@@ -185,12 +185,29 @@ def prepare(
             "model_bytes": sum(p.numel() * p.element_size() for p in language_model.model.parameters()),
             "statistics_bytes": sum(file.stat().st_size for file in statistics.folder.iterdir()),
             "teacher_bytes": (folder / "search.safetensors").stat().st_size,
+            "final_windows": len(windows["search"]),
             "heldout_windows": len(windows["heldout"]),
             "dead": sorted(statistics.dead()),
             "sites": [_site_facts(bound.site) for bound in language_model.sites],
         }
         (folder / "prepared.json").write_text(json.dumps(facts, indent=1))
     return Prepared.open(packed.name)
+
+
+def calibration_windows(language_model: LanguageModel, context: EvaluationContext) -> Tensor:
+    """[calibration_sequences, calibration_window] int64: text A.
+
+    Raises:
+        InvalidInput: the text is too short, or nowhere.
+    """
+    return token_windows(
+        language_model.tokenizer,
+        context.place(context.calibration),
+        "A",
+        window=context.calibration_window,
+        count=context.calibration_sequences,
+        seed=context.seed,
+    )
 
 
 def seconds_per_token(language_model: LanguageModel, windows: Tensor) -> float:

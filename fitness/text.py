@@ -29,6 +29,7 @@ def token_windows(
     window: int,
     count: int | None = None,
     seed: int | None = None,
+    spare: int = 0,
 ) -> Tensor:
     """Non-overlapping windows of one side of a text, in which every document stands behind a separator.
 
@@ -41,9 +42,10 @@ def token_windows(
         window: tokens in a window.
         count: how many windows; None takes all.
         seed: draws the windows without replacement, in random order; None takes the first ones in order.
+        spare: so many windows more behind them, as far as the text has them.
 
     Returns:
-        [count, window] int64.
+        [count, window] int64, and up to `spare` windows more.
 
     Raises:
         InvalidInput: the source cannot be read, or is too short.
@@ -54,7 +56,7 @@ def token_windows(
         raise InvalidInput(f"{count} windows of text are too few: give 1 or more")
     if seed is not None and not 0 <= seed < 1 << 63:
         raise InvalidInput(f"seed {seed} cannot be: give a whole number from 0 to {(1 << 63) - 1}")
-    enough = count * window if count is not None and seed is None else None
+    enough = (count + spare) * window if count is not None and seed is None else None
     stream = token_stream(tokenizer, side_documents(source, side), enough)
     available, needed = len(stream) // window, 1 if count is None else count
     if available < needed:
@@ -65,7 +67,7 @@ def token_windows(
     windows = stream[: available * window].view(available, window)
     if seed is not None:
         windows = windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))]
-    return windows[:count].clone()
+    return windows[: None if count is None else count + spare].clone()
 
 
 def side_documents(source: str, side: str) -> tuple[str, ...]:

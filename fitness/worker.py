@@ -1,23 +1,16 @@
-"""What runs in a worker process: a resident model that answers jobs. A pure function of each job's content."""
+"""What runs in a worker process of a metric search."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.evaluator import Evaluator
-from evoprune.fitness.models import LanguageModel, load_model
-from evoprune.fitness.numerics import numerics
+from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
 from evoprune.fitness.objectives import OBJECTIVES
-from evoprune.fitness.parcels import deliver
-from evoprune.fitness.prepare import Prepared, prepare, seconds_per_token
+from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.teacher import WindowLosses, window_losses
-from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
-from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.expression import from_json
 
 # Restore the dense model and compare its checksum once in so many evaluations.
 _CHECK_EVERY = 50
@@ -28,56 +21,30 @@ def build(context: dict[str, Any]) -> MetricWorker:
     return MetricWorker(EvaluationContext.from_json(context))
 
 
-class MetricWorker:
-    """Answers jobs about pruning metrics. The model is loaded at once, everything else when a job names it.
+class MetricWorker(ModelWorker):
+    """Answers jobs about pruning metrics.
 
-    Jobs (kind and payload):
-        prepare: nothing; returns the summary of the prepared set, and ``seconds_per_token``.
+    Jobs (kind and payload), beside `prepare`:
         evaluate: ``prepared``, ``criterion``, ``thresholds``, ``max_tied``; returns fitness by rung.
+        finals: ``prepared``, ``criterion``; returns losses on all of text B that there is, by window.
         heldout: ``prepared``, ``criterion`` (None: the dense model); returns losses on text C, by window.
         agreement: ``prepared``, ``criterion``, ``others``; returns how far masks agree, by site.
-
-    ``prepared`` is the set's name. A criterion is ``{"name": ...}`` or ``{"expression": nested lists}``.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
-        torch.set_num_threads(context.threads)
-        self.context = context
-        loaded = load_model(
-            context.place(context.model),
-            dtype=context.dtype,
-            device=context.device,
-            revision=context.revision,
-            trust_remote_code=context.trust_remote_code,
-        )
-        self.language_model: LanguageModel = replace(loaded, name=context.model)
-        self._prepared: Prepared | None = None
-        self._evaluator: Evaluator | None = None
+        super().__init__(context)
+        self._evaluator: tuple[Prepared, Evaluator] | None = None
         self._evaluations = 0
 
-    def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one job.
-
-        Raises:
-            InvalidCandidate: the candidate has no fitness.
-            InvalidInput: the job or the context asks for what does not exist.
-        """
-        jobs = {
-            "prepare": self._prepare,
+    @property
+    def jobs(self) -> Mapping[str, Handler]:
+        return {
+            **super().jobs,
             "evaluate": self._evaluate,
+            "finals": self._finals,
             "heldout": self._heldout,
             "agreement": self._agreement,
         }
-        if kind not in jobs:
-            raise InvalidInput(f"no job of kind {kind!r}; a metric worker knows {', '.join(jobs)}")
-        return jobs[kind](payload)
-
-    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
-        prepared = prepare(self.language_model, self.context)
-        deliver(prepared.name)
-        windows, _ = prepared.text("search")
-        speed = seconds_per_token(self.language_model, windows[: self.context.rungs[0]])
-        return {**prepared.summary(), "seconds_per_token": speed}
 
     def _evaluate(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload["prepared"])
@@ -92,10 +59,16 @@ class MetricWorker:
             payload["max_tied"],
         )
 
+    def _finals(self, payload: dict[str, Any]) -> dict[str, Any]:
+        evaluator = self.evaluator(payload["prepared"])
+        windows = self.prepared(payload["prepared"]).final_windows()
+        with evaluator.applied(criterion_from(payload["criterion"])):
+            losses = window_losses(self.language_model.model, evaluator.head, windows, None)
+        return {"nll": losses.nll.tolist()}
+
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload["prepared"])
-        assert self._prepared is not None
-        windows, teacher = self._prepared.text("heldout")
+        windows, teacher = self.prepared(payload["prepared"]).text("heldout")
 
         def losses() -> WindowLosses:
             return window_losses(self.language_model.model, evaluator.head, windows, teacher)
@@ -106,12 +79,7 @@ class MetricWorker:
         else:
             with evaluator.applied(criterion_from(payload["criterion"])):
                 measured = losses()
-        assert measured.kl is not None
-        return {
-            "nll": measured.nll.tolist(),
-            "kl": measured.kl.tolist(),
-            "tokens": windows.shape[0] * (windows.shape[1] - 1),
-        }
+        return heldout_answer(measured, windows)
 
     def _agreement(self, payload: dict[str, Any]) -> dict[str, Any]:
         """Intersection over union of the pruned sets of a criterion with those of others, by site."""
@@ -126,32 +94,13 @@ class MetricWorker:
                 agreement[name][site.name] = both / either if either else 1.0
         return {"agreement": agreement}
 
-    def numerics(self) -> dict[str, Any]:
-        """What tells whether another worker would give the same bits; see `evoprune.fitness.numerics`."""
-        return numerics(self.language_model)
-
     def evaluator(self, prepared: str) -> Evaluator:
         """The resident model with the prepared set of this name; kept until another is named."""
-        if self._evaluator is None or self._prepared is None or self._prepared.name != prepared:
-            self._prepared = Prepared.open(prepared)
-            windows, teacher = self._prepared.text("search")
-            self._evaluator = Evaluator(
-                self.language_model,
-                self._prepared.dense,
-                self._prepared.statistics(),
-                windows,
-                teacher,
-                self.context.rule,
+        opened = self.prepared(prepared)
+        if self._evaluator is None or self._evaluator[0] is not opened:
+            windows, teacher = opened.text("search")
+            evaluator = Evaluator(
+                self.language_model, opened.dense, opened.statistics(), windows, teacher, self.context.rule
             )
-        return self._evaluator
-
-
-def criterion_from(value: dict[str, Any]) -> Criterion:
-    """The criterion that a job names or spells.
-
-    Raises:
-        InvalidInput: no such name, or an expression that cannot be read.
-    """
-    if "name" in value:
-        return CRITERIA[value["name"]]
-    return Metric(from_json(value["expression"]))
+            self._evaluator = (opened, evaluator)
+        return self._evaluator[1]

@@ -10,15 +10,17 @@ Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3; layerwis
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.ranks import LEVELS
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.loop import Birth
-from evoprune.search.spaces.ladder import Genome, LadderSpace
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import LevelSpace
 
 SPANS = (1, 2, 4, 8, 16, 32, 64)
 """How many of 256 levels a gene moves at once: a quarter of a row at most, for some matrices do best nearly empty."""
@@ -83,7 +85,7 @@ class AllocationSearch:
 
     def __init__(
         self,
-        space: LadderSpace,
+        space: LevelSpace,
         seeds: Mapping[str, Genome],
         stages: Sequence[Stage],
         *,
@@ -99,6 +101,7 @@ class AllocationSearch:
         self.seed_fitness: dict[str, float] = {}
         self.best: Member | None = None
         self.generation = 0
+        self.reasons: Counter[str] = Counter()
         self._stages = tuple(stages)
         self._windows = windows
         self._final_windows = final_windows
@@ -117,12 +120,25 @@ class AllocationSearch:
         self._measured: list[Member] = []
         self._pool: list[Member] = []
         self._waiting: deque[int] = deque()
+        self._concluded = False
         self._enter([Member(genome, f"seed:{name}") for name, genome in seeds.items()])
 
     @property
     def births(self) -> int:
         """Births so far."""
         return self._births
+
+    @property
+    def distinct(self) -> int:
+        """Different genomes among all births; a candidate of several stages is one."""
+        return self._counted
+
+    @property
+    def leader(self) -> tuple[float, str] | None:
+        """Fitness of the present parent, and the range of its sparsities."""
+        if self.best is None or self.best.kl is None:
+            return None
+        return self.best.kl, span_text(self.space.levels(self.best.genome), self.generation)
 
     def next_birth(self) -> Birth | None:
         if not self._waiting:
@@ -137,8 +153,8 @@ class AllocationSearch:
         parent = member.genome if self._parent is None else self._parent.genome
         payload = {
             **self._payload,
-            "levels": list(member.genome),
-            "parent": list(parent),
+            "levels": self.space.levels(member.genome),
+            "parent": self.space.levels(parent),
             "first": first,
             "last": last,
         }
@@ -156,11 +172,14 @@ class AllocationSearch:
             "stage": birth.record["stage"],
             "windows": [birth.job.payload["first"], birth.job.payload["last"]],
             "genome": list(member.genome),
+            "counted": birth.counted,
             "kl": None,
             "reason": outcome.reason,
         }
         if outcome.status == "ok":
             line |= {"kl": outcome.values["kl"], "stderr": outcome.values["stderr"]}
+        if line["reason"] is not None:
+            self.reasons[line["reason"]] += 1
         self._measured.append(Member(member.genome, member.origin, birth.number, line["kl"]))
         if len(self._measured) == len(self._pool):
             self._advance()
@@ -177,6 +196,8 @@ class AllocationSearch:
         elif self._phase == "final":
             self.best = ranked[0] if ranked else None
             self._enter([])
+        elif self._concluded:
+            self._finish()
         elif self._stage + 1 < len(self._stages):
             survivors = ranked[: self._stages[self._stage].survivors]
             self._stage += 1
@@ -204,11 +225,15 @@ class AllocationSearch:
         left = self._offspring if self._evaluations is None else self._evaluations - self._counted
         self.generation += 1
         self._stage = 0
-        children = self._children(min(self._offspring, left))
+        children = [] if self._concluded else self._children(min(self._offspring, left))
         if children:
             self._phase = "generation"
             self._enter(children)
-            return
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        """The finals: the last parents and the best seed on one long text."""
         self._phase = "final"
         seen: dict[Genome, Member] = {member.genome: member for member in self._parents[:1]}
         seen |= {member.genome: member for member in self._parents[-FINALISTS:]}
@@ -249,6 +274,16 @@ class AllocationSearch:
     def _stage_name(self) -> int | str:
         return self._stage if self._phase == "generation" else self._phase
 
+    def conclude(self) -> bool:
+        if not self._concluded:
+            self._concluded = True
+            if self._phase == "generation":
+                self._pool = [member for at, member in enumerate(self._pool) if at not in self._waiting]
+                self._waiting.clear()
+                if len(self._measured) == len(self._pool):
+                    self._finish()
+        return True
+
     def state(self) -> dict[str, Any]:
         return {
             "births": self._births,
@@ -264,6 +299,8 @@ class AllocationSearch:
             "pool": [member.to_json() for member in self._pool],
             "waiting": list(self._waiting),
             "seed_fitness": self.seed_fitness,
+            "reasons": dict(self.reasons),
+            "concluded": self._concluded,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -280,3 +317,11 @@ class AllocationSearch:
         self._pool = [Member.from_json(values) for values in state["pool"]]
         self._waiting = deque(state["waiting"])
         self.seed_fitness = dict(state["seed_fitness"])
+        self.reasons = Counter(state["reasons"])
+        self._concluded = state["concluded"]
+
+
+def span_text(levels: Sequence[int], generation: int) -> str:
+    """Such as ``generation 7, matrices from 0 % to 98 %``."""
+    low, high = (100 * level / LEVELS for level in (min(levels), max(levels)))
+    return f"generation {generation}, matrices from {low:.0f} % to {high:.0f} %"

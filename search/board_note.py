@@ -9,7 +9,7 @@ from typing import Any
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
-from evoprune.search.config import MetricSearchConfig
+from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.tables import heldout_caption, heldout_rows, target_text
 
 

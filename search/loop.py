@@ -63,6 +63,9 @@ class BirthSearch(Protocol):
     def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
         """Take in a result, in the order of birth numbers; the line of the history, as JSON values."""
 
+    def conclude(self) -> bool:
+        """Be told that the budget is spent; whether there are births still that the result needs."""
+
     def state(self) -> dict[str, Any]:
         """Everything that `restore` needs, as JSON values."""
 
@@ -150,7 +153,7 @@ class BirthLoop:
                 raises in the middle of a step, the last commit stands, and the log knows the evaluations since.
         """
         while True:
-            while self._waiting < self._window and not self._spent(budget):
+            while self._waiting < self._window and (not self._spent(budget) or self.search.conclude()):
                 if (birth := self.search.next_birth()) is None:
                     break
                 self.evaluations += birth.job is not None and birth.counted

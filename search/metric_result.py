@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport, latex
 from evoprune.metrics.errors import EvopruneError, InvalidInput
@@ -12,11 +15,11 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
 from evoprune.search.candidate import Candidate
-from evoprune.search.config import MetricSearchConfig
+from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.identity import versions
 from evoprune.search.metric_search import MetricSearch
-from evoprune.search.result import paired_difference, summary
+from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 
 # Named criteria that every result is compared with, as far as their statistics are there.
@@ -26,7 +29,52 @@ BASELINES = ("random", "magnitude", "wanda", "ria", "gblm", "gblm-gradient", "pr
 _COMPARED_MASKS = ("wanda", "magnitude")
 
 
-class Comparison:
+@dataclass(frozen=True)
+class Finalist:
+    """A candidate that was measured once more.
+
+    Attributes:
+        candidate: with its fitness.
+        losses: in nats per token, by window of text B.
+    """
+
+    candidate: Candidate
+    losses: Sequence[float]
+
+    @property
+    def loss(self) -> float:
+        """Mean of `losses`."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    def score(self, objective: str) -> float:
+        """What the winner has the lowest of: loss, plus the fitness if that is a loss or a divergence too.
+
+        The divergence from the dense model is the steadier number on little text, the loss is what a user sees; what
+        is good in one of them by chance is seldom good in both.
+        """
+        return self.loss + (self.candidate.value if OBJECTIVES[objective].role == "quality" else 0.0)
+
+
+def finalists(search: MetricSearch) -> list[Candidate]:
+    """The best of the top rung whose fitness no baseline beats; without any, the best that there is.
+
+    Raises:
+        InvalidInput: no candidate has a fitness.
+    """
+    power = search.power if search.power is not None and len(search.power.rungs) == search.racing.rungs else None
+    chosen = [*search.finalists, *([power] if power is not None and power not in search.finalists else [])]
+    # The baselines run the whole ladder.
+    fitness = [search.seed_fitness[name] for name in BASELINES if name in search.seed_fitness]
+    best_baseline = min([*fitness, *([power.value] if power is not None else [])], default=math.inf)
+    chosen = [member for member in chosen if member.value <= best_baseline]
+    if not chosen and search.best is not None:
+        chosen.append(search.best)
+    if not chosen:
+        raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
+    return chosen
+
+
+class MetricComparison:
     """The winner of a search beside the baselines.
 
     Args:
@@ -34,27 +82,36 @@ class Comparison:
         identity: hash of everything that an evaluation depends on beside its candidate.
         prepared: name of the prepared set.
         search: at its end.
+        finalists: one of them wins.
 
     Raises:
-        InvalidInput: no candidate has a fitness.
+        EvopruneError: no finalist could be measured.
     """
 
-    def __init__(self, config: MetricSearchConfig, identity: str, prepared: str, search: MetricSearch) -> None:
-        best = search.archive.best or search.best
-        if best is None:
-            raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
+    def __init__(
+        self,
+        config: MetricSearchConfig,
+        identity: str,
+        prepared: str,
+        search: MetricSearch,
+        finalists: Sequence[Finalist],
+    ) -> None:
+        if not finalists:
+            raise EvopruneError("no finalist could be measured; the event log says why")
+        self._finalists = sorted(finalists, key=lambda it: (it.score(config.objective), it.candidate.birth))
+        best = self._finalists[0].candidate
         self._config = config
         self._identity = identity
         self._prepared = prepared
         self._search = search
         self._best = best
         self._rule = config.target.rule
-        self._entrants: dict[str, dict[str, Any] | None] = {"dense": None, "winner": _criterion(best.expression)}
+        self._entrants: dict[str, dict[str, Any] | None] = {"dense": None, "winner": criterion_json(best.expression)}
         for name in BASELINES:
             if CRITERIA[name].needs <= config.terminals:
                 self._entrants[name] = {"name": name}
         if search.power is not None:
-            self._entrants["power"] = _criterion(search.power.expression)
+            self._entrants["power"] = criterion_json(search.power.expression)
 
     def jobs(self) -> list[Job]:
         """What has to be measured: every entrant on held-out text, then the agreement of masks."""
@@ -108,6 +165,17 @@ class Comparison:
                 if name not in ("dense", "winner")
             ],
             "best": {**_described(self._best), "heldout": summary(losses["winner"])},
+            "finalists": [
+                {
+                    "birth": it.candidate.birth,
+                    "expression": it.candidate.expression.text,
+                    "fitness": it.candidate.value,
+                    "loss": it.loss,
+                    "winner_minus_this": paired_difference({"nll": self._finalists[0].losses}, {"nll": it.losses}),
+                }
+                for it in self._finalists
+            ],
+            "final_tokens": len(self._finalists[0].losses) * config.data.window,
             "front": [_described(member) for member in search.archive.front],
             "classes": {
                 name: None if member is None else _described(member)
@@ -185,22 +253,8 @@ def winner_export(
     )
 
 
-def failure(outcome: Outcome) -> EvopruneError:
-    """What a failed job of the set-up or the result says: one line if the input is at fault."""
-    message = invalid_input(outcome.error)
-    return InvalidInput(message) if message else EvopruneError(f"the worker failed: {outcome.error or outcome.status}")
-
-
-def invalid_input(traceback: str) -> str | None:
-    """The message of the `InvalidInput` that ended a worker's work, from its traceback; None if something else did."""
-    for line in reversed(traceback.strip().splitlines()):
-        kind, colon, message = line.strip().partition(": ")
-        if colon and kind.rpartition(".")[2] in ("InvalidInput", "UnknownName", "InvalidExpression"):
-            return message
-    return None
-
-
-def _criterion(expression: Expression) -> dict[str, Any]:
+def criterion_json(expression: Expression) -> dict[str, Any]:
+    """An expression as jobs spell it."""
     return {"expression": expression.to_json()}
 
 

@@ -45,6 +45,7 @@ class MetricSearch:
         seed: of the run.
         prepared: name of the prepared set that evaluations read.
         identity: hash of everything that an evaluation depends on beside its candidate.
+        finalists: how many of the best at the top rung to remember.
         full_ladder: names of seeds that run every rung, because they stand in the result's table.
         dead: statistics that are zero along too many rows; expressions that read them are rejected.
     """
@@ -61,6 +62,7 @@ class MetricSearch:
         seed: int,
         prepared: str,
         identity: str,
+        finalists: int = 1,
         full_ladder: frozenset[str] = frozenset(),
         dead: frozenset[str] = frozenset(),
     ) -> None:
@@ -71,6 +73,7 @@ class MetricSearch:
         self.evolved_parents = 0
         self.best: Candidate | None = None
         self.power: Candidate | None = None
+        self.finalists: list[Candidate] = []
         self.seed_fitness: dict[str, float] = {}
         self._space = space
         self._searcher = searcher
@@ -79,6 +82,7 @@ class MetricSearch:
         self._seed = seed
         self._prepared = prepared
         self._identity = identity
+        self._n_finalists = finalists
         self._full_ladder = full_ladder
         self._dead = dead
         self._births = 0
@@ -90,6 +94,11 @@ class MetricSearch:
     def births(self) -> int:
         """Births so far, with and without a forward pass."""
         return self._births
+
+    @property
+    def leader(self) -> tuple[float, str] | None:
+        """Fitness and expression of the best so far."""
+        return None if self.best is None else (self.best.value, self.best.expression.text)
 
     @property
     def distinct(self) -> int:
@@ -176,6 +185,9 @@ class MetricSearch:
         self.racing.observe(rungs, birth.record["uniform"])
         finished = len(rungs) == self.racing.rungs
         joined = finished and self.archive.add(candidate)
+        if finished:
+            self.finalists = sorted([*self.finalists, candidate], key=lambda member: (member.value, member.birth))
+            del self.finalists[self._n_finalists :]
         canonical = canonicalise(candidate.expression, self._rule.group)
         if is_power_product(canonical, POWER_TERMINALS) and (
             self.power is None or candidate.fitness > self.power.fitness
@@ -220,6 +232,9 @@ class MetricSearch:
         self._signatures[signature.digest] = number
         return None, None
 
+    def conclude(self) -> bool:
+        return False
+
     def state(self) -> dict[str, Any]:
         return {
             "births": self._births,
@@ -231,6 +246,7 @@ class MetricSearch:
             "evolved_parents": self.evolved_parents,
             "best": None if self.best is None else self.best.to_json(),
             "power": None if self.power is None else self.power.to_json(),
+            "finalists": [member.to_json() for member in self.finalists],
             "seed_fitness": self.seed_fitness,
             "archive": self.archive.state(),
             "racing": self.racing.state(),
@@ -247,6 +263,7 @@ class MetricSearch:
         self.evolved_parents = state["evolved_parents"]
         self.best = None if state["best"] is None else Candidate.from_json(state["best"])
         self.power = None if state["power"] is None else Candidate.from_json(state["power"])
+        self.finalists = [Candidate.from_json(member) for member in state["finalists"]]
         self.seed_fitness = state["seed_fitness"]
         self.archive.restore(state["archive"])
         self.racing.restore(state["racing"])

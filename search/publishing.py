@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.expression import Expression, parse
-from evoprune.metrics.files import write_atomically
-from evoprune.search.board_note import finished_note
-from evoprune.search.config import MetricSearchConfig, validated
+from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.journal import EvaluationLog
-from evoprune.search.report.formula import formula_picture
+from evoprune.search.kinds import Kind, config_of, kind_of
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.trials import DESCRIPTORS, Trials
 
 
-def make_board(run: RunDirectory, storage: str | None, *, warn: Callable[[str], None] = lambda _: None) -> Board:
+def make_board(
+    run: RunDirectory, kind: Kind, storage: str | None, *, warn: Callable[[str], None] = lambda _: None
+) -> Board:
     """The run's board.
 
     Args:
         run: locked by this process.
+        kind: what it searches.
         storage: URL of a database, or None for the run's own file.
         warn: see `Board`.
     """
-    return Board(run.path, run.run_id, storage, descriptors=DESCRIPTORS, warn=warn)
+    return Board(run.path, run.run_id, storage, descriptors=kind.descriptors, warn=warn)
 
 
-def describe(board: Board, run: RunDirectory, config: MetricSearchConfig) -> None:
+def describe(board: Board, run: RunDirectory, config: SearchConfig) -> None:
     """Tell the board what the run is."""
     identity = run.identity
     board.set_attributes(
         {
             "model": config.model.name,
-            "target": str(config.target.rule),
+            "target": str(config.context().rule),
             "objective": config.objective,
             "seed": config.seed,
             "code": identity.get("code"),
@@ -51,15 +48,15 @@ def rebuild_board(run: RunDirectory, storage: str | None) -> None:
     Raises:
         InvalidInput: a search drives the run, or the storage cannot be written.
     """
-    config = validated(run.config)
+    config, kind = config_of(run), kind_of(run.kind)
     run.lock()
     try:
         history = list(run.history())
         log = EvaluationLog(run.path / "evaluations.wal")
-        records = list(Trials(len(config.racing.rungs)).records(history, log.outcomes()))
+        records = list(kind.trials(config).records(history, log.outcomes()))
         log.close()
         said: list[str] = []
-        board = make_board(run, storage, warn=said.append)
+        board = make_board(run, kind, storage, warn=said.append)
         board.rebuild(records)
         describe(board, run, config)
         _tell_result(board, run)
@@ -81,7 +78,7 @@ def publish_result(run: RunDirectory, storage: str | None, *, warn: Callable[[st
     """
     run.lock()
     try:
-        board = make_board(run, storage, warn=warn)
+        board = make_board(run, kind_of(run.kind), storage, warn=warn)
         _tell_result(board, run)
         board.close()
     finally:
@@ -92,18 +89,7 @@ def _tell_result(board: Board, run: RunDirectory) -> None:
     result = run.result
     if result is None:
         return
-    winner = parse(result["best"]["expression"])
-    files = list(_files(run.path, winner))
-    board.publish(finished_note(result, winner, [path.name for path in files]), files)
+    kind = kind_of(run.kind)
+    files = list(kind.artifacts(run.path, result))
+    board.publish(kind.finished_note(result, [path.name for path in files]), files)
     board.set_attributes({"counters": result["reasons"], "evaluations": result["evaluations"]})
-
-
-def _files(folder: Path, winner: Expression) -> Iterator[Path]:
-    """What a finished run leaves for people to take, after a picture of the winner's formula."""
-    picture = formula_picture(f"S = {latex(winner)}", f"S = {to_text(winner)}")
-    if picture is not None and (folder / "plots").is_dir():
-        write_atomically(folder / "plots" / "formula.svg", picture)
-    yield from sorted((folder / "export").glob("metric.*"))
-    yield from sorted((folder / "plots").glob("*.svg"))
-    if (folder / "report.html").exists():
-        yield folder / "report.html"

@@ -1,10 +1,13 @@
-"""Numbers of a result: means and standard errors over windows of held-out text."""
+"""Numbers of a result: means and standard errors over windows of held-out text; and what a failed job says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.search.engine.executor import Outcome
 
 
 def summary(losses: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,3 +42,18 @@ def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> di
     """Mean of loss(first) - loss(second) over the same windows, and its standard error."""
     differences = [a - b for a, b in zip(first["nll"], second["nll"], strict=True)]
     return {"loss": math.fsum(differences) / len(differences), "stderr": standard_error(differences)}
+
+
+def failure(outcome: Outcome) -> EvopruneError:
+    """What a failed job of the set-up or the result says: one line if the input is at fault."""
+    message = invalid_input(outcome.error)
+    return InvalidInput(message) if message else EvopruneError(f"the worker failed: {outcome.error or outcome.status}")
+
+
+def invalid_input(traceback: str) -> str | None:
+    """The message of the `InvalidInput` that ended a worker's work, from its traceback; None if something else did."""
+    for line in reversed(traceback.strip().splitlines()):
+        kind, colon, message = line.strip().partition(": ")
+        if colon and kind.rpartition(".")[2] in ("InvalidInput", "UnknownName", "InvalidExpression"):
+            return message
+    return None

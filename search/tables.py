@@ -15,7 +15,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from evoprune.search.config import MetricSearchConfig
+from evoprune.search.config_sections import SearchConfig
+from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
 
 _STATUS_STYLES = {
@@ -91,6 +92,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "formula": Text(to_text(parse(best["expression"]))),
             "fitness": f"{best['fitness']:.5f} ({result['objective']} on text B, "
             f"{result['rung_tokens'][len(best['rungs']) - 1]:,} tokens), complexity {best['complexity']}",
+            **_finals(result),
             "search": f"{result['evaluations']} evaluations of {result['births']} births, "
             f"{result['distinct']} different rankings, seed {result['seed']}",
             "spared": f"{spared} of {result['births']} births ({spared / births:.0%}) needed no forward pass",
@@ -99,6 +101,14 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         }
     )
     return [Padding(heldout_table(result), (1, 0, 1, 0)), winner, Text(), *_ways_on(result, run)]
+
+
+def _finals(result: Mapping[str, Any]) -> dict[str, str]:
+    """How the winner was chosen among the finalists; nothing for results that had no finals."""
+    members = result.get("finalists", ())
+    if len(members) < 2:
+        return {}
+    return {"finals": f"lowest fitness plus loss of {len(members)} finalists on {result['final_tokens']:,} tokens"}
 
 
 def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
@@ -118,7 +128,7 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
 
 def unfinished_view(
     document: Mapping[str, Any],
-    config: MetricSearchConfig,
+    config: SearchConfig,
     run: Path,
     history: Sequence[Mapping[str, Any]],
     error: str | None,
@@ -132,7 +142,7 @@ def unfinished_view(
         history: its births so far.
         error: what a failed run ended with.
     """
-    best = document["best"]
+    kind, best = kind_of(document["kind"]), document["best"]
     facts: dict[str, RenderableType] = {
         "run": document["run"],
         "state": Text(document["state"], style=_STATUS_STYLES[document["state"]]),
@@ -140,14 +150,8 @@ def unfinished_view(
         "evaluations": f"{document['evaluations']}{_budget(config)} in {clock(document['seconds'])}",
     }
     if best is not None:
-        facts["best"] = Text(f"{best['fitness']:.5g}  {best['expression']}", style="green")
-        facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
-    if history:
-        answered = sum("same_as" in line for line in history)
-        facts["births"] = f"{len(history)}, {answered} of them answered without a forward pass"
-        reached = [len(line.get("rungs") or ()) for line in history]
-        rungs = range(len(config.racing.rungs))
-        facts["by rung"] = " → ".join(str(sum(count > rung for count in reached)) for rung in rungs)
+        facts["best"] = Text(f"{best['fitness']:.5g}  {kind.words(best)}", style="green")
+    facts |= kind.unfinished_facts(config, document, history)
     if reasons := Counter(line["reason"] for line in history if line["reason"]):
         facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
     if error is not None:
@@ -160,7 +164,7 @@ def unfinished_view(
     return [_facts(facts)]
 
 
-def _budget(config: MetricSearchConfig) -> str:
+def _budget(config: SearchConfig) -> str:
     """Such as `` of 250`` or `` of 250, at most 10 min``."""
     evaluations, minutes = config.evaluations, config.minutes
     parts = [] if evaluations is None else [f" of {evaluations}"]
@@ -169,7 +173,7 @@ def _budget(config: MetricSearchConfig) -> str:
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line a run."""
-    table = _table("run", "state", "time", "fitness", "best metric")
+    table = _table("run", "state", "time", "fitness", "best")
     table.columns[0].no_wrap = True
     for row in rows:
         best = row["best"]
@@ -178,7 +182,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             Text(row["state"], style=_STATUS_STYLES[row["state"]]),
             clock(row["seconds"]),
             "" if best is None else f"{best['fitness']:.5g}",
-            "" if best is None else best["expression"],
+            "" if best is None else kind_of(row["kind"]).words(best),
         )
     return table
 

@@ -6,17 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from evoprune.search.board_note import searching_note
-from evoprune.search.config import MetricSearchConfig
+from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.board_storage import without_password
 from evoprune.search.engine.executor import Executor, Outcome
+from evoprune.search.kinds import Kind, WatchedSearch
 from evoprune.search.loop import BirthLoop
-from evoprune.search.metric_search import MetricSearch
 from evoprune.search.progress import Progress
 from evoprune.search.publishing import describe, make_board
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.trials import Trials
 
 EVENT_SECONDS = 15.0
 """Between two events `progress`, from which `evoprune show --follow` lives."""
@@ -34,6 +32,7 @@ class Watch:
     Args:
         run: locked by this process.
         config: of the run.
+        kind: what is searched.
         progress: the terminal.
         storage: URL of the board's database, or None.
     """
@@ -41,20 +40,22 @@ class Watch:
     def __init__(
         self,
         run: RunDirectory,
-        config: MetricSearchConfig,
+        config: SearchConfig,
+        kind: Kind,
         progress: Progress,
         storage: str | None,
     ) -> None:
         self._run = run
         self._config = config
+        self._kind = kind
         self._executor: Executor | None = None
         self._progress = progress
         self._storage = storage
         self._board: Board | None = None
-        self._search: MetricSearch | None = None
+        self._search: WatchedSearch | None = None
         self._loop: BirthLoop | None = None
-        self._trials = Trials(len(config.racing.rungs))
-        self._rung_counts = [0] * len(config.racing.rungs)
+        self._trials = kind.trials(config)
+        self._steps = [0] * self._trials.steps
         self._phase = ""
         self._last_event = self._last_note = 0.0
 
@@ -70,7 +71,7 @@ class Watch:
         self._run.events("info", "phase", phase=name)
 
     def searching(
-        self, search: MetricSearch, loop: BirthLoop, history: Iterable[Mapping[str, Any]], outcomes: Iterable[Outcome]
+        self, search: WatchedSearch, loop: BirthLoop, history: Iterable[Mapping[str, Any]], outcomes: Iterable[Outcome]
     ) -> None:
         """The search is about to begin, or to go on.
 
@@ -81,23 +82,21 @@ class Watch:
         self._search, self._loop = search, loop
         shown = None if self._storage is None else without_password(self._storage, self._storage)
         self._run.events("info", "board", storage=shown)
-        self._board = make_board(self._run, self._storage, warn=self._board_says)
+        self._board = make_board(self._run, self._kind, self._storage, warn=self._board_says)
         lines = list(history)
         for line in lines:
-            self._count_rungs(line)
+            self._count_steps(line)
         self._board.resume(self._trials.records(lines, outcomes))  # also where a crash came before the first commit
         describe(self._board, self._run, self._config)
 
     def applied(self, line: Mapping[str, Any], outcome: Outcome | None) -> None:
         """A birth has become a line of the history."""
         assert self._board is not None and self._search is not None and self._loop is not None
-        self._count_rungs(line)
-        record = self._trials.record(line, None if outcome is None else outcome.telemetry)
-        if record is not None:
+        self._count_steps(line)
+        for record in self._trials.take(line, None if outcome is None else outcome.telemetry):
             self._board.add(record)
-        best = self._search.best
-        if best is not None:
-            self._progress.update(best=best.value, expression=best.expression.text)
+        if (leader := self._search.leader) is not None:
+            self._progress.update(best=leader[0], expression=leader[1])
         self._progress.update(self._loop.evaluations)
         self.tick()
 
@@ -126,25 +125,22 @@ class Watch:
         if self._loop is not None:
             self._run.events("info", "progress", **self._facts())
 
-    def _count_rungs(self, line: Mapping[str, Any]) -> None:
-        for rung in range(len(line.get("rungs") or ())):
-            self._rung_counts[rung] += 1
+    def _count_steps(self, line: Mapping[str, Any]) -> None:
+        for step in self._trials.reached(line):
+            self._steps[step] += 1
 
     def _tell_board(self) -> None:
         if self._board is None or self._search is None or self._loop is None:
             return
         search, evaluations = self._search, self._loop.evaluations
-        self._board.note(searching_note(self._config, search.best, evaluations, search.births, self._rung_counts))
+        self._board.note(self._kind.searching_note(self._config, search, evaluations, self._steps))
         self._board.set_attributes({"counters": dict(search.reasons), "evaluations": evaluations})
 
     def _counters(self) -> dict[str, int | str]:
-        """What the terminal shows below the best metric."""
+        """What the terminal shows below the best."""
         shown: dict[str, int | str] = {}
         if self._search is not None and self._loop is not None:
-            births = self._search.births
-            shown["births"] = births
-            shown["without a forward pass"] = births - self._loop.evaluations
-            shown["by rung"] = " → ".join(map(str, self._rung_counts))
+            shown |= self._kind.counters(self._search, self._loop.evaluations, self._steps)
         if self._executor is not None:
             workers = self._executor.counters()
             starting = f" + {workers['starting']} starting" if workers["starting"] else ""
@@ -157,10 +153,10 @@ class Watch:
         if self._executor is not None:
             facts["workers"] = self._executor.counters()
         if self._search is not None and self._loop is not None:
-            best = self._search.best
-            facts |= {"evaluations": self._loop.evaluations, "births": self._search.births, "rungs": self._rung_counts}
-            if best is not None:
-                facts |= {"best": best.value, "expression": best.expression.text}
+            facts |= {"evaluations": self._loop.evaluations, "births": self._search.births}
+            facts["counters"] = self._kind.counters(self._search, self._loop.evaluations, self._steps)
+            if (leader := self._search.leader) is not None:
+                facts |= {"best": leader[0], "expression": leader[1]}
         return facts
 
     def _board_says(self, text: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.statistics import Statistics, statistics_for
 from evoprune.fitness.text import token_windows
-from evoprune.search.config import DEFAULT_STATISTICS, DataConfig
+from evoprune.search.config_metric import DEFAULT_STATISTICS
+from evoprune.search.config_sections import DataConfig
 
 Progress = Callable[[str, int, int], None]
 """Told what runs, how much of it is done and how much there is."""

@@ -49,7 +49,7 @@ def show(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a run: its state, its best metric, the baselines, and all of them on held-out text."""
+    """Show a run: its state, its best candidate, the baselines, and all of them on held-out text."""
     with Output(as_json) as output:
         from evoprune.search.rundir import RunDirectory
         from evoprune.summaries import run_document
@@ -62,17 +62,17 @@ def show(
         if as_json:
             output.json(run_document(directory))
             return
-        from evoprune.search.config import validated
-        from evoprune.search.tables import result_view, unfinished_view
+        from evoprune.search.kinds import config_of, kind_of
+        from evoprune.search.tables import unfinished_view
 
         result = directory.result
         if result is not None:
-            output.show(*result_view(result, directory.path))
+            output.show(*kind_of(directory.kind).result_view(result, directory.path))
         else:
             failures = [event for event in directory.read_events() if event["event"] == "failed"]
             error = failures[-1].get("error") if directory.state == "failed" else None
             history = list(directory.history())
-            config = validated(directory.config)
+            config = config_of(directory)
             view = unfinished_view(run_document(directory), config, directory.path, history, error)
             output.show(*view)
 
@@ -92,7 +92,7 @@ def export(
         typer.Option(
             "--to",
             metavar="FILE",
-            help=".py (needs torch only), .json, or .tex",
+            help="a metric: .py (needs torch only), .json, or .tex; an allocation: .json, or .txt for EvoPress",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),

@@ -189,7 +189,7 @@ def search_metric(
             plain = resolved.model_dump(mode="json")
             output.json(plain) if as_json else output.line(_yaml(plain))
             return
-        from evoprune.search.metric_run import Resources
+        from evoprune.search.search_run import Resources
         from evoprune.sessions import start
 
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
@@ -214,8 +214,8 @@ def resume(
 ) -> None:
     """Continue an interrupted run; its history will be what it would have been. --set and --run-dir need --fork."""
     with Output(as_json) as output:
-        from evoprune.search.metric_run import Resources
         from evoprune.search.rundir import RunDirectory
+        from evoprune.search.search_run import Resources
         from evoprune.sessions import drive, fork_run
 
         directory = RunDirectory.open(run)

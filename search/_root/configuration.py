@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput
-from evoprune.search.config import MetricSearchConfig, resolve
+from evoprune.metrics.exported import load_metric
+from evoprune.search.config import resolve, resolve_as
+from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_metric import MetricSearchConfig
+from evoprune.search.config_sections import SearchConfig
+from evoprune.search.kinds import kind_of
+from evoprune.search.rundir import RunDirectory
 
 # Option -> key of the configuration.
 KEYS = {
@@ -32,6 +39,14 @@ KEYS = {
     "window": "window",
     "threads": "threads",
     "seed_from": "seed_from",
+}
+
+# Of an allocation search, where it differs.
+ALLOCATION_KEYS = {
+    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "searcher", "objective")},
+    "population": "searcher.offspring",
+    "metric": "target.metric",
+    "granularity": "target.granularity",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
@@ -65,23 +80,44 @@ def metric_config(
     return resolve(files, given | dict(settings or {}), [*cleared, *assignments])
 
 
-def check_names(config: MetricSearchConfig) -> None:
+def allocation_config(
+    options: Mapping[str, Any],
+    *,
+    files: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> AllocationSearchConfig:
+    """`metric_config` for an allocation search, with the options of `ALLOCATION_KEYS`.
+
+    A metric in a file is read, and its expression is what the configuration says: the file may change or go.
+    """
+    given = {ALLOCATION_KEYS[name]: value for name, value in options.items() if value is not None}
+    config = resolve_as(AllocationSearchConfig, files, given | dict(settings or {}), assignments)
+    inside = load_metric(config.target.metric)
+    spelt = inside.expression.text if isinstance(inside, Metric) else config.target.metric
+    if config.target.metric in CRITERIA or spelt == config.target.metric:
+        return config
+    return config.model_copy(update={"target": config.target.model_copy(update={"metric": spelt})})
+
+
+def config_again(
+    run: RunDirectory, *, settings: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()
+) -> SearchConfig:
+    """The configuration of a run, with some options changed; see `metric_config`."""
+    resolver = {"metric": metric_config, "allocation": allocation_config}[kind_of(run.kind).name]
+    return resolver({}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments)
+
+
+def check_names(config: SearchConfig) -> None:
     """Refuse, before a run's folder is made, what can be known to be wrong without loading a model.
 
     Raises:
-        InvalidInput: an unknown searcher, objective or criterion, no such model or text, or nothing to start from.
+        InvalidInput: an unknown name, no such model or text, or nothing to start from.
     """
     from evoprune.fitness.models import check_model
-    from evoprune.fitness.objectives import OBJECTIVES
     from evoprune.fitness.text import CORPUS, side_documents
-    from evoprune.metrics.criterion import CRITERIA
-    from evoprune.search.metric_run import seeds_from
-    from evoprune.search.searchers import SEARCHERS
 
-    _ = SEARCHERS[config.searcher.name], OBJECTIVES[config.objective]
-    for name in config.searcher.seeds or ():
-        _ = CRITERIA[name]
-    seeds_from(config.seed_from)
+    kind_of(config.kind).check_names(config)
     model = config.model
     check_model(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     for source in sorted({config.data.source, config.data.calibration or CORPUS} - {CORPUS}):

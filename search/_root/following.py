@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from evoprune.metrics.errors import Interrupted
-from evoprune.search.config import validated
 from evoprune.search.engine.events import SEARCHING
+from evoprune.search.kinds import config_of, kind_of
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
 from evoprune.summaries import run_document
@@ -35,7 +35,7 @@ def follow(run: RunDirectory) -> None:
     Raises:
         Interrupted: the user has seen enough.
     """
-    config, document = validated(run.config), run_document(run)
+    config, document = config_of(run), run_document(run)
     title = f"evoprune {run.run_id}: {config.model.name}, seed {document['seed']} (followed)"
     progress = Progress(config.evaluations, config.minutes, title=title, elapsed=document["seconds"])
     try:
@@ -43,7 +43,7 @@ def follow(run: RunDirectory) -> None:
             events, position = run.tail_events(0)
             for event in events:  # what is long past is not told again
                 _show(progress, event, run)
-            _show_best(progress, document)
+            _show_best(progress, document, run)
             while True:
                 running = run.state == "running"  # asked before reading, so that the last events are not missed
                 events, position = run.tail_events(position)
@@ -58,11 +58,11 @@ def follow(run: RunDirectory) -> None:
         raise Interrupted(f"no longer following {run.run_id}, which goes on") from None
 
 
-def _show_best(progress: Progress, document: Mapping[str, Any]) -> None:
+def _show_best(progress: Progress, document: Mapping[str, Any], run: RunDirectory) -> None:
     """The best that the history knows, for the events may be a little behind."""
     best = document["best"]
     if best is not None:
-        progress.update(best=best["fitness"], expression=best["expression"])
+        progress.update(best=best["fitness"], expression=kind_of(run.kind).words(best))
 
 
 def _show(progress: Progress, event: Mapping[str, Any], run: RunDirectory) -> None:
@@ -73,11 +73,7 @@ def _show(progress: Progress, event: Mapping[str, Any], run: RunDirectory) -> No
     elif event["event"] == "progress":
         workers = event.get("workers", {})
         starting = f" + {workers['starting']} starting" if workers.get("starting") else ""
-        counters: dict[str, int | str] = {}
-        if "births" in event:
-            counters["births"] = event["births"]
-            counters["without a forward pass"] = event["births"] - event["evaluations"]
-            counters["by rung"] = " → ".join(map(str, event["rungs"]))
+        counters: dict[str, int | str] = dict(event.get("counters", {}))
         counters |= {"workers": f"{workers.get('ready', 0)}{starting}", "deaths": workers.get("deaths", 0)}
         progress.update(
             event.get("evaluations"), best=event.get("best"), expression=event.get("expression"), counters=counters

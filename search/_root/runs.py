@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import user_path, write_atomically
 from evoprune.search.engine.durable import disk_errors
+from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory, RunState
 from evoprune.search.rundir import list_runs as run_directories
 from evoprune.summaries import resume_command, run_document
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Run", "list_runs"]
-
-EXPORTS = (".py", ".json", ".tex")
 
 
 class Run:
@@ -40,7 +39,7 @@ class Run:
 
     def __repr__(self) -> str:
         best = self.best
-        found = "" if best is None else f", best {best['expression']} at {best['fitness']:.5g}"
+        found = "" if best is None else f", best {kind_of(self.kind).words(best)} at {best['fitness']:.5g}"
         return f"<Run {self.id}: {self.state}{found}>"
 
     @property
@@ -55,7 +54,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What it searches: `metric`."""
+        """What it searches: `metric` or `allocation`."""
         return self.directory.kind
 
     @property
@@ -119,23 +118,20 @@ class Run:
         """Write the winner as a file of its own.
 
         Args:
-            path: ends in ``.py`` (needs torch only, tests itself when run), ``.json`` or ``.tex``.
+            path: a metric's ends in ``.py`` (needs torch only, tests itself when run), ``.json`` or ``.tex``; an
+                allocation's in ``.json`` or ``.txt`` (EvoPress's format).
 
         Raises:
             InvalidInput: another ending, the run is not finished, its exports are damaged, or the disk's fault.
         """
-        target = user_path(path)
-        if target.suffix not in EXPORTS:
-            raise InvalidInput(f"cannot export a metric to {target.name!r}: the ending must be .py, .json or .tex")
-        winner = self._finished()["best"]["expression"]
-        source = self.path / "export" / f"metric{target.suffix}"
-        if target.suffix != ".tex":
-            from evoprune.metrics.criterion import Metric
-            from evoprune.metrics.exported import load_metric_file
-
-            found = load_metric_file(source)
-            if not isinstance(found, Metric) or found.expression.text != winner:
-                raise InvalidInput(f"{source} does not hold the run's winner {winner}: it was changed")
+        target, kind = user_path(path), kind_of(self.kind)
+        if target.suffix not in kind.endings:
+            raise InvalidInput(
+                f"cannot export the {kind.winner} to {target.name!r}: the ending must be {' or '.join(kind.endings)}"
+            )
+        result = self._finished()
+        source = self.path / "export" / f"{kind.winner}{target.suffix}"
+        kind.check_export(source, result)
         with disk_errors(target):
             write_atomically(target, source.read_bytes())
         return target

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from evoprune.configuration import metric_config
 from evoprune.metrics.errors import InvalidInput
 from evoprune.runs import Run
-from evoprune.search.metric_run import Resources
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Resources
 from evoprune.sessions import drive, fork_run, start
 
 __all__ = ["resume", "search_metric"]

@@ -10,23 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evoprune.configuration import check_names, metric_config
+from evoprune.configuration import check_names, config_again
 from evoprune.metrics.errors import Interrupted, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import write_atomically
-from evoprune.search.config import MetricSearchConfig
+from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.address import check_address
 from evoprune.search.engine.board_storage import check_storage, without_password
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.identity import git_commit, versions
-from evoprune.search.metric_run import Resources, resume_metric_search
 from evoprune.search.publishing import publish_result
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory, runs_folder
+from evoprune.search.search_run import Resources
+from evoprune.search.session import resume_search
 from evoprune.summaries import resume_command
 
 
 def start(
-    config: MetricSearchConfig,
+    config: SearchConfig,
     resources: Resources,
     *,
     run_dir: str | Path | None = None,
@@ -47,7 +48,7 @@ def start(
     identity: dict[str, Any] = {"versions": versions(), "git": git_commit(), "argv": words}
     if forked_from is not None:
         identity["forked_from"] = forked_from.run_id
-    directory = RunDirectory.create("metric", config.model_dump(mode="json"), identity, run_dir=run_dir)
+    directory = RunDirectory.create(config.kind, config.model_dump(mode="json"), identity, run_dir=run_dir)
     log = directory.path / "evaluations.wal"
     known = b""
     try:
@@ -80,7 +81,7 @@ def fork_run(
     Args:
         assignments: ``key.sub=value``, the value being YAML; these win over `settings`.
     """
-    config = metric_config({}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments)
+    config = config_again(run, settings=settings, assignments=assignments)
     return start(config, resources, run_dir=run_dir, argv=argv, quiet=quiet, forked_from=run)
 
 
@@ -96,7 +97,7 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     go_on = f"continue with `{resume_command(directory.path)}`"
     resources = replace(resources, storage=_storage(directory, resources.storage))
     try:
-        resume_metric_search(directory, resources, stream=io.StringIO() if quiet else None)
+        resume_search(directory, resources, stream=io.StringIO() if quiet else None)
     except KeyboardInterrupt:
         raise Interrupted(f"stopped at once; what was finished is saved; {go_on}") from None
     except (Interrupted, NoCapacity, WorkersFailed) as error:

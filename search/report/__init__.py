@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
 
 
@@ -16,8 +17,6 @@ def write_report(run: RunDirectory) -> Path:
         The path of the page.
 
     Raises:
-        InvalidInput: the run is not a metric search, its files are damaged, or its folder cannot be written.
+        InvalidInput: the run's files are damaged, or its folder cannot be written.
     """
-    from evoprune.search.report.page import write_page
-
-    return write_page(run)
+    return kind_of(run.kind).write_report(run)

@@ -11,7 +11,8 @@ from typing import Any
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.expression import Expression, from_json, parse
 from evoprune.search.archive import CLASSES
-from evoprune.search.config import MetricSearchConfig, validated
+from evoprune.search.config import validated_as
+from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.racing import kendall_tau
 from evoprune.search.rundir import RunDirectory
 
@@ -111,12 +112,12 @@ class ReportData:
 
     def __init__(self, run: RunDirectory) -> None:
         if run.kind != "metric":
-            raise InvalidInput(f"run {run.run_id} is a search of kind {run.kind!r}; reports exist for metric searches")
+            raise InvalidInput(f"run {run.run_id} is a search of kind {run.kind!r}, not of a metric")
         self.run = run
         self.identity = run.identity
         self.state = run.state
         self.seconds = run.seconds
-        self.config: MetricSearchConfig = validated(run.config)
+        self.config = validated_as(MetricSearchConfig, run.config)
         self.result: dict[str, Any] | None = run.result
         self._committed: dict[str, Any] = (run.peek() or {}).get("search", {})
         self.lines: list[dict[str, Any]] = list(run.history())

@@ -142,7 +142,7 @@ def test_a_fork_reuses_what_the_code_that_measures_has_not_changed(
     code: str, reused: bool, run: Run, finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {"search": "code_hash", "evaluation": "evaluation_code_hash"}
-    monkeypatch.setattr(f"evoprune.search.metric_run.{names[code]}", lambda: "another")
+    monkeypatch.setattr(f"evoprune.search.search_run.{names[code]}", lambda: "another")
     done = run("resume", finished, "--fork", "--executor", "inline", "--run-dir", "fork", "--json")
     assert done.code == 0, done.err
     assert (place / "fork" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
@@ -166,7 +166,7 @@ def test_an_interrupted_run(
     from contextlib import nullcontext
 
     with monkeypatch.context() as patch:
-        patch.setattr("evoprune.search.metric_run.stop_on_signals", lambda: nullcontext(Stop()))
+        patch.setattr("evoprune.search.session.stop_on_signals", lambda: nullcontext(Stop()))
         done = run(
             "search", "metric", tiny, "--config", small, "--executor", "inline", "--seed", 1, "--run-dir", "stopped"
         )

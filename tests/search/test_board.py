@@ -25,7 +25,7 @@ from evoprune.search.engine.board_storage import check_storage, repair_journal, 
 from evoprune.search.engine.board_studies import Studies
 from evoprune.search.engine.executor import Outcome
 from evoprune.search.engine.trial_record import Range, TrialRecord, fits
-from evoprune.search.trials import Trials
+from evoprune.search.trials_metric import MetricTrials
 
 NAME = "20260101-000000-metric-abcd"
 RANGES: dict[str, Range] = {"height": (0, 12), "exponent": (-4.0, 3.0), "gradient": [False, True]}
@@ -455,7 +455,7 @@ def test_trials_get_their_times_from_the_log_and_the_rest_from_the_history() -> 
         )
         for number, rungs in enumerate([[0.5], [0.5, 0.25], [0.5]])
     ]
-    records = list(Trials(2).records(history, [*outcomes, Outcome("k3", "timeout")]))
+    records = list(MetricTrials(2).records(history, [*outcomes, Outcome("k3", "timeout")]))
     assert [record.attributes["birth"] for record in records] == [0, 1, 3, 4]
     assert [record.state for record in records] == ["complete", "pruned", "pruned", "fail"]
     assert [record.attributes["generation"] for record in records] == [0, 1, 2, 0]

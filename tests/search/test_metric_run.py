@@ -17,8 +17,9 @@ from evoprune.metrics.expression import parse
 from evoprune.search.config import resolve
 from evoprune.search.engine.deadline import SHORTEST
 from evoprune.search.engine.inline import InlineExecutor
-from evoprune.search.metric_run import Resources, resume_metric_search, start_metric_search
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Resources
+from evoprune.search.session import resume_search, start_search
 from tests.models import save_tiny
 
 EVALUATIONS = 40
@@ -59,7 +60,7 @@ def config(world, **changes):
 
 @pytest.fixture(scope="module")
 def finished(world):
-    return start_metric_search(config(world), Resources(executor="inline"), run_dir=world / "run")
+    return start_search(config(world), Resources(executor="inline"), run_dir=world / "run")
 
 
 def history(run):
@@ -88,7 +89,11 @@ def test_the_result_has_what_scripts_rely_on(finished):
     for entry in (result["dense"], result["best"], *result["baselines"]):
         assert set(entry["heldout"]) == {"loss", "perplexity", "kl", "stderr", "tokens"}
     assert result["dense"]["heldout"]["kl"] == pytest.approx(0, abs=1e-5)
-    assert result["best"]["fitness"] == min(member["fitness"] for member in result["front"])
+    assert result["best"]["fitness"] <= min(row["fitness"] for row in result["baselines"] if row["fitness"] is not None)
+    finalists = result["finalists"]
+    assert finalists[0]["expression"] == result["best"]["expression"]
+    assert finalists == sorted(finalists, key=lambda member: member["fitness"] + member["loss"])
+    assert min(member["fitness"] for member in finalists) == min(member["fitness"] for member in result["front"])
     assert "/" not in json.dumps({name: result[name] for name in ("best", "front", "baselines", "dense")}).replace(
         "\\\\", ""
     )
@@ -121,7 +126,7 @@ def test_the_board_shows_every_evaluation(finished):
 
 
 def test_the_same_seed_gives_the_same_run(finished, world):
-    again = start_metric_search(config(world), Resources(executor="inline"), run_dir=world / "again")
+    again = start_search(config(world), Resources(executor="inline"), run_dir=world / "again")
     assert history(again) == history(finished)
     assert timeless(again.result) == timeless(finished.result)
 
@@ -129,7 +134,7 @@ def test_the_same_seed_gives_the_same_run(finished, world):
 @pytest.mark.ray
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ray_gives_the_same_run_with_any_number_of_workers(finished, world, workers):
-    run = start_metric_search(config(world), Resources(workers=workers), run_dir=world / f"ray-{workers}")
+    run = start_search(config(world), Resources(workers=workers), run_dir=world / f"ray-{workers}")
     assert history(run) == history(finished)
     assert timeless(run.result) == timeless(finished.result)
 
@@ -138,14 +143,15 @@ _DRIVER = """
 import sys
 from pathlib import Path
 from evoprune.search.config import validated
-from evoprune.search.metric_run import Resources, resume_metric_search, start_metric_search
+from evoprune.search.search_run import Resources
+from evoprune.search.session import resume_search, start_search
 from evoprune.search.rundir import RunDirectory
 import json
 path = Path(sys.argv[1])
 if path.exists():
-    resume_metric_search(RunDirectory.open(path), Resources(executor="inline"))
+    resume_search(RunDirectory.open(path), Resources(executor="inline"))
 else:
-    start_metric_search(validated(json.loads(sys.argv[2])), Resources(executor="inline"), run_dir=path)
+    start_search(validated(json.loads(sys.argv[2])), Resources(executor="inline"), run_dir=path)
 """
 
 
@@ -171,7 +177,7 @@ def test_a_killed_run_resumes_to_the_same_history(finished, world):
 def test_resume_refuses_changed_data(finished, world, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((world / "text.txt").read_text())
-    run = start_metric_search(
+    run = start_search(
         config(world, **{"data.source": str(text), "evaluations": 3}),
         Resources(executor="inline"),
         run_dir=tmp_path / "run",
@@ -179,7 +185,7 @@ def test_resume_refuses_changed_data(finished, world, tmp_path):
     (run.path / "result.json").unlink()
     text.write_text(text.read_text().replace("pears", "plums"))
     with pytest.raises(InvalidInput, match="changed since this run began"):
-        resume_metric_search(RunDirectory.open(run.path), Resources(executor="inline"))
+        resume_search(RunDirectory.open(run.path), Resources(executor="inline"))
 
 
 @pytest.fixture
@@ -187,7 +193,7 @@ def unfinished(world, tmp_path):
     """A small run whose result has gone, so that it can be continued."""
     seed = tmp_path / "seed.json"
     seed.write_text((world / "run" / "export" / "metric.json").read_text())
-    run = start_metric_search(
+    run = start_search(
         config(world, seed_from=str(seed), evaluations=3), Resources(executor="inline"), run_dir=tmp_path / "run"
     )
     (run.path / "result.json").unlink()
@@ -195,7 +201,7 @@ def unfinished(world, tmp_path):
 
 
 def resumed(run):
-    return resume_metric_search(RunDirectory.open(run.path), Resources(executor="inline"))
+    return resume_search(RunDirectory.open(run.path), Resources(executor="inline"))
 
 
 def test_resume_refuses_another_configuration(finished, unfinished):
@@ -217,14 +223,14 @@ def test_resume_takes_another_deadline_and_another_time(finished, unfinished):
 
 
 def test_resume_refuses_other_code(finished, unfinished, monkeypatch):
-    monkeypatch.setattr("evoprune.search.metric_run.code_hash", lambda: "another")
+    monkeypatch.setattr("evoprune.search.search_run.code_hash", lambda: "another")
     with pytest.raises(InvalidInput, match=r"the code of evoprune changed since this run began.*--fork"):
         resumed(unfinished)
 
 
 def test_resume_refuses_other_seeds(finished, unfinished, monkeypatch):
     monkeypatch.setattr("evoprune.search.metric_run.seeds_from", lambda source: {"given": parse("mul(abs(W),X_max)")})
-    with pytest.raises(InvalidInput, match=r"the metrics to start from changed since this run began.*--fork"):
+    with pytest.raises(InvalidInput, match=r"the candidates to start from changed since this run began.*--fork"):
         resumed(unfinished)
 
 
@@ -237,9 +243,9 @@ def test_every_evaluation_has_a_deadline_that_nothing_depends_on(world, tmp_path
             given.extend(jobs)
             super().submit(jobs)
 
-    monkeypatch.setattr("evoprune.search.metric_run.InlineExecutor", Watched)
+    monkeypatch.setattr("evoprune.search.search_run.InlineExecutor", Watched)
     runs = [
-        start_metric_search(
+        start_search(
             config(world, evaluations=3, deadline=deadline), Resources(executor="inline"), run_dir=tmp_path / name
         )
         for name, deadline in (("auto", "auto"), ("given", 55))
@@ -253,7 +259,7 @@ def test_every_evaluation_has_a_deadline_that_nothing_depends_on(world, tmp_path
 
 
 def test_seeds_may_come_from_another_run(finished, world, tmp_path):
-    run = start_metric_search(
+    run = start_search(
         config(world, seed_from=str(finished.path), evaluations=16, **{"searcher.seeds": ["wanda"]}),
         Resources(executor="inline"),
         run_dir=tmp_path / "run",
@@ -264,7 +270,7 @@ def test_seeds_may_come_from_another_run(finished, world, tmp_path):
 
 @pytest.mark.parametrize("objective", ["perplexity", "reconstruction"])
 def test_other_objectives_run(world, tmp_path, objective):
-    run = start_metric_search(
+    run = start_search(
         config(world, objective=objective, evaluations=20), Resources(executor="inline"), run_dir=tmp_path / "run"
     )
     assert run.result["best"]["fitness"] <= min(row["fitness"] for row in run.result["baselines"] if row["fitness"])
@@ -278,7 +284,7 @@ def test_a_statistic_that_is_dead_is_left_out(world, tmp_path):
         weights[f"model.layers.{block}.mlp.down_proj.weight"][:, :8] = 0
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     stream = io.StringIO()
-    run = start_metric_search(
+    run = start_search(
         config(world, evaluations=12, **{"model.name": str(folder), "statistics": ["X_l2", "G_l2"]}),
         Resources(executor="inline"),
         run_dir=tmp_path / "run",
@@ -293,7 +299,7 @@ def test_a_statistic_that_is_dead_is_left_out(world, tmp_path):
 
 
 def test_births_may_be_simplified_as_published(world, tmp_path):
-    run = start_metric_search(
+    run = start_search(
         config(world, evaluations=16, **{"searcher.simplify": "opposing"}),
         Resources(executor="inline"),
         run_dir=tmp_path / "run",
@@ -302,7 +308,7 @@ def test_births_may_be_simplified_as_published(world, tmp_path):
 
 
 def test_a_pattern_and_forward_only_statistics(world, tmp_path):
-    run = start_metric_search(
+    run = start_search(
         config(
             world, statistics=["X_l2", "X_var"], evaluations=20, **{"target.sparsity": None, "target.pattern": "2:4"}
         ),

@@ -10,10 +10,11 @@ import optuna
 import pytest
 
 from evoprune.search.config import resolve
-from evoprune.search.metric_run import Resources, resume_metric_search
 from evoprune.search.publishing import publish_result, rebuild_board
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.trials import Trials
+from evoprune.search.search_run import Resources
+from evoprune.search.session import resume_search
+from evoprune.search.trials_metric import MetricTrials
 from tests.models import save_tiny
 from tests.search.postgres import PASSWORD, Postgres, running_postgres
 
@@ -63,7 +64,7 @@ def test_a_server_that_is_away_delays_the_board_and_not_the_search(
     assert config.evaluations is None
     run = RunDirectory.create("metric", config.model_dump(mode="json"), {}, run_dir=tmp_path / "run")
     search = threading.Thread(
-        target=resume_metric_search, args=(run, Resources(executor="inline", storage=postgres.url)), daemon=True
+        target=resume_search, args=(run, Resources(executor="inline", storage=postgres.url)), daemon=True
     )
     search.start()
     watcher = RunDirectory(run.path)
@@ -81,7 +82,7 @@ def test_a_server_that_is_away_delays_the_board_and_not_the_search(
 
     assert watcher.state == "finished"
     history = list(watcher.history())
-    expected = list(Trials(3).records(history))
+    expected = list(MetricTrials(3).records(history))
     study = optuna.load_study(study_name=run.run_id, storage=postgres.url)
     assert [trial.number for trial in study.trials] == list(range(len(expected)))
     assert [trial.user_attrs for trial in study.trials] == [dict(record.attributes) for record in expected]

@@ -22,7 +22,6 @@ from evoprune.metrics.expression import Expression, call, parse, terminal
 from evoprune.metrics.operators import OPERATORS
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.search.config import MetricSearchConfig, validated
-from evoprune.search.metric_run import Resources, start_metric_search
 from evoprune.search.report import write_report
 from evoprune.search.report.data import Contender, Entry, ReportData
 from evoprune.search.report.figures_result import agreement, split_site
@@ -35,6 +34,8 @@ from evoprune.search.report.numbers import alike
 from evoprune.search.report.page import render
 from evoprune.search.report.tree import tree_svg
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Resources
+from evoprune.search.session import start_search
 from tests.models import save_tiny
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
@@ -94,7 +95,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVOPRUNE_CACHE", str(folder / "cache"))
         model = save_tiny(folder / "model")
-        run = start_metric_search(config_of(model), Resources(executor="inline"), run_dir=folder / "run")
+        run = start_search(config_of(model), Resources(executor="inline"), run_dir=folder / "run")
     write_report(run)
     yield folder / "run"
 
@@ -269,8 +270,8 @@ def test_the_only_script_is_the_one_that_the_policy_allows(finished: Path) -> No
 
 def test_other_kinds_of_run_are_refused(tmp_path: Path) -> None:
     with (
-        RunDirectory.create("allocation", {}, {}, run_dir=tmp_path / "r") as run,
-        pytest.raises(InvalidInput, match="kind 'allocation'"),
+        RunDirectory.create("structure", {}, {}, run_dir=tmp_path / "r") as run,
+        pytest.raises(InvalidInput, match="kind 'structure'"),
     ):
         write_report(run)
 

@@ -13,7 +13,7 @@ from evoprune.metrics.interpreter import evaluate
 from evoprune.metrics.probe import synthetic_inputs
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.metrics.types import Type
-from evoprune.search.config import DEFAULT_STATISTICS
+from evoprune.search.config_metric import DEFAULT_STATISTICS
 from evoprune.search.spaces.generator import Generator
 from evoprune.search.spaces.symbolic import MetricSpace, replace_at
 from evoprune.search.spaces.trees import Exponent, InVec, Mat, OutVec, Scal, primitive_set, to_expression, to_tree
@@ -143,7 +143,7 @@ def test_the_global_generator_is_left_alone(space):
 
 _OFFSPRING = """
 import random, sys
-from evoprune.search.config import DEFAULT_STATISTICS
+from evoprune.search.config_metric import DEFAULT_STATISTICS
 from evoprune.search.spaces.symbolic import MetricSpace
 junk = [object() for _ in range(int(sys.argv[1]))]
 space, rng = MetricSpace(set(DEFAULT_STATISTICS) | {"W"}), random.Random(0)

@@ -1,0 +1,138 @@
+"""What runs in a worker process of an allocation search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from evoprune.fitness.allocating import allocate_model
+from evoprune.fitness.allocators import ALLOCATORS
+from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.level_evaluator import LevelEvaluator
+from evoprune.fitness.levels import LevelDatabase, build_levels
+from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
+from evoprune.fitness.parcels import deliver
+from evoprune.fitness.prepare import calibration_windows
+from evoprune.fitness.teacher import window_losses
+from evoprune.metrics.errors import InvalidCandidate
+from evoprune.metrics.files import canonical_json
+
+LOSS_WINDOWS = 8
+"""Windows of text B on which an allocator that tries things out compares losses."""
+
+MAX_PREFIX_BYTES = 1 << 30
+"""What the parent's remembered hidden states may take in one worker."""
+
+# Restore the dense model and compare its checksum once in so many evaluations.
+_CHECK_EVERY = 200
+
+
+def build(context: dict[str, Any]) -> AllocationWorker:
+    """The factory that executors call, with `EvaluationContext.to_json` as its argument."""
+    return AllocationWorker(EvaluationContext.from_json(context))
+
+
+class AllocationWorker(ModelWorker):
+    """Answers jobs about levels: sparsities in steps of 1/256, one per site, in model order.
+
+    Jobs (kind and payload):
+        prepare: ``criterion``; returns what that of `ModelWorker` does, and the name of the level ``database``.
+        allocate: ``prepared``, ``criterion``, ``allocator``, ``target``; returns ``sparsities``, one per site.
+        levels: ``prepared``, ``criterion``, ``database``, ``levels``, ``parent`` (levels too), ``first``, ``last``;
+            returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
+        heldout: ``prepared``, ``criterion``, ``database``, ``levels`` (None: the dense model); returns losses on
+            text C, by window.
+    """
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._evaluator: tuple[str, str, LevelEvaluator] | None = None
+        self._text: tuple[list[int], int, int] | None = None
+        self._adopted = False
+        self._evaluations = 0
+
+    @property
+    def jobs(self) -> Mapping[str, Handler]:
+        return {
+            **super().jobs,
+            "allocate": self._allocate,
+            "levels": self._levels,
+            "heldout": self._heldout,
+        }
+
+    def _allocate(self, payload: dict[str, Any]) -> dict[str, Any]:
+        if self._evaluator is not None:
+            self._evaluator[2].restore()
+        prepared = self.prepared(payload["prepared"])
+        allocator = ALLOCATORS[payload["allocator"]]
+        windows, _ = prepared.text("search")
+        allocation = allocate_model(
+            self.language_model,
+            payload["allocator"],
+            allocator,
+            payload["target"],
+            criterion=criterion_from(payload["criterion"]),
+            statistics=prepared.statistics(),
+            calibration=calibration_windows(self.language_model, self.context),
+            search=windows[:LOSS_WINDOWS],
+        )
+        return {"sparsities": [site.sparsity for site in allocation.sites]}
+
+    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
+        answer = super()._prepare(payload)
+        database = build_levels(
+            self.prepared(answer["name"]),
+            criterion_from(payload["criterion"]),
+            canonical_json(payload["criterion"]),
+            device=self.language_model.device,
+        )
+        deliver(database.name)
+        return {**answer, "database": database.name}
+
+    def _levels(self, payload: dict[str, Any]) -> dict[str, Any]:
+        evaluator = self.evaluator(payload)
+        self._evaluations += 1
+        if self._evaluations % _CHECK_EVERY == 0:
+            evaluator.restore()
+        first, last = payload["first"], payload["last"]
+        text = (payload["parent"], first, last)
+        if text == self._text and not self._adopted:
+            # The second candidate beside one parent on one text: what the parent's own pass costs is soon saved.
+            with suppress(InvalidCandidate):
+                evaluator.adopt(self._by_name(payload["parent"]), first, last)
+            self._adopted = True
+        elif text != self._text:
+            self._text, self._adopted = text, False
+        losses = evaluator.evaluate(self._by_name(payload["levels"]), first, last)
+        assert losses.kl is not None
+        spread = (losses.kl.std() / len(losses.kl) ** 0.5).item() if len(losses.kl) > 1 else 0.0
+        return {"kl": losses.kl.mean().item(), "nll": losses.nll.mean().item(), "stderr": spread}
+
+    def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
+        evaluator = self.evaluator(payload)
+        windows, teacher = self.prepared(payload["prepared"]).text("heldout")
+        if payload["levels"] is None:
+            evaluator.restore()
+        else:
+            evaluator.apply(self._by_name(payload["levels"]))
+        return heldout_answer(window_losses(self.language_model.model, evaluator.head, windows, teacher), windows)
+
+    def _by_name(self, levels: Sequence[int]) -> dict[str, int]:
+        sites = (bound.site.name for bound in self.language_model.sites)
+        return dict(zip(sites, levels, strict=True))
+
+    def evaluator(self, payload: Mapping[str, Any]) -> LevelEvaluator:
+        """The resident model with the prepared set and the database of a job; kept until it names others."""
+        named = payload["prepared"], payload["database"]
+        if self._evaluator is None or self._evaluator[:2] != named:
+            if self._evaluator is not None:
+                self._evaluator[2].restore()
+            prepared = self.prepared(payload["prepared"])
+            database = LevelDatabase.open(payload["database"], prepared, canonical_json(payload["criterion"]))
+            windows, teacher = prepared.text("search")
+            evaluator = LevelEvaluator(
+                self.language_model, prepared.dense, database, windows, teacher, max_prefix_bytes=MAX_PREFIX_BYTES
+            )
+            self._evaluator = (*named, evaluator)
+        return self._evaluator[2]

@@ -1,0 +1,104 @@
+"""What every worker process is: a resident model that answers jobs, each answer a pure function of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.numerics import numerics
+from evoprune.fitness.parcels import deliver
+from evoprune.fitness.prepare import Prepared, prepare, seconds_per_token
+from evoprune.fitness.teacher import WindowLosses
+from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.expression import from_json
+
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class ModelWorker:
+    """Answers jobs about one model, which is loaded at once; everything else when a job names it.
+
+    Jobs (kind and payload):
+        prepare: nothing; returns the summary of the prepared set, and ``seconds_per_token``.
+
+    A kind of search adds its own in `jobs`. ``prepared`` in a payload is the set's name; a criterion is
+    ``{"name": ...}`` or ``{"expression": nested lists}``.
+    """
+
+    def __init__(self, context: EvaluationContext) -> None:
+        torch.set_num_threads(context.threads)
+        self.context = context
+        loaded = load_model(
+            context.place(context.model),
+            dtype=context.dtype,
+            device=context.device,
+            revision=context.revision,
+            trust_remote_code=context.trust_remote_code,
+        )
+        self.language_model: LanguageModel = replace(loaded, name=context.model)
+        self._prepared: Prepared | None = None
+
+    @property
+    def jobs(self) -> Mapping[str, Handler]:
+        """What answers each kind of job."""
+        return {"prepare": self._prepare}
+
+    def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one job.
+
+        Raises:
+            InvalidCandidate: the candidate has no fitness.
+            InvalidInput: the job or the context asks for what does not exist.
+        """
+        if kind not in self.jobs:
+            raise InvalidInput(f"no job of kind {kind!r}; a {type(self).__name__} knows {', '.join(self.jobs)}")
+        return self.jobs[kind](payload)
+
+    def numerics(self) -> dict[str, Any]:
+        """What tells whether another worker would give the same bits; see `evoprune.fitness.numerics`."""
+        return numerics(self.language_model)
+
+    def prepared(self, name: str) -> Prepared:
+        """The prepared set of this name; kept until another is named."""
+        if self._prepared is None or self._prepared.name != name:
+            self._prepared = Prepared.open(name)
+        return self._prepared
+
+    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
+        prepared = prepare(self.language_model, self.context)
+        deliver(prepared.name)
+        windows, _ = prepared.text("search")
+        speed = seconds_per_token(self.language_model, windows[: self.context.rungs[0]])
+        return {**prepared.summary(), "seconds_per_token": speed}
+
+
+def heldout_answer(measured: WindowLosses, windows: Tensor) -> dict[str, Any]:
+    """Losses by window as a job returns them, with the number of predictions.
+
+    Args:
+        windows: [n, w] token ids that they were measured on.
+    """
+    assert measured.kl is not None
+    return {
+        "nll": measured.nll.tolist(),
+        "kl": measured.kl.tolist(),
+        "tokens": windows.shape[0] * (windows.shape[1] - 1),
+    }
+
+
+def criterion_from(value: dict[str, Any]) -> Criterion:
+    """The criterion that a job names or spells.
+
+    Raises:
+        InvalidInput: no such name, or an expression that cannot be read.
+    """
+    if "name" in value:
+        return CRITERIA[value["name"]]
+    return Metric(from_json(value["expression"]))

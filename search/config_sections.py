@@ -1,0 +1,85 @@
+"""Parts of a configuration that every kind of search has. A misspelt key is an error that names it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from evoprune.fitness.context import EvaluationContext
+from evoprune.metrics.files import content_hash
+
+
+class Section(BaseModel):
+    """Options that belong together."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The model to prune."""
+
+    name: str = Field("reference", description="`reference`, a folder, or a Hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the forward pass")
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto takes a GPU if there is one")
+    trust_remote_code: bool = Field(False, description="run Python code that the model brings along")
+
+
+class DataConfig(Section):
+    """The three disjoint texts: calibration (A), search (B), held-out (C)."""
+
+    source: str = Field("corpus", description="text of B and C: corpus, a file, a folder, or a datasets name")
+    window: int = Field(256, ge=8, description="tokens in a window")
+    heldout_windows: int | None = Field(80, ge=2, description="windows of text C; none takes all")
+    calibration: str | None = Field(None, description="text of A; none takes the same source")
+    calibration_sequences: int = Field(64, ge=1, description="sequences for statistics")
+    calibration_window: int = Field(256, ge=8, description="tokens in each of them")
+
+
+class SearchConfig(Section):
+    """What every search has."""
+
+    kind: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: str = Field("kl", description="a name from `evoprune list objectives`")
+    evaluations: int | None = Field(
+        250,
+        ge=1,
+        description="candidates with a forward pass, at most; none leaves it to the minutes, and is the default then",
+    )
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False, description="time for the search, at most")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="fixes texts A and B and the search")
+    window: int = Field(16, ge=1, description="births that may wait for results; part of a run's identity")
+    threads: int = Field(1, ge=1, description="torch threads of a worker on a CPU; part of a run's identity")
+    seed_from: str | None = Field(None, description="an exported result or a run to start from")
+    deadline: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto", description="seconds after which a worker counts as hung; auto takes many times what it should need"
+    )
+    numerics: Literal["strict", "relaxed"] = Field(
+        "strict", description="refuse workers whose numbers differ in any bit, or take them and say so"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _minutes_alone(cls, values: Any) -> Any:
+        """A budget in minutes is one by itself: the default number of evaluations does not cut it short."""
+        if isinstance(values, dict) and values.get("minutes") is not None and "evaluations" not in values:
+            return {**values, "evaluations": None}
+        return values
+
+    @model_validator(mode="after")
+    def _ends(self) -> SearchConfig:
+        if self.evaluations is None and self.minutes is None:
+            raise ValueError("a search needs an end: give --evaluations, --minutes or both")
+        return self
+
+    @property
+    def identity(self) -> str:
+        """Hash of every option that a birth depends on: all but how long things may take."""
+        return content_hash(self.model_dump(mode="json", exclude={"minutes", "deadline"}))
+
+    def context(self) -> EvaluationContext:
+        """What workers have to know."""
+        raise NotImplementedError

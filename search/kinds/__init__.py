@@ -1,0 +1,138 @@
+"""Kinds of search: whatever people see of a run differs by what is searched, and is said here, one file a kind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.search.engine.trial_record import Range
+from evoprune.search.loop import BirthSearch
+from evoprune.search.trials import Trials
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from evoprune.search.config_sections import SearchConfig
+    from evoprune.search.rundir import RunDirectory
+    from evoprune.search.search_run import SearchRun
+
+KINDS = ("metric", "allocation")
+
+
+class WatchedSearch(BirthSearch, Protocol):
+    """A search by births that people watch.
+
+    Attributes:
+        reasons: how many births ended without a fitness, or early, by reason code.
+    """
+
+    reasons: Counter[str]
+
+    @property
+    def births(self) -> int:
+        """Births so far."""
+
+    @property
+    def leader(self) -> tuple[float, str] | None:
+        """Fitness of the best so far, and a few words of what it is."""
+
+
+class Kind(Protocol):
+    """How a kind of search is run and shown. Light to import: no model code before it is needed.
+
+    Attributes:
+        name: as in ``run.json``.
+        winner: what a winner is called.
+        endings: of the files that a winner can be exported to.
+        descriptors: what the dashboard may correlate with the fitness; the same for a run's whole life.
+    """
+
+    name: str
+    winner: str
+    endings: tuple[str, ...]
+    descriptors: Mapping[str, Range]
+
+    def session(self) -> type[SearchRun[Any, Any]]:
+        """What runs a session of it."""
+
+    def trials(self, config: Any) -> Trials:
+        """What makes trials of its history."""
+
+    def counters(self, search: Any, evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
+        """What the terminal shows below the best.
+
+        Args:
+            steps: how many candidates have got to each rung or stage.
+        """
+
+    def searching_note(self, config: Any, search: Any, evaluations: int, steps: Sequence[int]) -> str:
+        """The board's note while it runs, in Markdown; arguments as in `counters`."""
+
+    def finished_note(self, result: Mapping[str, Any], artifacts: Sequence[str]) -> str:
+        """The board's note of a result, which may show pictures among the artifacts."""
+
+    def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
+        """What a finished run leaves for people to take."""
+
+    def progress_of(self, config: Any, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """``evaluations``, ``distinct`` and ``best`` of a run without a result, as `show --json` has them."""
+
+    def words(self, best: Mapping[str, Any]) -> str:
+        """A few words of what the best is, given as `show --json` has it."""
+
+    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+        """A finished run for the terminal."""
+
+    def unfinished_facts(
+        self, config: Any, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    ) -> dict[str, RenderableType]:
+        """What is particular in the view of a run without a result, by name.
+
+        Args:
+            document: as `show --json` prints it.
+        """
+
+    def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
+        """Refuse an exported file that is not the run's winner.
+
+        Raises:
+            InvalidInput: it was changed.
+        """
+
+    def write_report(self, run: RunDirectory) -> Path:
+        """See `evoprune.search.report.write_report`."""
+
+    def check_names(self, config: Any) -> None:
+        """Refuse what can be known to be wrong before a run's folder is made.
+
+        Raises:
+            InvalidInput: a name that does not exist, or nothing to start from.
+        """
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of search of this name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    if name not in KINDS:
+        raise InvalidInput(f"no search of kind {name[:40]!r}; there are {', '.join(KINDS)}")
+    found: Kind = import_module(f"evoprune.search.kinds.{name}").KIND
+    return found
+
+
+def config_of(run: RunDirectory) -> SearchConfig:
+    """The configuration of a run."""
+    from evoprune.search.config import validated
+
+    return validated({"kind": run.kind, **run.config})
+
+
+def evaluated(history: Iterable[Mapping[str, Any]]) -> int:
+    """Lines of a history that a new candidate's forward pass stands behind."""
+    return sum("same_as" not in line for line in history)

@@ -1,0 +1,430 @@
+"""One session of a run, whatever is searched: prepare, search, measure on held-out text, write everything down."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from evoprune.fitness.prepare import Summary
+from evoprune.fitness.travel import pack_inputs
+from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
+from evoprune.metrics.files import content_hash
+from evoprune.search.config_sections import SearchConfig
+from evoprune.search.engine.address import EXPOSURE, LOCAL
+from evoprune.search.engine.admission import Admission
+from evoprune.search.engine.deadline import Deadline
+from evoprune.search.engine.events import SEARCHING
+from evoprune.search.engine.executor import Executor, Job, Outcome
+from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.engine.ray import RayExecutor
+from evoprune.search.identity import code_hash, evaluation_code_hash
+from evoprune.search.kinds import Kind, WatchedSearch
+from evoprune.search.loop import BirthLoop, Budget, finish_running, take_finished
+from evoprune.search.progress import Progress
+from evoprune.search.result import failure, invalid_input
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.watch import Watch
+
+Config = TypeVar("Config", bound=SearchConfig)
+Search = TypeVar("Search", bound=WatchedSearch)
+
+# Facts of a run that must not change between its sessions, and what they are called.
+_FIXED = {
+    "config": "configuration",
+    "code": "code of evoprune",
+    "prepared": "model or data",
+    "files": "bits of the statistics or of the teacher (another processor, or another library)",
+    "seeds": "candidates to start from",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where a search runs. Nothing here changes its history.
+
+    Attributes:
+        executor: Ray actors, or this process.
+        workers: number of workers; None takes one per processor core, or per GPU, of this machine or of the cluster.
+        gpus_per_worker: GPUs of a worker, a fraction of one, or 0; None is 1 if there is a GPU.
+        address: ``local`` for a private Ray instance, else a cluster's address.
+        storage: Optuna storage URL; None keeps the board in the run folder.
+        insecure_cluster: use a cluster that asks for no token; see `evoprune.search.engine.address`.
+    """
+
+    executor: Literal["ray", "inline"] = "ray"
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    address: str = LOCAL
+    storage: str | None = None
+    insecure_cluster: bool = False
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether workers run on nodes that may share nothing with this machine."""
+        return self.executor == "ray" and self.address != LOCAL
+
+
+class Ask(Protocol):
+    """Gives the outcomes of jobs, in their order; those in the run's log are not run again."""
+
+    def __call__(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+        """Outcomes of `jobs`; `limited` ones take as long as a pass over the held-out text, or count as hung.
+
+        Raises:
+            Interrupted: the user wants to stop.
+        """
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search asks of its workers.
+
+    Attributes:
+        tokens: that a candidate reads, step by step.
+        step: what such a step is called: rung or stage.
+        per_candidate: tokens of a candidate on average, as few get to the last step.
+        busy_workers: how many workers always have something to do.
+        crowded: what to tell of more workers than that, given their number.
+    """
+
+    tokens: Sequence[int]
+    step: str
+    per_candidate: float
+    busy_workers: float
+    crowded: Callable[[int], str]
+
+
+class Comparison(Protocol):
+    """What a search found, beside the baselines."""
+
+    def jobs(self) -> list[Job]:
+        """What has to be measured on held-out text."""
+
+    def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """The content of ``result.json``, from the outcomes of `jobs`.
+
+        Raises:
+            EvopruneError: the dense model or the winner could not be measured.
+        """
+
+    def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
+        """Write the winner's files into the run and read them back.
+
+        Raises:
+            EvopruneError: a file does not give the winner back.
+        """
+
+
+class SearchRun(ABC, Generic[Config, Search]):
+    """One session of a run; each kind of search says what is prepared, searched and compared.
+
+    Args:
+        run: locked by this process.
+        config: as stored in the run.
+        resources: of this session.
+        progress: shows what happens.
+
+    Attributes:
+        kind: how others speak of this search.
+        worker_factory: what executors call.
+        pure_jobs: kinds of jobs that give the same values on every admitted worker; `prepare` also times itself.
+    """
+
+    kind: ClassVar[Kind]
+    worker_factory: ClassVar[str]
+    pure_jobs: ClassVar[tuple[str, ...]]
+
+    def __init__(self, run: RunDirectory, config: Config, resources: Resources, progress: Progress) -> None:
+        self.config = config
+        self.progress = progress
+        self.context = config.context()
+        self.identity = ""
+        self._run = run
+        self._resources = resources
+        self._watch = Watch(run, config, self.kind, progress, resources.storage)
+        self._log = EvaluationLog(run.path / "evaluations.wal")
+        self._stopping: Callable[[], bool] = lambda: False
+        self._seconds_per_token = 0.0
+        self._deadline = Deadline(None, 0.0)
+        self._facts: dict[str, Any] = {}
+        self.prepared_values: dict[str, Any] = {}
+        known = run.identity
+        self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
+
+    @abstractmethod
+    def seeds_identity(self) -> Any:
+        """What the search starts from, as JSON values."""
+
+    @abstractmethod
+    def build_search(self, prepared: Summary, ask: Ask) -> Search:
+        """The search as the configuration asks for it, at its beginning."""
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """What the search will ask of its workers."""
+
+    @abstractmethod
+    def comparison(self, prepared: Summary, search: Search, ask: Ask) -> Comparison:
+        """The winner beside the baselines.
+
+        Raises:
+            InvalidInput: no candidate has a fitness.
+        """
+
+    def prepare_payload(self) -> dict[str, Any]:
+        """What the job `prepare` has to know beside the worker's context."""
+        return {}
+
+    @property
+    def counted_by_loop(self) -> bool:
+        """Whether the loop ends the search at its evaluations; else the search does so itself."""
+        return True
+
+    def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
+        """Search, measure, write ``result.json`` and the exports; the result.
+
+        Raises:
+            Interrupted: `stopping` became true; the run can be resumed.
+            InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
+        """
+        self._stopping = stopping
+        self._hold(config=self.config.identity, code=code_hash())
+        executor = self._executor()
+        try:
+            self._watch.starting(executor)
+            executor.start()
+            prepared = self._prepare(executor, stopping)
+
+            ask = partial(self._ask, executor, stopping)
+            search = self.build_search(prepared, ask)
+            self._announce(prepared, executor)
+            loop = self.build_loop(search, executor)
+            spent = self._run.phase_seconds(SEARCHING)  # by earlier sessions
+            began = time.monotonic() - spent
+            minutes = self.config.minutes
+            budget = Budget(
+                self.config.evaluations if self.counted_by_loop else None,
+                expired=lambda: minutes is not None and time.monotonic() - began > 60 * minutes,
+                stopping=stopping,
+            )
+            self.progress.clock_starts(spent)
+            self._watch.phase(SEARCHING)
+            loop.run(budget)
+            comparison = self.comparison(prepared, search, ask)
+            self._watch.phase("measuring on held-out text")
+            outcomes = ask(comparison.jobs())
+            result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+            result["bit_reproducible"] = not self._admission.mixed
+            comparison.export(self._run, result)
+        finally:
+            executor.close()
+            if self._admission.mixed:
+                self._run.add_identity(bit_reproducible=False)
+            self._watch.close(stopping)
+            self._log.close()
+        self._run.write_result(result)
+        return result
+
+    def phase(self, name: str, details: str = "") -> None:
+        """A part of the work begins."""
+        self._watch.phase(name, details)
+
+    def _executor(self) -> Executor:
+        resources = self._resources
+        if resources.executor == "inline":
+            return InlineExecutor(
+                self.worker_factory,
+                self.context.to_json(),
+                threads=self.config.threads,
+                admission=self._admission,
+            )
+        workers, gpus, places = resources.workers, resources.gpus_per_worker, {}
+        if resources.on_cluster:
+            self.progress.phase("packing the model and the texts for the cluster")
+            places = pack_inputs(self.context)
+            if resources.insecure_cluster:
+                self.progress.line(f"warning: --insecure-cluster: {resources.address} may be open, and {EXPOSURE}")
+        else:
+            workers, gpus = workers or _slots(gpus), _gpus(gpus)
+        return RayExecutor(
+            self.worker_factory,
+            replace(self.context, places=places).to_json(),
+            workers=workers,
+            gpus_per_worker=gpus,
+            threads=self.config.threads,
+            address=resources.address,
+            parcels=sorted({place.partition("/")[0] for place in places.values()}),
+            admission=self._admission,
+            notify=self._notify,
+            audited=self.pure_jobs if self.config.numerics == "strict" else (),
+        )
+
+    def _notify(self, level: str, event: str, **fields: Any) -> None:
+        """To the run's log; a refused worker is told on the display too, for the search goes on without it."""
+        self._run.events(level, event, **fields)
+        if event == "worker_refused" and level == "warning":
+            self.progress.line(f"a worker was refused: {fields['error']}")
+
+    def _ask(
+        self, executor: Executor, stopping: Callable[[], bool], jobs: Sequence[Job], *, limited: bool = True
+    ) -> list[Outcome]:
+        """See `Ask`."""
+        tokens = self._facts["heldout_windows"] * self.config.data.window
+        deadline = self._deadline.seconds(tokens) if limited else None
+        missing = {job.key: job for job in jobs if job.key not in self._log}
+        executor.submit(replace(job, deadline=deadline) for job in missing.values())
+        waiting = set(missing)
+        while waiting:
+            if stopping():
+                finish_running(executor, self._log, self._polled)
+                raise Interrupted("stopped by the user; everything finished is saved")
+            take_finished(executor, self._log)
+            waiting = {key for key in waiting if key not in self._log}
+            self._watch.tick()
+        return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
+
+    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
+        """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
+        self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
+        job = Job(f"prepare-{self._run.run_id}", "prepare", self.prepare_payload())
+        executor.submit([job])
+        arrived: list[Outcome] = []
+        while not arrived:
+            if stopping():
+                raise Interrupted("stopped by the user before the search began")
+            try:
+                arrived = executor.poll(0.2)
+            except WorkersFailed as error:
+                raise _input_at_fault(error) from error
+            self._watch.tick()
+        (outcome,) = arrived
+        if outcome.status != "ok":
+            raise failure(outcome)
+        self._seconds_per_token = outcome.values["seconds_per_token"]
+        self.prepared_values = outcome.values
+        return self.identify(Summary.from_json(outcome.values))
+
+    def identify(self, prepared: Summary) -> Summary:
+        """Hold the run to what was prepared.
+
+        Raises:
+            InvalidInput: the run began with another model, other data or other code.
+        """
+        self._facts = prepared.facts
+        self._deadline = Deadline(self.config.deadline, self._seconds_per_token)
+        self.identity = content_hash(
+            [
+                prepared.facts["identity"],
+                self.config.objective,
+                str(self.context.rule),
+                self.context.group,
+                prepared.name,
+                evaluation_code_hash(),
+                self._admission.expected if self.config.numerics == "strict" else None,
+            ]
+        )
+        self._hold(
+            prepared=content_hash(prepared.facts["identity"]),
+            files=prepared.name,
+            seeds=content_hash(self.seeds_identity()),
+        )
+        self._run.add_identity(
+            model_fingerprint=prepared.facts["fingerprint"],
+            parameters=prepared.facts["parameters"],
+            prunable=prepared.facts["prunable"],
+        )
+        if self._admission.expected is not None and "numerics" not in self._run.identity:
+            self._run.add_identity(numerics=dict(self._admission.expected))
+        return prepared
+
+    def _hold(self, **facts: str) -> None:
+        """Hold the run to what it began with.
+
+        Raises:
+            InvalidInput: a fact is not what it was.
+        """
+        known = self._run.identity
+        for name, value in facts.items():
+            if known.get(name, value) != value:
+                raise InvalidInput(
+                    f"the {_FIXED[name]} changed since this run began, so it cannot go on as before: undo the "
+                    f"change, or `evoprune resume {self._run.path} --fork` starts a new run that reuses what holds"
+                )
+        self._run.add_identity(**facts)
+
+    def build_loop(self, search: Search, executor: Executor) -> BirthLoop:
+        """The loop around `search`, watched; continued from the run's last commit if there is one."""
+        loop = BirthLoop(
+            search,
+            executor,
+            self._log,
+            self._run,
+            window=self.config.window,
+            deadline=lambda job: self._deadline.seconds(self.context.rungs[-1] * self.context.window),
+            on_applied=lambda birth, line, outcome: self._applied(line, outcome),
+            on_poll=self._polled,
+        )
+        loop.restore()
+        self._watch.searching(search, loop, self._run.history(), self._log.outcomes())
+        return loop
+
+    def _polled(self) -> None:
+        if self._stopping():
+            self.progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
+        self._watch.tick()
+
+    def _applied(self, line: Mapping[str, Any], outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._deadline.observe(outcome)
+        self._watch.applied(line, outcome)
+
+    def _announce(self, prepared: Summary, executor: Executor) -> None:
+        """What the search will cost, before it starts."""
+        facts, config, plan = prepared.facts, self.config, self.plan()
+        memory = facts["model_bytes"] + facts["teacher_bytes"]
+        pace = plan.per_candidate * self._seconds_per_token / max(executor.workers, 1)
+        if config.evaluations is None:
+            cost = f"{config.minutes:g} min: expect {60 * (config.minutes or 0) / pace:,.0f} candidates"
+        else:
+            limit = "" if config.minutes is None else f" (at most {config.minutes:g} min)"
+            cost = f"{config.evaluations} candidates: expect {config.evaluations * pace / 60:.1f} min{limit}"
+        self.progress.line(
+            f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, "
+            f"target {self.context.rule}; {executor.workers} workers, "
+            f"{memory / 2**20:.0f} MiB of model and teacher each"
+        )
+        self.progress.line(
+            f"{' / '.join(f'{tokens:,}' for tokens in plan.tokens)} tokens by {plan.step}, about "
+            f"{plan.per_candidate:,.0f} a candidate; {cost}"
+        )
+        if executor.workers > plan.busy_workers:
+            self.progress.line(f"warning: {executor.workers} workers and {plan.crowded(executor.workers)}")
+
+
+def _input_at_fault(error: WorkersFailed) -> EvopruneError:
+    """`error`, or the wrong input that kept the workers from starting."""
+    message = invalid_input(f"{error}\n{error.__cause__ or ''}")
+    return InvalidInput(message) if message else error
+
+
+def _gpus(asked: float | None) -> float:
+    if asked is not None:
+        return asked
+    import torch
+
+    return 1.0 if torch.cuda.is_available() else 0.0
+
+
+def _slots(gpus_per_worker: float | None) -> int:
+    import torch
+
+    each = _gpus(gpus_per_worker)
+    if each > 0 and torch.cuda.is_available():
+        return max(int(torch.cuda.device_count() / each), 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
