@@ -23,7 +23,7 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.parcels import find, link, packing, require
 from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
-from evoprune.fitness.statistics_store import stored_names
+from evoprune.fitness.statistics_store import KNOWN, stored_names
 from evoprune.fitness.teacher import Teacher, build_teacher, linear_head, window_losses
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.errors import InvalidInput
@@ -147,7 +147,7 @@ def prepare(
         ),
     }
     calibration = calibration_windows(language_model, context)
-    needs = (frozenset(context.statistics) & STATISTICS) | OBJECTIVES[context.objective].needs
+    needs = (frozenset(context.statistics) & KNOWN) | OBJECTIVES[context.objective].needs
     identity = {
         "format": FORMAT,
         "fingerprint": language_model.fingerprint,
@@ -180,6 +180,7 @@ def prepare(
         facts = {
             "identity": identity,
             "fingerprint": language_model.fingerprint,
+            "model_class": type(language_model.model).__name__,
             "parameters": language_model.model.num_parameters(),
             "prunable": sum(bound.site.weights for bound in language_model.sites),
             "model_bytes": sum(p.numel() * p.element_size() for p in language_model.model.parameters()),

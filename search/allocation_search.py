@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
@@ -47,24 +47,28 @@ class Member:
 
     Attributes:
         genome: its options.
-        origin: ``seed:NAME``, ``switch`` or ``parent``.
+        origin: ``seed:NAME`` or ``switch``.
         birth: number of the birth that measured it last; None before.
         kl: what was measured then, in nats per token; None where it has no fitness.
+        stderr: of `kl`, over windows.
+        generation: in which it was bred; 0 for seeds.
     """
 
     genome: Genome
     origin: str
     birth: int | None = None
     kl: float | None = None
+    stderr: float = 0.0
+    generation: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them back."""
-        return {"genome": list(self.genome), "origin": self.origin, "birth": self.birth, "kl": self.kl}
+        return {**asdict(self), "genome": list(self.genome)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Member:
         """The member that `to_json` wrote."""
-        return cls(tuple(values["genome"]), values["origin"], values["birth"], values["kl"])
+        return cls(**{**values, "genome": tuple(values["genome"])})
 
 
 class AllocationSearch:
@@ -109,7 +113,8 @@ class AllocationSearch:
         self._seed = seed
         self._evaluations = evaluations
         self._identity = identity
-        self._payload = dict(payload)
+        self.seeds = dict(seeds)
+        self.payload = dict(payload)
         self._births = 0
         self._counted = 0
         self._phase = "seeds"
@@ -127,6 +132,11 @@ class AllocationSearch:
     def births(self) -> int:
         """Births so far."""
         return self._births
+
+    @property
+    def last_generation(self) -> int:
+        """The last one that had children; the finals bear the next number."""
+        return self.generation - (self._phase == "final")
 
     @property
     def distinct(self) -> int:
@@ -149,12 +159,18 @@ class AllocationSearch:
         first, last = self._span()
         counted = self._phase == "seeds" or (self._phase == "generation" and self._stage == 0)
         self._counted += counted
-        record = {"member": member.to_json(), "generation": self.generation, "stage": self._stage_name()}
-        parent = member.genome if self._parent is None else self._parent.genome
+        parent = member if self._parent is None else self._parent
+        record = {
+            "member": member.to_json(),
+            "generation": self.generation,
+            "stage": self._stage_name(),
+            "origin": "parent" if self._phase == "generation" and member.genome == parent.genome else member.origin,
+            "parents": [parent.birth] if counted and self._phase == "generation" else [],
+        }
         payload = {
-            **self._payload,
+            **self.payload,
             "levels": self.space.levels(member.genome),
-            "parent": self.space.levels(parent),
+            "parent": self.space.levels(parent.genome),
             "first": first,
             "last": last,
         }
@@ -167,7 +183,8 @@ class AllocationSearch:
         member = Member.from_json(birth.record["member"])
         line: dict[str, Any] = {
             "birth": birth.number,
-            "origin": member.origin,
+            "origin": birth.record["origin"],
+            "parents": birth.record["parents"],
             "generation": birth.record["generation"],
             "stage": birth.record["stage"],
             "windows": [birth.job.payload["first"], birth.job.payload["last"]],
@@ -177,10 +194,10 @@ class AllocationSearch:
             "reason": outcome.reason,
         }
         if outcome.status == "ok":
-            line |= {"kl": outcome.values["kl"], "stderr": outcome.values["stderr"]}
+            line |= {name: outcome.values[name] for name in ("kl", "stderr")}
         if line["reason"] is not None:
             self.reasons[line["reason"]] += 1
-        self._measured.append(Member(member.genome, member.origin, birth.number, line["kl"]))
+        self._measured.append(replace(member, birth=birth.number, kl=line["kl"], stderr=line.get("stderr", 0.0)))
         if len(self._measured) == len(self._pool):
             self._advance()
         return line
@@ -203,7 +220,7 @@ class AllocationSearch:
             self._stage += 1
             if self._stage + 1 == len(self._stages):
                 assert self._parent is not None
-                survivors = [*survivors, Member(self._parent.genome, "parent")]
+                survivors = [*survivors, self._parent]
             self._enter(survivors)
         else:
             self._follow(ranked[:1])
@@ -248,7 +265,7 @@ class AllocationSearch:
                 break
             made = self.space.switched(self._parent.genome, rng, SPANS)
             if made is not None and content_hash(list(made)) not in self._known:
-                children.setdefault(made, Member(made, "switch"))
+                children.setdefault(made, Member(made, "switch", generation=self.generation))
         return list(children.values())
 
     def _ranked(self, members: Sequence[Member]) -> list[Member]:

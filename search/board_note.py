@@ -8,9 +8,11 @@ from typing import Any
 
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
+from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.candidate import Candidate
+from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
-from evoprune.search.tables import heldout_caption, heldout_rows, target_text
+from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 
 
 def searching_note(
@@ -61,7 +63,7 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
     """
     best = result["best"]
     rows = [
-        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == "evolved winner" else row
+        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == WINNER else row
         for row in heldout_rows(result)
     ]
     return "\n".join(
@@ -80,6 +82,53 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
             "",
             *_picture("convergence.svg", "best so far by evaluations", artifacts),
             *_picture("front.svg", "fitness against complexity", artifacts),
+        ]
+    )
+
+
+def searching_allocation_note(
+    config: AllocationSearchConfig, search: AllocationSearch, evaluations: int, stage_counts: Sequence[int]
+) -> str:
+    """How far an allocation search is.
+
+    Args:
+        evaluations: candidates with a forward pass.
+        stage_counts: how many candidates have got to each stage.
+    """
+    budget = "" if config.evaluations is None else f" of {config.evaluations:,}"
+    time = "" if config.minutes is None else f", at most {config.minutes:g} min"
+    rows = [
+        ("evaluations", f"{evaluations:,}{budget}{time}"),
+        ("generation", f"{search.generation:,}"),
+        ("candidates by stage", " → ".join(f"{count:,}" for count in stage_counts)),
+    ]
+    if search.leader is not None:
+        fitness, words = search.leader
+        rows = [("fitness", f"{fitness:.5f} (KL on text B; lower is better)"), ("best", words), *rows]
+    return "\n".join(["## Searching", "", *_table(("", ""), rows)])
+
+
+def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
+    """What an allocation search has found: everyone on held-out text; arguments as in `finished_note`."""
+    best = result["best"]
+    rows = [
+        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == WINNER else row
+        for row in heldout_rows(result)
+    ]
+    return "\n".join(
+        [
+            f"## Winner: {result['model']} at {target_text(result)}",
+            "",
+            *_picture("allocation.svg", "sparsity by matrix", artifacts),
+            *_table(("held-out text", "perplexity", "loss", "KL", "minus winner's"), rows),
+            "",
+            heldout_caption(result),
+            "",
+            f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
+            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). The allocation and the report are "
+            "among the study's artifacts.",
+            "",
+            *_picture("convergence.svg", "best so far by evaluations", artifacts),
         ]
     )
 

@@ -58,8 +58,8 @@ class GenerationsConfig(Section):
     @model_validator(mode="after")
     def _narrowing(self) -> GenerationsConfig:
         stages = self.stages
-        if not stages or stages[-1].survivors != 1:
-            raise ValueError("the last of the stages must have 1 survivor, the next parent")
+        if len(stages) < 2 or stages[-1].survivors != 1:
+            raise ValueError("there must be 2 stages or more, and the last has 1 survivor, the next parent")
         for first, second in pairwise(stages):
             if second.windows <= first.windows or second.survivors >= first.survivors:
                 raise ValueError("each stage must have more windows and fewer survivors than the one before")

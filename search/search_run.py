@@ -336,6 +336,7 @@ class SearchRun(ABC, Generic[Config, Search]):
         )
         self._run.add_identity(
             model_fingerprint=prepared.facts["fingerprint"],
+            model_class=prepared.facts["model_class"],
             parameters=prepared.facts["parameters"],
             prunable=prepared.facts["prunable"],
         )

@@ -86,7 +86,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     births = max(result["births"], 1)
     evolved, spared = result["evolved_parents"], result["births"] - result["evaluations"]
     numerics = {} if result.get("bit_reproducible", True) else {"numerics": Text(NOT_REPRODUCIBLE, style="yellow")}
-    winner = _facts(
+    winner = facts_table(
         {
             "winner": Text(best["expression"], style="bold green"),
             "formula": Text(to_text(parse(best["expression"]))),
@@ -161,7 +161,7 @@ def unfinished_view(
         facts["follow"] = f"evoprune show {quoted} --follow"
     else:
         facts["continue"] = f"evoprune resume {quoted}"
-    return [_facts(facts)]
+    return [facts_table(facts)]
 
 
 def _budget(config: SearchConfig) -> str:
@@ -173,7 +173,7 @@ def _budget(config: SearchConfig) -> str:
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line a run."""
-    table = _table("run", "state", "time", "fitness", "best")
+    table = plain_box("run", "state", "time", "fitness", "best")
     table.columns[0].no_wrap = True
     for row in rows:
         best = row["best"]
@@ -194,7 +194,7 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         document: as `prune --json` prints it.
     """
     measured = any(layer["error"] is not None for layer in document["layers"])
-    table = _table("matrix", "shape", "sparsity", *(["output error"] if measured else []))
+    table = plain_box("matrix", "shape", "sparsity", *(["output error"] if measured else []))
     for layer in document["layers"]:
         error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
         shape = " × ".join(str(size) for size in layer["shape"])
@@ -229,12 +229,12 @@ def evaluation_table(document: Mapping[str, Any], stderr: float | None, dense: s
     facts["text"] = (
         f"{document['data']} (text C), {document['tokens']:,} predicted tokens, windows of {document['window']}"
     )
-    return _facts(facts)
+    return facts_table(facts)
 
 
 def checks_table(checks: Sequence[Mapping[str, str]]) -> Table:
     """What `doctor` found."""
-    table = _table("", "", "")
+    table = plain_box("", "", "")
     table.show_header = False
     for check in checks:
         table.add_row(check["name"], Text(check["status"], style=_STATUS_STYLES[check["status"]]), check["detail"])
@@ -243,7 +243,7 @@ def checks_table(checks: Sequence[Mapping[str, str]]) -> Table:
 
 def criteria_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Criteria: below each formula the expression to type, and its source."""
-    table = _table("name", "group", "needs", "formula, expression, source")
+    table = plain_box("name", "group", "needs", "formula, expression, source")
     table.columns[0].no_wrap = True
     for row in rows:
         lines = [Text(text) for text in (row["formula"], row["expression"]) if text is not None]
@@ -254,21 +254,22 @@ def criteria_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Records with the same keys, one column a key."""
-    table = _table(*(name.replace("_", " ") for name in rows[0]))
+    table = plain_box(*(name.replace("_", " ") for name in rows[0]))
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     return table
 
 
-def _table(*columns: str) -> Table:
+def plain_box(*columns: str) -> Table:
+    """An empty table in the house's style."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _facts(facts: Mapping[str, RenderableType]) -> Table:
+def facts_table(facts: Mapping[str, RenderableType]) -> Table:
     """Names and values in two columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
@@ -289,4 +290,6 @@ def _cell(value: Any) -> str:
 def target_text(result: Mapping[str, Any]) -> str:
     """Such as ``60% sparsity per row`` or ``2:4``."""
     target = result["target"]
+    if result["kind"] == "allocation":
+        return f"{100 * float(target):.4g}% sparsity by {result['metric']}"
     return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"

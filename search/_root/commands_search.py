@@ -1,11 +1,10 @@
-"""Commands that search: `search metric` and `resume`."""
+"""Commands that search: `search metric`, `search allocation` and `resume`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,17 +15,19 @@ from evoprune.options import (
     BUDGET,
     CONFIG,
     SEARCH,
-    TEXT,
-    WORKERS,
+    TARGET,
     Address,
     CalibrationSequences,
     CalibrationWindow,
+    ConfigFiles,
     Device,
+    DryRun,
     Dtype,
     ExecutorOption,
     GpusPerWorker,
     InsecureCluster,
     Json,
+    Minutes,
     OptionalModel,
     Pattern,
     Revision,
@@ -34,19 +35,22 @@ from evoprune.options import (
     RunDir,
     SearchCalibrationText,
     SearchGroup,
+    SearchSeed,
+    SearchText,
     Settings,
     Sparsity,
     Storage,
+    Threads,
     TrustRemoteCode,
     Workers,
     option,
 )
 
 if TYPE_CHECKING:
+    from evoprune.search.config_sections import SearchConfig
     from evoprune.search.rundir import RunDirectory
 
 NOT_LANDED = {
-    "allocation": "evolve per-layer sparsity or depth",
     "structure": "evolve structured shapes: heads, KV groups, neurons, blocks",
     "policy": "learn Bernoulli mask policies by policy gradient",
     "experts": "mixture of experts: which stay, and how many are active",
@@ -59,6 +63,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     search = typer.Typer(help="Search for a better way to prune a model.")
     search.command("metric")(search_metric)
+    search.command("allocation")(search_allocation)
     for kind, what in NOT_LANDED.items():
         anything = {"allow_extra_args": True, "ignore_unknown_options": True}
         search.command(kind, help=f"{what[0].upper()}{what[1:]} (not landed yet).", context_settings=anything)(
@@ -70,7 +75,7 @@ def register(app: typer.Typer) -> None:
 
 def _not_landed(kind: str) -> Any:
     def command() -> None:
-        raise InvalidInput(f"`evoprune search {kind}` has not landed yet; `evoprune search metric` has")
+        raise InvalidInput(f"`evoprune search {kind}` has not landed yet; `search metric` and `search allocation` have")
 
     return command
 
@@ -91,13 +96,8 @@ def search_metric(
             default="250, or no limit with --minutes",
         ),
     ] = None,
-    minutes: Annotated[
-        float | None,
-        option("--minutes", metavar="X", help="time for the search, at most", panel=BUDGET, default="no limit"),
-    ] = None,
-    seed: Annotated[
-        int | None, option("--seed", metavar="N", help="fixes the text and the search", panel=SEARCH, default=0)
-    ] = None,
+    minutes: Minutes = None,
+    seed: SearchSeed = None,
     population: Annotated[
         int | None, option("--population", metavar="N", help="members over all islands", panel=SEARCH, default=64)
     ] = None,
@@ -139,16 +139,7 @@ def search_metric(
             autocompletion=completion.runs,
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        option(
-            "--data",
-            metavar="TEXT",
-            help="a file, a folder, or a data set: fitness (side B) and report (side C)",
-            panel=TEXT,
-            default="corpus, embedded",
-        ),
-    ] = None,
+    data: SearchText = None,
     calibration: SearchCalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
@@ -161,19 +152,11 @@ def search_metric(
     address: Address = "local",
     insecure_cluster: InsecureCluster = False,
     executor: ExecutorOption = "ray",
-    threads: Annotated[
-        int | None,
-        option("--threads", metavar="N", help="of a worker; part of a run's identity", panel=WORKERS, default=1),
-    ] = None,
+    threads: Threads = None,
     storage: Storage = None,
-    config: Annotated[
-        list[Path] | None,
-        option("--config", metavar="FILE.yaml", help="options from a file; repeatable", panel=CONFIG),
-    ] = None,
+    config: ConfigFiles = None,
     settings: Settings = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved configuration and stop", rich_help_panel=CONFIG)
-    ] = False,
+    dry_run: DryRun = False,
     run_dir: RunDir = None,
     as_json: Json = False,
 ) -> None:
@@ -186,8 +169,93 @@ def search_metric(
         options["trust_remote_code"] = trust_remote_code or None
         resolved = metric_config(options, files=config or (), assignments=settings or ())
         if dry_run:
-            plain = resolved.model_dump(mode="json")
-            output.json(plain) if as_json else output.line(_yaml(plain))
+            _show_config(output, resolved)
+            return
+        from evoprune.search.search_run import Resources
+        from evoprune.sessions import start
+
+        resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
+        _finish(output, start(resolved, resources, run_dir=run_dir, argv=_command_line(storage)))
+
+
+def search_allocation(
+    ctx: typer.Context,
+    model: OptionalModel = None,
+    sparsity: Sparsity = None,
+    metric: Annotated[
+        str | None,
+        option(
+            "--metric",
+            metavar="M",
+            help="the criterion inside: a listed one, an expression, or an exported .json or .py",
+            panel=TARGET,
+            default="wanda",
+            autocompletion=completion.plugins("evoprune.metrics.library"),
+        ),
+    ] = None,
+    granularity: Annotated[
+        Literal["matrix", "block", "kind"] | None,
+        option("--granularity", help="what has a sparsity of its own", panel=TARGET, default="matrix"),
+    ] = None,
+    evaluations: Annotated[
+        int | None,
+        option(
+            "--evaluations",
+            metavar="N",
+            help="candidates with a forward pass, at most",
+            panel=BUDGET,
+            default="500, or no limit with --minutes",
+        ),
+    ] = None,
+    minutes: Minutes = None,
+    seed: SearchSeed = None,
+    population: Annotated[
+        int | None, option("--population", metavar="N", help="children of a generation", panel=SEARCH, default=32)
+    ] = None,
+    seed_from: Annotated[
+        str | None,
+        option(
+            "--seed-from",
+            metavar="FILE|RUN",
+            help="an allocation, or a run that found one, to start from beside the allocators",
+            panel=SEARCH,
+            autocompletion=completion.runs,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        option("--window", metavar="N", help="candidates that may wait for results", panel=SEARCH, default=64),
+    ] = None,
+    data: SearchText = None,
+    calibration: SearchCalibrationText = None,
+    calibration_sequences: CalibrationSequences = None,
+    calibration_window: CalibrationWindow = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = None,
+    address: Address = "local",
+    insecure_cluster: InsecureCluster = False,
+    executor: ExecutorOption = "ray",
+    threads: Threads = None,
+    storage: Storage = None,
+    config: ConfigFiles = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+    run_dir: RunDir = None,
+    as_json: Json = False,
+) -> None:
+    """Evolve how much each matrix loses, and compare it with the published allocators on held-out text."""
+    from evoprune.configuration import ALLOCATION_KEYS, allocation_config
+
+    with Output(as_json) as output:
+        options = {name: value for name, value in ctx.params.items() if name in ALLOCATION_KEYS}
+        options["trust_remote_code"] = trust_remote_code or None
+        resolved = allocation_config(options, files=config or (), assignments=settings or ())
+        if dry_run:
+            _show_config(output, resolved)
             return
         from evoprune.search.search_run import Resources
         from evoprune.sessions import start
@@ -239,15 +307,21 @@ def _command_line(storage: str | None) -> list[str]:
 
 def _finish(output: Output, run: RunDirectory) -> None:
     """Print what a search found: the table to stderr, its folder to stdout."""
-    from evoprune.search.tables import result_view
+    from evoprune.search.kinds import kind_of
     from evoprune.summaries import run_document
 
     result = run.result
     if output.as_json or result is None:
         output.json(run_document(run))
     else:
-        output.tell(*result_view(result, run.path))
+        output.tell(*kind_of(run.kind).result_view(result, run.path))
         output.line(str(run.path))
+
+
+def _show_config(output: Output, config: SearchConfig) -> None:
+    """Print a resolved configuration."""
+    plain = config.model_dump(mode="json")
+    output.json(plain) if output.as_json else output.line(_yaml(plain))
 
 
 def _yaml(values: dict[str, Any]) -> str:

@@ -160,3 +160,32 @@ Settings = Annotated[
     list[str] | None,
     option("--set", metavar="KEY.SUB=VALUE", help="any option by its key; repeatable", panel=CONFIG),
 ]
+
+Minutes = Annotated[
+    float | None,
+    option("--minutes", metavar="X", help="time for the search, at most", panel=BUDGET, default="no limit"),
+]
+SearchSeed = Annotated[
+    int | None, option("--seed", metavar="N", help="fixes the text and the search", panel=SEARCH, default=0)
+]
+SearchText = Annotated[
+    str | None,
+    option(
+        "--data",
+        metavar="TEXT",
+        help="a file, a folder, or a data set: fitness (side B) and report (side C)",
+        panel=TEXT,
+        default="corpus, embedded",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    option("--threads", metavar="N", help="of a worker; part of a run's identity", panel=WORKERS, default=1),
+]
+ConfigFiles = Annotated[
+    list[Path] | None,
+    option("--config", metavar="FILE.yaml", help="options from a file; repeatable", panel=CONFIG),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="print the resolved configuration and stop", rich_help_panel=CONFIG)
+]

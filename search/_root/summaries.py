@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from evoprune.search.kinds import config_of, kind_of
+from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
 
 _FROM_RESULT = ("best", "dense", "front", "evaluations", "distinct")
@@ -35,7 +35,7 @@ def run_document(run: RunDirectory) -> dict[str, Any]:
     if result is not None:
         baselines = [{name: row[name] for name in _BASELINE} for row in result["baselines"]]
         return document | {name: result[name] for name in _FROM_RESULT} | {"baselines": baselines}
-    return document | kind_of(run.kind).progress_of(config_of(run), list(run.history()))
+    return document | kind_of(run.kind).progress_of(run)
 
 
 def run_row(run: RunDirectory) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class Kind(Protocol):
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
         """What a finished run leaves for people to take."""
 
-    def progress_of(self, config: Any, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def progress_of(self, run: RunDirectory) -> dict[str, Any]:
         """``evaluations``, ``distinct`` and ``best`` of a run without a result, as `show --json` has them."""
 
     def words(self, best: Mapping[str, Any]) -> str:

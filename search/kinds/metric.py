@@ -72,7 +72,8 @@ class MetricKind:
         if (folder / "report.html").exists():
             yield folder / "report.html"
 
-    def progress_of(self, config: MetricSearchConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def progress_of(self, run: RunDirectory) -> dict[str, Any]:
+        history = list(run.history())
         return {
             # A birth that was answered without an evaluation names the one that it is like, or None.
             "evaluations": evaluated(history),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from evoprune.search.report.axes import plain_numbers
 from evoprune.search.report.data import Contender, ReportData
 from evoprune.search.report.names import label
 from evoprune.search.report.numbers import compact
+from evoprune.search.site_names import split_site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,12 +95,6 @@ def agreement(data: ReportData) -> Figure | None:
     bar.set_label("agreement (IoU)")
     plain_numbers(bar.ax.yaxis)
     return figure
-
-
-def split_site(name: str) -> tuple[str, int]:
-    """(kind, block) of a site's name: ``model.layers.3.mlp.down_proj`` is ``mlp.down_proj`` of block 3."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (match[2], int(match[1])) if match else (name, 0)
 
 
 def _points(axes: Axes, rows: Sequence[Contender], values: Sequence[tuple[float, float]], least: float) -> None:

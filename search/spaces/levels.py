@@ -30,7 +30,7 @@ class LevelSpace(LadderSpace):
         self.sites = tuple(sites)
         groups: dict[str, list[int]] = {}
         for at, site in enumerate(self.sites):
-            name = {"matrix": site.name, "block": f"block {site.block}", "kind": _kind(site.name)}[granularity]
+            name = {"matrix": site.name, "block": f"block {site.block}", "kind": site.kind}[granularity]
             groups.setdefault(name, []).append(at)
         self._groups = list(groups.values())
         genes = []
@@ -64,10 +64,3 @@ class LevelSpace(LadderSpace):
             raise InvalidInput(f"{len(sparsities)} sparsities for {len(self.sites)} matrices")
         removed = [sparsity * site.weights for sparsity, site in zip(sparsities, self.sites, strict=True)]
         return self.nearest([sum(removed[at] for at in members) for members in self._groups], rng)
-
-
-def _kind(name: str) -> str:
-    """What a matrix is called within its block: ``model.layers.3.mlp.down_proj`` is ``mlp.down_proj``."""
-    parts = name.split(".")
-    numbers = [at for at, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] + 1 :]) if numbers else name

@@ -11,15 +11,22 @@ import pytest
 
 from evoprune.metrics.errors import Interrupted
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.records import Site
 from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.loop import BirthLoop, Budget
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.spaces.ladder import Gene, LadderSpace
-from tests.search.test_ladder import llama, space
+from evoprune.search.spaces.levels import LevelSpace
 
 SENSITIVITY = [random.Random(at).uniform(0.2, 5.0) for at in range(18)]
+SITES = [
+    Site(f"layers.{block}.{kind}", kind, block, 3, rows, columns)
+    for block in range(3)
+    for kind, rows, columns in (
+        ("q", 192, 192), ("k", 64, 192), ("v", 64, 192), ("o", 192, 192), ("up", 512, 192), ("down", 192, 512),
+    )
+]  # fmt: skip
 STAGES = (Stage(2, 4), Stage(4, 2), Stage(8, 1))
 
 
@@ -47,7 +54,7 @@ class Session:
     """A search in a run folder; `window` births may wait, which is no part of what a generation is."""
 
     def __init__(self, folder: Path, *, seed: int = 0, evaluations: int | None = 400, window: int = 64) -> None:
-        self.space = space(llama())
+        self.space = LevelSpace(SITES, 0.6)
         rng = random.Random(7)
         uniform = self.space.nearest([0.6 * gene.removed[-1] for gene in self.space.genes], rng)
         ramp = [(0.45 + 0.1 * gene.block) * gene.removed[-1] for gene in self.space.genes]
@@ -172,8 +179,8 @@ def test_a_stopped_search_goes_on_exactly(undisturbed: Session, tmp_path: Path) 
 
 def test_seeds_that_cannot_be_measured_end_the_search(tmp_path: Path) -> None:
     search = AllocationSearch(
-        LadderSpace([Gene("a", (0, 1, 2)), Gene("b", (0, 1, 2))], 2),
-        {"uniform": (1, 1)},
+        LevelSpace(SITES[:2], 0.5),
+        {"uniform": (128, 128)},
         STAGES,
         windows=8,
         final_windows=8,

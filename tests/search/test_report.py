@@ -24,7 +24,7 @@ from evoprune.metrics.terminals import TERMINALS
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.report import write_report
 from evoprune.search.report.data import Contender, Entry, ReportData
-from evoprune.search.report.figures_result import agreement, split_site
+from evoprune.search.report.figures_result import agreement
 from evoprune.search.report.figures_search import rungs
 from evoprune.search.report.formula import formula_svg, mathtext
 from evoprune.search.report.labels import spread
@@ -36,6 +36,7 @@ from evoprune.search.report.tree import tree_svg
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Resources
 from evoprune.search.session import start_search
+from evoprune.search.site_names import split_site
 from tests.models import save_tiny
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}

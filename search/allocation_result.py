@@ -1,0 +1,148 @@
+"""What an allocation search found: winner and allocators on held-out text, and the files that the winner leaves in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.allocation import Allocation, SiteSparsity
+from evoprune.metrics.allocation_file import read_allocation, write_allocation
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.files import content_hash
+from evoprune.metrics.ranks import LEVELS
+from evoprune.search.allocation_search import AllocationSearch, Member
+from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.result import failure, paired_difference, summary
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.spaces.ladder import Genome
+
+
+class AllocationComparison:
+    """The winner of a search beside the allocators that it started from, all at levels of the same database.
+
+    Args:
+        config: of the run.
+        identity: hash of everything that an evaluation depends on beside its candidate.
+        search: at its end.
+        seeds: what allocators ask for, by name; equal ones are one candidate of the search.
+        model_class: what the allocation is of.
+
+    Raises:
+        InvalidInput: no candidate has a fitness.
+    """
+
+    def __init__(
+        self,
+        config: AllocationSearchConfig,
+        identity: str,
+        search: AllocationSearch,
+        seeds: Mapping[str, Genome],
+        model_class: str,
+    ) -> None:
+        if search.best is None:
+            raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
+        self._config = config
+        self._identity = identity
+        self._search = search
+        self._best: Member = search.best
+        self._seeds = seeds
+        self._model_class = model_class
+        self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
+        self._entrants: dict[str, Genome | None] = {"dense": None, "winner": self._best.genome, **seeds}
+
+    def jobs(self) -> list[Job]:
+        """Every entrant on held-out text."""
+        jobs = []
+        for genome in self._entrants.values():
+            levels = None if genome is None else self._search.space.levels(genome)
+            payload = {**self._search.payload, "levels": levels}
+            key = content_hash([self._identity, "heldout", payload["criterion"], levels])
+            jobs.append(Job(key, "heldout", payload))
+        return jobs
+
+    def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """The content of ``result.json``, from the outcomes of `jobs`.
+
+        Raises:
+            EvopruneError: the dense model or the winner could not be measured.
+        """
+        losses = {}
+        for name, outcome in zip(self._entrants, outcomes, strict=True):
+            if outcome.status == "ok":
+                losses[name] = outcome.values
+            elif name in ("dense", "winner"):
+                raise failure(outcome)
+        config, search, best = self._config, self._search, self._best
+        return {
+            "run": run_id,
+            "kind": "allocation",
+            "model": config.model.name,
+            "target": f"{config.target.sparsity:g}",
+            "metric": config.target.metric,
+            "granularity": config.target.granularity,
+            "objective": config.objective,
+            "seed": config.seed,
+            "evaluations": evaluations,
+            "births": search.births,
+            "distinct": search.distinct,
+            "generations": search.last_generation,
+            "reasons": dict(sorted(search.reasons.items())),
+            "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
+            "final_tokens": config.searcher.windows * config.data.window,
+            "window": config.data.window,
+            "data": config.data.source,
+            "prunable": sum(site.weights for site in search.space.sites),
+            "dense": {"heldout": summary(losses["dense"])},
+            "baselines": [
+                {
+                    "name": name,
+                    "fitness": self._fitness.get(genome),
+                    "allocation": self._sparsities(genome),
+                    "heldout": summary(losses[name]),
+                    "winner_minus_this": paired_difference(losses["winner"], losses[name]),
+                }
+                for name, genome in self._seeds.items()
+                if name in losses
+            ],
+            "best": {
+                "birth": best.birth,
+                "generation": best.generation,
+                "origin": best.origin,
+                "fitness": best.kl,
+                "stderr": best.stderr,
+                "allocation": self._sparsities(best.genome),
+                "removed": search.space.removed(best.genome),
+                "heldout": summary(losses["winner"]),
+            },
+            "front": [],
+        }
+
+    def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
+        """Write the winner as ``allocation.json`` and as EvoPress's text, and read the first back.
+
+        Raises:
+            EvopruneError: it does not give the winner back.
+        """
+        folder = run.path / "export"
+        folder.mkdir(exist_ok=True)
+        sparsities = result["best"]["allocation"]
+        allocation = Allocation(
+            self._model_class,
+            self._config.target.sparsity,
+            tuple(
+                SiteSparsity(site.name, (site.out_features, site.in_features), sparsities[site.name])
+                for site in self._search.space.sites
+            ),
+            "evolution",
+            {"run": result["run"], "metric": result["metric"], "seed": result["seed"]},
+        )
+        allocation.check_budget()
+        for ending in ("json", "txt"):
+            write_allocation(allocation, folder / f"allocation.{ending}")
+        if read_allocation(folder / "allocation.json") != allocation:
+            raise EvopruneError(f"{folder / 'allocation.json'} does not give the winner back")
+
+    def _sparsities(self, genome: Genome) -> dict[str, float]:
+        space = self._search.space
+        return {site.name: level / LEVELS for site, level in zip(space.sites, space.levels(genome), strict=True)}

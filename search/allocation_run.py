@@ -1,0 +1,162 @@
+"""An allocation search from configuration to result."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from evoprune.fitness.prepare import Summary
+from evoprune.metrics.allocation import Allocation
+from evoprune.metrics.allocation_file import read_allocation, to_json
+from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.exported import load_metric
+from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.records import Site
+from evoprune.search.allocation_result import AllocationComparison
+from evoprune.search.allocation_search import AllocationSearch, Stage
+from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.engine.executor import Job
+from evoprune.search.kinds.allocation import KIND
+from evoprune.search.result import failure
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Ask, Plan, SearchRun
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import LevelSpace
+
+GIVEN = "given"
+"""Name of the seed that ``seed_from`` brings."""
+
+
+class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
+    """One session of an allocation search."""
+
+    kind = KIND
+    worker_factory = "evoprune.fitness.allocation_worker:build"
+    pure_jobs = ("allocate", "levels", "heldout")
+
+    def seeds_identity(self) -> dict[str, Any]:
+        given = given_allocation(self.config)
+        return {"allocators": list(self.config.seeds), "given": None if given is None else to_json(given)}
+
+    def prepare_payload(self) -> dict[str, Any]:
+        return {"criterion": self._criterion()}
+
+    @property
+    def counted_by_loop(self) -> bool:
+        return False
+
+    def plan(self) -> Plan:
+        searcher, window = self.config.searcher, self.config.data.window
+        per_generation, entrants = 0, searcher.offspring
+        for stage in searcher.stages:
+            per_generation += entrants * stage.windows * window
+            entrants = stage.survivors
+        return Plan(
+            [stage.windows * window for stage in searcher.stages],
+            "stage",
+            per_generation / searcher.offspring,
+            searcher.offspring,
+            lambda workers: (
+                f"{searcher.offspring} offspring: some will wait; --population {2 * workers} keeps them busy (it is "
+                "part of the run's identity)"
+            ),
+        )
+
+    def build_search(self, prepared: Summary, ask: Ask) -> AllocationSearch:
+        config = self.config
+        sites = [Site(**site) for site in prepared.facts["sites"]]
+        space = LevelSpace(sites, config.target.sparsity, config.target.granularity)
+        self._run.add_identity(genes=[gene.name for gene in space.genes])
+        database = self.prepared_values["database"]
+        self._named = self._seeds(space, prepared, ask)
+        distinct: dict[Genome, str] = {}
+        for name, genome in self._named.items():
+            distinct.setdefault(genome, name)
+        payload = {"prepared": prepared.name, "criterion": self._criterion(), "database": database}
+        return AllocationSearch(
+            space,
+            {name: genome for genome, name in distinct.items()},
+            [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
+            windows=config.searcher.windows,
+            final_windows=config.searcher.windows,
+            offspring=config.searcher.offspring,
+            seed=config.seed,
+            evaluations=config.evaluations,
+            identity=content_hash([self.identity, payload["criterion"]]),
+            payload=payload,
+        )
+
+    def comparison(self, prepared: Summary, search: AllocationSearch, ask: Ask) -> AllocationComparison:
+        return AllocationComparison(self.config, self.identity, search, self._named, self._run.identity["model_class"])
+
+    def _seeds(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
+        """Genomes to start from, by name: what the allocators ask for, and what is given.
+
+        Raises:
+            InvalidInput: what is given is of another model.
+        """
+        config = self.config
+        self.phase("asking the allocators")
+        jobs = []
+        for name in config.seeds:
+            asked = {"criterion": self._criterion(), "allocator": name, "target": config.target.sparsity}
+            key = content_hash([self.identity, "allocate", asked])
+            jobs.append(Job(key, "allocate", {"prepared": prepared.name, **asked}))
+        seeds: dict[str, Genome] = {}
+        for name, outcome in zip(config.seeds, ask(jobs, limited=False), strict=True):
+            if outcome.status == "ok":
+                seeds[name] = self._genome(space, name, outcome.values["sparsities"])
+            elif name == "uniform":
+                raise failure(outcome)
+            else:
+                reason = (outcome.error or outcome.status).strip().splitlines()[-1]
+                self.progress.line(f"warning: no seed by {name}: {reason}")
+        if (given := given_allocation(config)) is not None:
+            sparsities = given.by_name()
+            unknown = [site.name for site in space.sites if site.name not in sparsities]
+            if unknown or len(sparsities) != len(space.sites):
+                raise InvalidInput(
+                    f"{config.seed_from} is an allocation of another model, {given.model}: "
+                    + (f"it gives {unknown[0]} no sparsity" if unknown else "it has more matrices")
+                )
+            seeds[GIVEN] = self._genome(space, GIVEN, [sparsities[site.name] for site in space.sites])
+        return seeds
+
+    def _genome(self, space: LevelSpace, name: str, sparsities: list[float]) -> Genome:
+        return space.near(sparsities, random.Random(derived_seed(self.config.seed, f"seed-{name}", 0)))
+
+    def _criterion(self) -> dict[str, Any]:
+        return criterion_json(self.config.target.metric, load_metric(self.config.target.metric))
+
+
+def criterion_json(given: str, criterion: Criterion) -> dict[str, Any]:
+    """A criterion as jobs spell it.
+
+    Args:
+        given: its name, or its text.
+    """
+    if given in CRITERIA or not isinstance(criterion, Metric):
+        return {"name": given}
+    return {"expression": criterion.expression.to_json()}
+
+
+def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
+    """What ``seed_from`` names: a file, or the winner of another run.
+
+    Raises:
+        InvalidInput: neither, or the run is not finished.
+    """
+    source = config.seed_from
+    if source is None:
+        return None
+    path = Path(source)
+    if path.suffix == ".json" and not path.is_dir():
+        return read_allocation(path)
+    run = RunDirectory.open(source)
+    if run.kind != KIND.name:
+        raise InvalidInput(f"run {source} searched a {run.kind}: an allocation is needed to start from")
+    if run.result is None:
+        raise InvalidInput(f"run {source} is not finished: resume it first")
+    return read_allocation(run.path / "export" / "allocation.json")

@@ -1,0 +1,136 @@
+"""Allocation searches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.search.engine.trial_record import Range
+from evoprune.search.kinds import Kind
+from evoprune.search.trials_allocation import DESCRIPTORS, AllocationTrials
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from evoprune.search.allocation_search import AllocationSearch
+    from evoprune.search.config_allocation import AllocationSearchConfig
+    from evoprune.search.rundir import RunDirectory
+    from evoprune.search.search_run import SearchRun
+
+LEVELS = 256
+"""Of a row; the same number as in `evoprune.metrics.ranks`, which needs torch."""
+
+
+class AllocationKind:
+    """How much each matrix loses."""
+
+    name = "allocation"
+    winner = "allocation"
+    endings: tuple[str, ...] = (".json", ".txt")
+    descriptors: Mapping[str, Range] = DESCRIPTORS
+
+    def session(self) -> type[SearchRun[Any, Any]]:
+        from evoprune.search.allocation_run import AllocationRun
+
+        return AllocationRun
+
+    def trials(self, config: AllocationSearchConfig) -> AllocationTrials:
+        return AllocationTrials(len(config.searcher.stages))
+
+    def counters(self, search: AllocationSearch, evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
+        return {"generation": search.generation, "by stage": " → ".join(map(str, steps))}
+
+    def searching_note(
+        self, config: AllocationSearchConfig, search: AllocationSearch, evaluations: int, steps: Sequence[int]
+    ) -> str:
+        from evoprune.search.board_note import searching_allocation_note
+
+        return searching_allocation_note(config, search, evaluations, steps)
+
+    def finished_note(self, result: Mapping[str, Any], artifacts: Sequence[str]) -> str:
+        from evoprune.search.board_note import finished_allocation_note
+
+        return finished_allocation_note(result, artifacts)
+
+    def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
+        yield from sorted((folder / "export").glob("allocation.*"))
+        yield from sorted((folder / "plots").glob("*.svg"))
+        if (folder / "report.html").exists():
+            yield folder / "report.html"
+
+    def progress_of(self, run: RunDirectory) -> dict[str, Any]:
+        history = list(run.history())
+        evaluations = sum(line["counted"] for line in history)
+        best = _best(history, run.identity.get("genes", []))
+        return {"evaluations": evaluations, "distinct": evaluations, "best": best}
+
+    def words(self, best: Mapping[str, Any]) -> str:
+        sparsities = best["allocation"].values()
+        return f"generation {best['generation']}, matrices from {min(sparsities):.0%} to {max(sparsities):.0%}"
+
+    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+        from evoprune.search.tables_allocation import result_view
+
+        return result_view(result, run)
+
+    def unfinished_facts(
+        self, config: AllocationSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    ) -> dict[str, RenderableType]:
+        trials, counts = self.trials(config), [0] * len(config.searcher.stages)
+        for line in history:
+            for stage in trials.reached(line):
+                counts[stage] += 1
+        return {"by stage": " → ".join(map(str, counts))} if history else {}
+
+    def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
+        if file.suffix != ".json":
+            return
+        from evoprune.metrics.allocation_file import read_allocation
+
+        if read_allocation(file).by_name() != result["best"]["allocation"]:
+            raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
+
+    def write_report(self, run: RunDirectory) -> Path:
+        from evoprune.search.report.allocation_page import write_page
+
+        return write_page(run)
+
+    def check_names(self, config: AllocationSearchConfig) -> None:
+        from evoprune.fitness.allocators import ALLOCATORS
+        from evoprune.metrics.exported import load_metric
+        from evoprune.search.allocation_run import given_allocation
+
+        for name in config.searcher.seeds or ():
+            _ = ALLOCATORS[name]
+        load_metric(config.target.metric)
+        given_allocation(config)
+
+
+def _best(history: Sequence[Mapping[str, Any]], genes: Sequence[str]) -> dict[str, Any] | None:
+    """The winner of the last generation that came to its last stage, or the best seed.
+
+    Args:
+        genes: what has a level of its own, by name.
+    """
+    last = max((line["stage"] for line in history if isinstance(line["stage"], int)), default=None)
+    measured = [line for line in history if line["kl"] is not None and line["stage"] in ("seeds", last)]
+    if not measured:
+        return None
+    newest = max(line["generation"] for line in measured)
+    best = min(
+        (line for line in measured if line["generation"] == newest), key=lambda line: (line["kl"], line["birth"])
+    )
+    return {
+        "birth": best["birth"],
+        "generation": best["generation"],
+        "allocation": {name: level / LEVELS for name, level in zip(genes, best["genome"], strict=True)},
+        "fitness": best["kl"],
+        "stderr": best["stderr"],
+        "origin": best["origin"],
+        "heldout": None,
+    }
+
+
+KIND: Kind = AllocationKind()

@@ -1,0 +1,86 @@
+"""Candidates of an allocation search as trials of the board."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from evoprune.search.engine.trial_record import Range, TrialRecord
+from evoprune.search.trials import Trials
+
+# What the dashboard may correlate with the fitness; levels are in steps of 1/256.
+DESCRIPTORS: dict[str, Range] = {
+    "generation": (0, 1_000_000),
+    "lowest level": (0, 255),
+    "highest level": (0, 255),
+    "spread of levels": (0.0, 128.0),
+}
+
+
+@dataclass
+class _Candidate:
+    """What is known of one child of the present generation."""
+
+    line: Mapping[str, Any]
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
+    values: dict[int, float] = field(default_factory=dict)
+
+
+class AllocationTrials(Trials):
+    """One trial for each candidate: a seed at once, a child once its generation is over."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self._children: dict[tuple[int, ...], _Candidate] = {}
+        self._generation = 0
+
+    def take(self, line: Mapping[str, Any], telemetry: Mapping[str, Any] | None = None) -> Sequence[TrialRecord]:
+        records: list[TrialRecord] = []
+        if line["generation"] != self._generation or line["stage"] == "final":
+            records += [self._record(child) for child in self._children.values()]
+            self._children.clear()
+            self._generation = line["generation"]
+        genome = tuple(line["genome"])
+        if line["stage"] == "seeds":
+            seed = _Candidate(line, telemetry or {})
+            if line["kl"] is not None:
+                seed.values[self.steps - 1] = line["kl"]
+            records.append(self._record(seed))
+        elif line["counted"]:
+            self._children[genome] = _Candidate(line, telemetry or {})
+        if genome in self._children and line["kl"] is not None and line["stage"] != "final":
+            self._children[genome].values[line["stage"]] = line["kl"]
+        return records
+
+    def reached(self, line: Mapping[str, Any]) -> Iterable[int]:
+        return (line["stage"],) if isinstance(line["stage"], int) and line["origin"] != "parent" else ()
+
+    def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        return (values["kl"], values["stderr"]) if values.get("kl") is not None else ()
+
+    def _record(self, candidate: _Candidate) -> TrialRecord:
+        line, values = candidate.line, candidate.values
+        finished = self.steps - 1 in values
+        return TrialRecord(
+            state="complete" if finished else "pruned" if values else "fail",
+            value=values[self.steps - 1] if finished else None,
+            rungs=values,
+            attributes={
+                "birth": line["birth"],
+                "levels": line["genome"],
+                "operator": line["origin"],
+                "parents": line["parents"],
+                "generation": line["generation"],
+                "reason": line["reason"],
+            },
+            descriptors={
+                "generation": line["generation"],
+                "lowest level": min(line["genome"]),
+                "highest level": max(line["genome"]),
+                "spread of levels": statistics.pstdev(line["genome"]),
+            },
+            started=candidate.telemetry.get("started"),
+            finished=candidate.telemetry.get("finished"),
+        )
