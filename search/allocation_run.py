@@ -67,7 +67,8 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
     def build_search(self, prepared: Summary, ask: Ask) -> AllocationSearch:
         config = self.config
         sites = [Site(**site) for site in prepared.facts["sites"]]
-        space = LevelSpace(sites, config.target.sparsity, config.target.granularity)
+        target = config.target
+        space = LevelSpace(sites, target.sparsity, target.granularity, target.drop, only=target.drop_only)
         self._run.add_identity(genes=[gene.name for gene in space.genes])
         database = self.prepared_values["database"]
         self._named = self._seeds(space, prepared, ask)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
-from evoprune.metrics.ranks import LEVELS
+from evoprune.metrics.ranks import GONE
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.loop import Birth
 from evoprune.search.spaces.ladder import Genome
@@ -340,5 +340,5 @@ class AllocationSearch:
 
 def span_text(levels: Sequence[int], generation: int) -> str:
     """Such as ``generation 7, matrices from 0 % to 98 %``."""
-    low, high = (100 * level / LEVELS for level in (min(levels), max(levels)))
+    low, high = (100 * level / GONE for level in (min(levels), max(levels)))
     return f"generation {generation}, matrices from {low:.0f} % to {high:.0f} %"

@@ -47,6 +47,8 @@ ALLOCATION_KEYS = {
     "population": "searcher.offspring",
     "metric": "target.metric",
     "granularity": "target.granularity",
+    "drop": "target.drop",
+    "drop_only": "target.drop_only",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
