@@ -70,11 +70,13 @@ def verdict(label: str, sparsity: float, results: list[dict[str, Any]]) -> list[
             f"{worst[1]} ({worst[0]:+.1f} standard errors)"
         )
     for name in (row["name"] for row in results[0]["baselines"]):
-        gaps = [
+        found = [
             row["winner_minus_this"]["loss"] for result in results for row in result["baselines"] if row["name"] == name
         ]
-        spread = f" (from {min(gaps):+.4f} to {max(gaps):+.4f})"
-        lines.append(f"{head}, mean over {len(gaps)} seeds, winner minus {name}: {statistics.mean(gaps):+.4f}{spread}")
+        spread = f" (from {min(found):+.4f} to {max(found):+.4f})"
+        lines.append(
+            f"{head}, mean over {len(found)} seeds, winner minus {name}: {statistics.mean(found):+.4f}{spread}"
+        )
     return lines
 
 
@@ -87,7 +89,8 @@ def main() -> None:
     plans = [("wanda", "wanda", sparsity) for sparsity in SPARSITIES]
     if options.metric is not None:
         plans.append((options.metric, "evolved", 0.6))
-    record, lines = {}, []
+    record: dict[str, Any] = {}
+    lines: list[str] = []
     for metric, label, sparsity in plans:
         results = [search(metric, label, sparsity, seed, options.evaluations) for seed in SEEDS]
         record[f"{label} {sparsity}"] = results
