@@ -16,6 +16,7 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
 from evoprune.search.allocation_search import AllocationSearch, Stage
+from evoprune.search.breeders import breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import KIND
@@ -79,6 +80,7 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
         return AllocationSearch(
             space,
             {name: genome for genome, name in distinct.items()},
+            breeder_of(config.searcher.name).make(space, config.seed),
             [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
             windows=config.searcher.windows,
             final_windows=config.searcher.windows,

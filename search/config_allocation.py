@@ -54,7 +54,7 @@ class StageConfig(Section):
 class GenerationsConfig(Section):
     """How a generation is bred and selected."""
 
-    name: Literal["evolution"] = "evolution"
+    name: str = Field("evolution", description="who breeds: a name from `evoprune list searchers`")
     offspring: int = Field(32, ge=2, description="children of a generation")
     stages: tuple[StageConfig, ...] = Field(
         (

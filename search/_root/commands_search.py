@@ -221,6 +221,17 @@ def search_allocation(
     population: Annotated[
         int | None, option("--population", metavar="N", help="children of a generation", panel=SEARCH, default=32)
     ] = None,
+    searcher: Annotated[
+        str | None,
+        option(
+            "--searcher",
+            metavar="NAME",
+            help="who breeds them: a name from `evoprune list searchers`",
+            panel=SEARCH,
+            default="evolution",
+            autocompletion=completion.plugins("evoprune.search.breeders"),
+        ),
+    ] = None,
     seed_from: Annotated[
         str | None,
         option(

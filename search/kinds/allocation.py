@@ -101,7 +101,9 @@ class AllocationKind:
         from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.metrics.exported import load_metric
         from evoprune.search.allocation_run import given_allocation
+        from evoprune.search.breeders import breeder_of
 
+        breeder_of(config.searcher.name)
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)

@@ -102,12 +102,17 @@ class LevelSpace(LadderSpace):
         return None if settled == genome else settled
 
 
+def part_of(site: Site) -> str:
+    """The part of a block that a matrix belongs to: ``attention`` or ``mlp``."""
+    return "attention" if "attn" in site.kind or "attention" in site.kind else "mlp"
+
+
 def _grouped(sites: Sequence[Site], by: Granularity | Droppable) -> dict[str, list[int]]:
     """Places of matrices by the name of what they belong to."""
     groups: dict[str, list[int]] = {}
     for at, site in enumerate(sites):
-        part = "attention" if "attn" in site.kind or "attention" in site.kind else "mlp"
         block = f"block {site.block}"
-        name = {"matrix": site.name, "kind": site.kind, "block": block, "blocks": block, "parts": f"{block} {part}"}[by]
+        part = f"{block} {part_of(site)}"
+        name = {"matrix": site.name, "kind": site.kind, "block": block, "blocks": block, "parts": part}[by]
         groups.setdefault(name, []).append(at)
     return groups
