@@ -1,14 +1,14 @@
 """found by evoprune on reference at 0.6
 
-score = |W|·(286.872·‖G‖₂^0.67 + ‖X‖₂^0.62)   (compared within each row, lowest removed first)
+score = |W|·(‖G‖₂^0.0466667 + 9.09091·‖X‖₂^-0.02)·‖G‖₂^0.62   (compared within each row, lowest removed first)
 Use: keep = mask(layer.weight, X_l2=X_l2, G_l2=G_l2). Run this file to test it.
 model: reference
-fitness: kl 0.21814 on 49152 tokens
+fitness: kl 0.21832 on 49152 tokens
 seed: 0
-run: 20261125-232815-metric-7395
-heldout_perplexity: {'winner': 34.0052, 'dense': 29.3843, 'wanda': 34.941, 'power': 33.9883}
-source: evoprune run 20261125-232815-metric-7395
-metric-json sha256: f482dbb4cedb1fc7be7870e5e3d7ea6a851a64279251cbdd6f7c4d7b762e2c0d
+run: 20261126-011702-metric-f5ca
+heldout_perplexity: {'winner': 33.9623, 'dense': 29.3843, 'wanda': 34.941, 'power': 33.9883}
+source: evoprune run 20261126-011702-metric-f5ca
+metric-json sha256: b1a90fd41d39bfb8f208cea1345cb6b878b1a263a845679d18993575dbb1b09e
 """
 
 import hashlib
@@ -18,11 +18,13 @@ import sys
 import torch
 from torch import Tensor
 
-FORMULA = "mul(abs(W),add(mul(286.871600101,powc(G_l2,0.67)),powc(X_l2,0.62)))"
+FORMULA = (
+    "mul(abs(W),mul(add(powc(G_l2,0.0466666666667),mul(9.09090909091,powc(X_l2,-0.02))),powc(G_l2,0.62)))"
+)
 REQUIRES = ("X_l2", "G_l2")
 GROUP = "row"
 FORMAT = "symbolic-metric/1"
-SEAL = "4e51337ca437a5ba0638c5a6fedf2dc5f5aabb8666955688cc65e14cc18efd1e"
+SEAL = "bb708e558cb070d9c328dc2fdf89d05371f3ce0780aaa8f5ebbe2f3f2dba61f9"
 BOUND = 1e30
 TINY = 1e-30
 
@@ -57,15 +59,17 @@ def score(W, *, X_l2, G_l2):
     """
     W = W.float().clamp(-BOUND, BOUND)
     abs_W = absolute(W)
-    c1 = torch.full((1, 1), 286.871600101, dtype=torch.float32, device=W.device)
     G_l2 = G_l2.float().clamp(-BOUND, BOUND)
-    powc_G_l2 = powc(G_l2, 0.67)
-    mul_6 = mul(c1, powc_G_l2)
+    powc_G_l2 = powc(G_l2, 0.0466666666667)
+    c1 = torch.full((1, 1), 9.09090909091, dtype=torch.float32, device=W.device)
     X_l2 = X_l2.float().reshape(1, -1).clamp(-BOUND, BOUND)
-    powc_X_l2 = powc(X_l2, 0.62)
-    add_9 = add(mul_6, powc_X_l2)
-    mul_10 = mul(abs_W, add_9)
-    return mul_10.expand(W.shape)
+    powc_X_l2 = powc(X_l2, -0.02)
+    mul_8 = mul(c1, powc_X_l2)
+    add_9 = add(powc_G_l2, mul_8)
+    powc_10 = powc(G_l2, 0.62)
+    mul_11 = mul(add_9, powc_10)
+    mul_12 = mul(abs_W, mul_11)
+    return mul_12.expand(W.shape)
 
 
 def removed_count(sparsity: float, total: int) -> int:
@@ -118,14 +122,14 @@ def _selftest(source=None):
         "G_l2": draw(3, 8, 32),
     }
     expected = [
-        5.279674530029297,
-        27.140308380126953,
-        27.741268157958984,
-        55.277732849121094,
-        61.740928649902344,
-        96.50653076171875,
-        95.33589172363281,
-        128.06658935546875,
+        0.20367176830768585,
+        1.0720171928405762,
+        1.0013571977615356,
+        2.108096122741699,
+        2.327014923095703,
+        3.626020669937134,
+        3.5286097526550293,
+        4.563614368438721,
     ]
     found = score(W, **stats).flatten()[::31][:8].tolist()
     slack = 1e-6 * max(map(abs, expected))
@@ -133,7 +137,7 @@ def _selftest(source=None):
     faults = []
     if not all(math.isclose(x, y, rel_tol=1e-5, abs_tol=slack) for x, y in zip(found, expected, strict=True)):
         faults.append("the scores are not those of the export")
-    if hashlib.sha256(bytes(kept)).hexdigest() != "09c7d29f79dee454a94e43119033051490cd88c8b44e00ac317d7df8f8624d02":
+    if hashlib.sha256(bytes(kept)).hexdigest() != "83582863e48d1c25d38a40c5dd4f094b9fe3988b996d092c522f2ea00fa5e8b3":
         faults.append("the mask is not that of the export")
     if source is not None and hashlib.sha256(source.replace(SEAL, "").encode()).hexdigest() != SEAL:
         faults.append("the file was edited after its export")
