@@ -43,6 +43,11 @@ class LevelSpace(LadderSpace):
             genes.append(Gene(name, removed, min(site.block for site in matrices)))
         super().__init__(genes, removed_count(sparsity, sum(site.weights for site in self.sites)))
 
+    @property
+    def matrices(self) -> list[list[str]]:
+        """Names of the matrices of each gene."""
+        return [[self.sites[at].name for at in members] for members in self._groups]
+
     def levels(self, genome: Genome) -> list[int]:
         """The level of every matrix, in model order."""
         found = [0] * len(self.sites)
