@@ -79,6 +79,9 @@ class SyntheticSearch:
             self._best = min(self._best, loss)
         return {"birth": birth.number, **birth.record, "status": outcome.status, "loss": loss}
 
+    def conclude(self) -> bool:
+        return False
+
     def state(self) -> dict[str, Any]:
         return {"load": asdict(self._load), "births": self._births, "best": self._best}
 

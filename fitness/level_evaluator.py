@@ -65,7 +65,7 @@ class LevelEvaluator:
         """Losses of the model at `levels`; those blocks run that come after the first difference to the adopted parent.
 
         Args:
-            levels: 0 to 255 by site name; a site left out is dense.
+            levels: 0 to 256 by site name; a site left out is dense, one at 256 is gone, its bias too.
             first, last: the windows, `last` excluded. Those that `adopt` has seen in the same batches of `BATCH`,
                 counted from `first`, are quicker.
 

@@ -27,7 +27,7 @@ from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json, content_hash
 from evoprune.metrics.interpreter import free_inputs
-from evoprune.metrics.ranks import LEVELS, rank_bytes
+from evoprune.metrics.ranks import GONE, rank_bytes
 from evoprune.metrics.records import Site
 
 FORMAT = "evoprune-levels/1"
@@ -184,14 +184,14 @@ class ResidentLevels:
         """The level of every site in model order: those that `levels` leaves out are dense, at level 0.
 
         Raises:
-            InvalidInput: a level outside 0 to 255, or a site that the model does not have.
+            InvalidInput: a level outside 0 to 256, or a site that the model does not have.
         """
         for name, level in levels.items():
             if name not in self._bound:
                 raise InvalidInput(f"no site {name[:80]!r} in this model; the first is {next(iter(self._bound))!r}")
-            if type(level) is not int or not 0 <= level < LEVELS:
+            if type(level) is not int or not 0 <= level <= GONE:
                 raise InvalidInput(
-                    f"level {level!r} of {name} is no whole number from 0 to {LEVELS - 1}: give 256 times a sparsity"
+                    f"level {level!r} of {name} is no whole number from 0 to {GONE}: give 256 times a sparsity"
                 )
         return {name: levels.get(name, 0) for name in self._bound}
 
@@ -205,13 +205,17 @@ class ResidentLevels:
         changed = {name: level for name, level in self.complete(levels).items() if level != self._levels[name]}
         with safe_open(self._database.ranks, framework="pt") as ranks:
             for name, level in changed.items():
+                bound, before = self._bound[name], self._levels[name]
                 # An interrupted write leaves a matrix that is at no level.
                 self._levels[name] = None
-                if level:
-                    target = self._bound[name].weight()
-                    self._weights.write(self._bound[name], ranks.get_tensor(name).to(target.device) >= level)
+                if level == GONE:
+                    self._weights.empty(bound)
+                elif level:
+                    self._weights.write(bound, ranks.get_tensor(name).to(bound.weight().device) >= level)
                 else:
-                    self._weights.write_dense(self._bound[name])
+                    self._weights.write_dense(bound)
+                if level != GONE and before in (GONE, None):
+                    self._weights.write_bias(bound)
                 self._levels[name] = level
         return len(changed)
 

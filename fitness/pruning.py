@@ -136,6 +136,8 @@ def prune_model(
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
         result = compress(compressor, weight.float(), keep, given)
         weight.copy_(result.weight)
+        if not keep.any() and (bias := bound.bias()) is not None:
+            bias.zero_()
         removed = site.weights - int(result.mask.sum())
         layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
         progress(len(layers), len(language_model.sites))
@@ -166,6 +168,9 @@ def _masks(
         return
     own = {} if allocation is None else allocation.by_name()
     for bound in language_model.sites:
+        if own.get(bound.site.name) == 1:
+            yield bound, torch.zeros_like(bound.weight(), dtype=torch.bool)
+            continue
         of_site = MaskRule(own[bound.site.name]) if own else rule
         # Scores are those of the budget whatever a matrix loses: a search over levels ranks every weight once.
         yield bound, mask(site_scores(bound, criterion, rule, statistics), of_site)

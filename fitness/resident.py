@@ -24,6 +24,9 @@ class ResidentWeights:
     def __init__(self, language_model: LanguageModel, dense: Path) -> None:
         self.language_model = language_model
         self._dense = dense
+        self._biases = {
+            bound.site.name: bias.clone() for bound in language_model.sites if (bias := bound.bias()) is not None
+        }
         self._checksum = self._resident_checksum()
 
     def dense(self, name: str) -> Tensor:
@@ -50,6 +53,19 @@ class ResidentWeights:
         """Overwrite the weight of a site by its dense weight."""
         bound.weight().copy_(self.dense(bound.site.name))
 
+    @torch.no_grad()
+    def empty(self, bound: SiteModule) -> None:
+        """Take away the weight and the bias of a site."""
+        bound.weight().zero_()
+        if (bias := bound.bias()) is not None:
+            bias.zero_()
+
+    @torch.no_grad()
+    def write_bias(self, bound: SiteModule) -> None:
+        """Bring the bias of a site back, if it has one."""
+        if (bias := bound.bias()) is not None:
+            bias.copy_(self._biases[bound.site.name])
+
     def restore(self) -> None:
         """Write the dense weights back.
 
@@ -58,13 +74,16 @@ class ResidentWeights:
         """
         for bound in self.language_model.sites:
             self.write_dense(bound)
+            self.write_bias(bound)
         if self._resident_checksum() != self._checksum:
             raise AuditFailed("the restored model differs from the loaded one: memory or the dense weight file changed")
 
     def _resident_checksum(self) -> tuple[float, ...]:
-        """Two float64 sums per site, equal for equal weights."""
+        """Two float64 sums per weight and bias, equal for equal ones."""
         sums: list[float] = []
         for bound in self.language_model.sites:
-            wide = bound.weight().double()
-            sums += [wide.sum().item(), wide.square().sum().item()]
+            for tensor in (bound.weight(), bound.bias()):
+                if tensor is not None:
+                    wide = tensor.double()
+                    sums += [wide.sum().item(), wide.square().sum().item()]
         return tuple(sums)

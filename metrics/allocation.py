@@ -28,10 +28,11 @@ class SiteSparsity:
     Attributes:
         name: module path in memory.
         shape: (out, in).
-        sparsity: fraction removed, in [0, 1): a row loses floor(sparsity * in) weights.
+        sparsity: fraction removed, in [0, 1]: a row loses floor(sparsity * in) weights. At 1 the bias goes too, and
+            with all matrices of an attention or an MLP that part of the block is gone.
 
     Raises:
-        InvalidInput: the sparsity is outside [0, 1).
+        InvalidInput: the sparsity is outside [0, 1].
     """
 
     name: str
@@ -39,9 +40,9 @@ class SiteSparsity:
     sparsity: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:  # a NaN is refused too
+        if not 0 <= self.sparsity <= 1:  # a NaN is refused too
             raise InvalidInput(
-                f"sparsity {self.sparsity} of {self.name} is outside [0, 1): give the fraction of its weights to remove"
+                f"sparsity {self.sparsity} of {self.name} is outside [0, 1]: give the fraction of its weights to remove"
             )
 
     @property

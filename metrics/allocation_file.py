@@ -218,12 +218,16 @@ def _site(row: Any, index: int) -> SiteSparsity:
             f"entry {index + 1} of 'sites' is no matrix with a name, a shape of two sizes and a sparsity"
         )
     name = row["name"]
-    return SiteSparsity(name, (shape[0], shape[1]), _fraction(row.get("sparsity"), f"the sparsity of {name[:120]}"))
+    return SiteSparsity(
+        name, (shape[0], shape[1]), _fraction(row.get("sparsity"), f"the sparsity of {name[:120]}", whole=True)
+    )
 
 
-def _fraction(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise InvalidInput(f"{what} is {str(value)[:40]}, outside [0, 1): give the fraction of weights to remove")
+def _fraction(value: Any, what: str, *, whole: bool = False) -> float:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not (0 <= value < 1 or (whole and value == 1)):
+        span = "[0, 1]" if whole else "[0, 1)"
+        raise InvalidInput(f"{what} is {str(value)[:40]}, outside {span}: give the fraction of weights to remove")
     return float(value)
 
 

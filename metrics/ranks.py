@@ -18,6 +18,9 @@ from evoprune.metrics.mask import check_finite
 LEVELS = 256
 """Levels are 0 to LEVELS - 1, in steps of 1 / LEVELS of a row."""
 
+GONE = LEVELS
+"""The level of a matrix of which nothing is left, its bias neither."""
+
 # Weights sorted at a time: what is needed beside the matrix stays small, and in a processor's cache.
 _WEIGHTS_AT_ONCE = 1 << 18
 

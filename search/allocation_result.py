@@ -84,6 +84,8 @@ class AllocationComparison:
             "target": f"{config.target.sparsity:g}",
             "metric": config.target.metric,
             "granularity": config.target.granularity,
+            "drop": config.target.drop,
+            "drop_only": config.target.drop_only,
             "objective": config.objective,
             "seed": config.seed,
             "evaluations": evaluations,

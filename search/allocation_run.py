@@ -16,6 +16,7 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
 from evoprune.search.allocation_search import AllocationSearch, Stage
+from evoprune.search.breeders import breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import KIND, different
@@ -67,8 +68,9 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
     def build_search(self, prepared: Summary, ask: Ask) -> AllocationSearch:
         config = self.config
         sites = [Site(**site) for site in prepared.facts["sites"]]
-        space = LevelSpace(sites, config.target.sparsity, config.target.granularity)
-        self._run.add_identity(genes=space.matrices)
+        target = config.target
+        space = LevelSpace(sites, target.sparsity, target.granularity, target.drop, only=target.drop_only)
+        self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
         database = self.prepared_values["database"]
         self._named = self._seeds(space, prepared, ask)
         distinct: dict[Genome, str] = {}
@@ -78,6 +80,7 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
         return AllocationSearch(
             space,
             {name: genome for genome, name in distinct.items()},
+            breeder_of(config.searcher.name).make(space, config.seed),
             [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
             windows=config.searcher.windows,
             final_windows=config.searcher.windows,
@@ -131,10 +134,11 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
             allocation.check(prepared.facts["model_class"], space.sites)
         except InvalidInput as error:
             raise InvalidInput(f"{self.config.seed_from}: {error}") from None
-        sparsities = allocation.by_name()
-        asked = [sparsities[site.name] for site in space.sites]
         # Counted in whole columns, as the file means it, for `near` rounds what lies between two of them.
-        return self._genome(space, GIVEN, [*repair(asked, space.sites, self.config.target.sparsity)])
+        asked = [site.removed / site.weights for site in allocation.sites]
+        if abs(allocation.removed - space.budget) > min(site.out_features for site in space.sites):
+            asked = [*repair(asked, space.sites, self.config.target.sparsity)]
+        return self._genome(space, GIVEN, asked)
 
     def _genome(self, space: LevelSpace, name: str, sparsities: list[float]) -> Genome:
         return space.near(sparsities, random.Random(derived_seed(self.config.seed, f"seed-{name}", 0)))

@@ -16,17 +16,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
-from evoprune.metrics.ranks import LEVELS
+from evoprune.metrics.ranks import GONE
+from evoprune.search.breeders import Breeder
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.kinds.allocation import span_text
 from evoprune.search.loop import Birth
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
 
-SPANS = (1, 2, 4, 8, 16, 32, 64)
-"""How many of 256 levels a gene moves at once: a quarter of a row at most, for some matrices do best nearly empty."""
 FINALISTS = 8
-_ATTEMPTS_PER_CHILD = 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Member:
 
     Attributes:
         genome: its options.
-        origin: ``seed:NAME`` or ``switch``.
+        origin: ``seed:NAME``, or as the breeder says.
         birth: number of the birth that measured it last; None before.
         kl: what was measured then, in nats per token; None where it has no fitness.
         stderr: of `kl`, over windows.
@@ -78,6 +76,7 @@ class AllocationSearch:
     Args:
         space: what genomes are made of.
         seeds: genomes to start from, by name.
+        breeder: makes the children.
         stages: of a generation, each with more windows than the one before and fewer survivors; the last keeps one.
         windows: windows of text B that there are.
         final_windows: of these, how many the seeds and the finalists are measured on, from the first.
@@ -93,6 +92,7 @@ class AllocationSearch:
         self,
         space: LevelSpace,
         seeds: Mapping[str, Genome],
+        breeder: Breeder,
         stages: Sequence[Stage],
         *,
         windows: int,
@@ -108,6 +108,7 @@ class AllocationSearch:
         self.best: Member | None = None
         self.generation = 0
         self.reasons: Counter[str] = Counter()
+        self._breeder = breeder
         self._stages = tuple(stages)
         self._windows = windows
         self._final_windows = final_windows
@@ -145,7 +146,7 @@ class AllocationSearch:
         """Fitness of the present parent, and the range of its sparsities."""
         if self.best is None or self.best.kl is None:
             return None
-        return self.best.kl, span_text(level / LEVELS for level in self.space.levels(self.best.genome))
+        return self.best.kl, span_text(level / GONE for level in self.space.levels(self.best.genome))
 
     def next_birth(self) -> Birth | None:
         if not self._waiting:
@@ -194,6 +195,8 @@ class AllocationSearch:
             line |= {name: outcome.values[name] for name in ("kl", "stderr")}
         if line["reason"] is not None:
             self.reasons[line["reason"]] += 1
+        if birth.counted and isinstance(line["stage"], int):
+            self._breeder.tell(member.genome, line["kl"])
         self._measured.append(replace(member, birth=birth.number, kl=line["kl"], stderr=line.get("stderr", 0.0)))
         if len(self._measured) == len(self._pool):
             self._advance()
@@ -257,15 +260,15 @@ class AllocationSearch:
 
     def _children(self, count: int) -> list[Member]:
         assert self._parent is not None
+        if count < 1:
+            return []
         rng = random.Random(derived_seed(self._seed, "generation", self.generation))
-        children: dict[Genome, Member] = {}
-        for _ in range(_ATTEMPTS_PER_CHILD * max(count, 0)):
-            if len(children) == count:
-                break
-            made = self.space.switched(self._parent.genome, rng, SPANS)
-            if made is not None and content_hash(list(made)) not in self._known:
-                children.setdefault(made, Member(made, "switch", generation=self.generation))
-        return list(children.values())
+        made = self._breeder.children(self._parent.genome, count, rng)
+        return [
+            Member(genome, self._breeder.origin, generation=self.generation)
+            for genome in made
+            if content_hash(list(genome)) not in self._known
+        ]
 
     def _ranked(self, members: Sequence[Member]) -> list[Member]:
         """Those with a fitness, the best first; of equals the one that removes more, then by content."""
@@ -284,6 +287,8 @@ class AllocationSearch:
         if self._phase != "generation":
             return 0, self._final_windows
         windows = self._stages[self._stage].windows
+        if not self._breeder.redraw:
+            return 0, windows
         offset = derived_seed(self._seed, f"windows-{self._stage}", self.generation) % (self._windows - windows + 1)
         return offset, offset + windows
 
@@ -310,12 +315,14 @@ class AllocationSearch:
             "parent": None if self._parent is None else self._parent.to_json(),
             "parents": [member.to_json() for member in self._parents],
             "best": None if self.best is None else self.best.to_json(),
+            "levels": None if self.best is None else self.space.levels(self.best.genome),
             "known": sorted(self._known),
             "measured": [member.to_json() for member in self._measured],
             "pool": [member.to_json() for member in self._pool],
             "waiting": list(self._waiting),
             "seed_fitness": self.seed_fitness,
             "reasons": dict(self.reasons),
+            "breeder": self._breeder.state(),
             "concluded": self._concluded,
         }
 
@@ -334,4 +341,5 @@ class AllocationSearch:
         self._waiting = deque(state["waiting"])
         self.seed_fitness = dict(state["seed_fitness"])
         self.reasons = Counter(state["reasons"])
+        self._breeder.restore(state["breeder"])
         self._concluded = state["concluded"]

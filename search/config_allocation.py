@@ -23,6 +23,10 @@ class AllocationTarget(Section):
     granularity: Literal["matrix", "block", "kind"] = Field(
         "matrix", description="what has a level of its own: every matrix, every block, or every kind of matrix"
     )
+    drop: Literal["none", "parts", "blocks"] = Field(
+        "none", description="what may go as a whole: the attention or the MLP of a block, or whole blocks"
+    )
+    drop_only: bool = Field(False, description="drop parts or blocks, and prune nothing else")
 
     @field_validator("sparsity")
     @classmethod
@@ -30,6 +34,14 @@ class AllocationTarget(Section):
         if not 0 < sparsity < 1:  # a NaN is refused too
             raise ValueError(f"sparsity {sparsity} is not between 0 and 1: give the fraction to remove, such as 0.6")
         return sparsity
+
+    @model_validator(mode="after")
+    def _together(self) -> AllocationTarget:
+        if self.drop_only and self.drop == "none":
+            raise ValueError("drop_only needs something to drop: give --drop parts or --drop blocks")
+        if self.drop != "none" and not self.drop_only and self.granularity != "matrix":
+            raise ValueError("parts can be dropped beside levels of matrices only: leave the granularity at matrix")
+        return self
 
 
 class StageConfig(Section):
@@ -42,7 +54,7 @@ class StageConfig(Section):
 class GenerationsConfig(Section):
     """How a generation is bred and selected."""
 
-    name: Literal["evolution"] = "evolution"
+    name: str = Field("evolution", description="who breeds: a name from `evoprune list searchers`")
     offspring: int = Field(32, ge=2, description="children of a generation")
     stages: tuple[StageConfig, ...] = Field(
         (

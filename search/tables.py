@@ -291,5 +291,7 @@ def target_text(result: Mapping[str, Any]) -> str:
     """Such as ``60% sparsity per row`` or ``2:4``."""
     target = result["target"]
     if result["kind"] == "allocation":
+        if result.get("drop_only"):
+            return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"
         return f"{100 * float(target):.4g}% sparsity by {result['metric']}"
     return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"

@@ -46,6 +46,11 @@ class SiteModule:
         weight = self.module.get_parameter("weight").detach()
         return weight.T if self.transposed else weight
 
+    def bias(self) -> Tensor | None:
+        """[out] view of the live bias, if there is one."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
 
 ADAPTERS: Registry[ModelAdapter] = Registry("model family", "evoprune.fitness.adapters")
 

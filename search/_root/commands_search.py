@@ -196,6 +196,15 @@ def search_allocation(
         Literal["matrix", "block", "kind"] | None,
         option("--granularity", help="what has a sparsity of its own", panel=TARGET, default="matrix"),
     ] = None,
+    drop: Annotated[
+        Literal["none", "parts", "blocks"] | None,
+        option(
+            "--drop", help="what may go as a whole: attention and MLP parts, or blocks", panel=TARGET, default="none"
+        ),
+    ] = None,
+    drop_only: Annotated[
+        bool, typer.Option("--drop-only", help="drop parts or blocks, prune nothing else", rich_help_panel=TARGET)
+    ] = False,
     evaluations: Annotated[
         int | None,
         option(
@@ -210,6 +219,17 @@ def search_allocation(
     seed: SearchSeed = None,
     population: Annotated[
         int | None, option("--population", metavar="N", help="children of a generation", panel=SEARCH, default=32)
+    ] = None,
+    searcher: Annotated[
+        str | None,
+        option(
+            "--searcher",
+            metavar="NAME",
+            help="who breeds them: a name from `evoprune list searchers`",
+            panel=SEARCH,
+            default="evolution",
+            autocompletion=completion.plugins("evoprune.search.breeders"),
+        ),
     ] = None,
     seed_from: Annotated[
         str | None,
@@ -251,7 +271,7 @@ def search_allocation(
 
     with Output(as_json) as output:
         options = {name: value for name, value in ctx.params.items() if name in ALLOCATION_KEYS}
-        options["trust_remote_code"] = trust_remote_code or None
+        options |= {"trust_remote_code": trust_remote_code or None, "drop_only": drop_only or None}
         resolved = allocation_config(options, files=config or (), assignments=settings or ())
         if dry_run:
             _show_config(output, resolved)

@@ -43,10 +43,12 @@ KEYS = {
 
 # Of an allocation search, where it differs.
 ALLOCATION_KEYS = {
-    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "searcher", "objective")},
+    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "objective")},
     "population": "searcher.offspring",
     "metric": "target.metric",
     "granularity": "target.granularity",
+    "drop": "target.drop",
+    "drop_only": "target.drop_only",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])

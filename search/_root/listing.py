@@ -14,6 +14,7 @@ from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.metrics.types import Type
+from evoprune.search.breeders import BREEDERS
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces import SPACES
 
@@ -112,7 +113,8 @@ def _objectives() -> list[Row]:
 
 
 def _searchers() -> list[Row]:
-    return [{"name": name, "what": _first_line(SEARCHERS[name])} for name in SEARCHERS]
+    found = [{"name": name, "search": "metric", "what": _first_line(SEARCHERS[name])} for name in SEARCHERS]
+    return found + [{"name": name, "search": "allocation", "what": BREEDERS[name].what} for name in BREEDERS]
 
 
 def _spaces() -> list[Row]:

@@ -106,6 +106,8 @@ def search_allocation(
     sparsity: float | None = None,
     metric: str | Path | None = None,
     granularity: Literal["matrix", "block", "kind"] | None = None,
+    drop: Literal["none", "parts", "blocks"] | None = None,
+    drop_only: bool | None = None,
     evaluations: int | None = None,
     minutes: float | None = None,
     population: int | None = None,
@@ -114,6 +116,7 @@ def search_allocation(
     calibration: str | None = None,
     calibration_sequences: int | None = None,
     calibration_window: int | None = None,
+    searcher: str | None = None,
     seed_from: str | Path | None = None,
     window: int | None = None,
     threads: int | None = None,
@@ -141,11 +144,14 @@ def search_allocation(
         sparsity: fraction of all prunable weights to remove, in (0, 1); 0.6 unless given.
         metric: the criterion inside, which says what a matrix loses first: a name, an expression, or an exported file.
         granularity: what has a sparsity of its own: every ``matrix``, every ``block``, or every ``kind`` of matrix.
+        drop: what may go as a whole: ``none``, the attention and MLP ``parts`` of blocks, or ``blocks``.
+        drop_only: drop parts or blocks, and prune nothing else.
         evaluations: candidates with a forward pass, at most; the allocators that the search starts from are among them.
         minutes: time for the search, at most; how far it gets then depends on the machine.
         population: children of a generation.
         seed: fixes texts A and B and the search: one seed, one history.
         data, calibration, calibration_sequences, calibration_window: see `search_metric`.
+        searcher: who breeds: a name from `evoprune list searchers`.
         seed_from: an allocation in a file, or a run that found one, to start from beside the allocators.
         window: candidates that may wait for results; changes no history.
         threads, dtype, device, revision, trust_remote_code, config, settings, run_dir: see `search_metric`.
@@ -155,11 +161,11 @@ def search_allocation(
         InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     options = {
-        "model": model, "sparsity": sparsity, "metric": _text(metric), "granularity": granularity,
-        "evaluations": evaluations, "minutes": minutes, "population": population, "seed": seed, "data": data,
-        "calibration": calibration, "calibration_sequences": calibration_sequences,
-        "calibration_window": calibration_window, "seed_from": _text(seed_from), "window": window,
-        "threads": threads, "dtype": dtype, "device": device, "revision": revision,
+        "model": model, "sparsity": sparsity, "metric": _text(metric), "granularity": granularity, "drop": drop,
+        "drop_only": drop_only, "evaluations": evaluations, "minutes": minutes, "population": population, "seed": seed,
+        "data": data, "calibration": calibration, "calibration_sequences": calibration_sequences,
+        "calibration_window": calibration_window, "searcher": searcher, "seed_from": _text(seed_from),
+        "window": window, "threads": threads, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     resolved = allocation_config(options, files=_files(config), settings=settings)

@@ -65,7 +65,7 @@ class AllocationKind:
         return {
             "evaluations": sum(line["counted"] for line in history),
             "distinct": different(history),
-            "best": _best(run.peek(), run.identity.get("genes", [])),
+            "best": _best(run.peek(), run.identity.get("matrices", [])),
         }
 
     def words(self, best: Mapping[str, Any]) -> str:
@@ -107,7 +107,9 @@ class AllocationKind:
         from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.metrics.exported import load_metric
         from evoprune.search.allocation_run import given_allocation
+        from evoprune.search.breeders import breeder_of
 
+        breeder_of(config.searcher.name)
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)
@@ -125,22 +127,19 @@ def different(history: Iterable[Mapping[str, Any]]) -> int:
     return len({tuple(line["genome"]) for line in history})
 
 
-def _best(state: Mapping[str, Any] | None, genes: Sequence[Sequence[str]]) -> dict[str, Any] | None:
+def _best(state: Mapping[str, Any] | None, matrices: Sequence[str]) -> dict[str, Any] | None:
     """The present parent, which won the last generation that came to its end, or is the best seed.
 
     Args:
         state: the last committed one.
-        genes: the matrices of each, by name.
+        matrices: their names, in model order.
     """
-    best = None if state is None else state["search"]["best"]
-    if best is None:
+    if state is None or (best := state["search"]["best"]) is None:
         return None
     return {
         "birth": best["birth"],
         "generation": best["generation"],
-        "allocation": {
-            name: level / LEVELS for names, level in zip(genes, best["genome"], strict=True) for name in names
-        },
+        "allocation": {name: level / LEVELS for name, level in zip(matrices, state["search"]["levels"], strict=True)},
         "fitness": best["kl"],
         "stderr": best["stderr"],
         "origin": best["origin"],

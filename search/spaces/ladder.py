@@ -20,7 +20,7 @@ Genome = tuple[int, ...]
 
 MOST_MOVES = 8
 """Moves that may follow a switch to meet the budget again; more would be another mutation."""
-_MANY_MOVES = 64
+MANY_MOVES = 64
 _ATTEMPTS = 50
 # The part of a gene's ladder that one move may take, so that what a repair has to move is spread.
 _SHARE = 16
@@ -93,7 +93,7 @@ class LadderSpace:
         """
         for _ in range(_ATTEMPTS):
             options = [gene.nearest(count) for gene, count in zip(self.genes, weights, strict=True)]
-            if (settled := self._settled(options, rng, most=_MANY_MOVES * len(self.genes))) is not None:
+            if (settled := self._settled(options, rng, most=MANY_MOVES * len(self.genes))) is not None:
                 return settled
         raise InvalidInput(
             f"the steps of {len(self.genes)} genes do not add up to {self.budget:,} weights, to within "

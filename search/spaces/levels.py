@@ -1,4 +1,4 @@
-"""Levels of matrices: sparsities in steps of 1/256, one for each matrix, each block or each kind of matrix."""
+"""Levels of matrices: sparsities in steps of 1/256, or all or nothing for what is dropped as a whole."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.ranks import LEVELS
+from evoprune.metrics.ranks import GONE, LEVELS
 from evoprune.metrics.records import Site, removed_count
-from evoprune.search.spaces.ladder import Gene, Genome, LadderSpace
+from evoprune.search.spaces.ladder import MANY_MOVES, Gene, Genome, LadderSpace
 
 Granularity = Literal["matrix", "block", "kind"]
+Droppable = Literal["none", "parts", "blocks"]
+
+DROP_SHARE = 0.2
+"""Of mutations where matrices have levels and parts can be dropped too."""
 
 
 class LevelSpace(LadderSpace):
@@ -21,39 +25,49 @@ class LevelSpace(LadderSpace):
         sites: the matrices, in model order.
         sparsity: fraction of all their weights that goes, in (0, 1).
         granularity: what has a level of its own.
+        drop: what may go as a whole: nothing, the attention or the MLP of a block, or a block.
+        only: levels are all or nothing; needs something to drop.
 
     Raises:
-        InvalidInput: the budget is beyond the highest level, or there is no matrix.
+        InvalidInput: the budget is beyond the highest level, there is no matrix, or the options contradict each other.
     """
 
-    def __init__(self, sites: Sequence[Site], sparsity: float, granularity: Granularity = "matrix") -> None:
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        sparsity: float,
+        granularity: Granularity = "matrix",
+        drop: Droppable = "none",
+        *,
+        only: bool = False,
+    ) -> None:
+        if only and drop == "none":
+            raise InvalidInput("nothing may be dropped, and nothing else may be done: say what may be dropped")
         self.sites = tuple(sites)
-        groups: dict[str, list[int]] = {}
-        for at, site in enumerate(self.sites):
-            name = {"matrix": site.name, "block": f"block {site.block}", "kind": site.kind}[granularity]
-            groups.setdefault(name, []).append(at)
-        self._groups = list(groups.values())
+        parts = _grouped(self.sites, drop) if drop != "none" else {}
+        groups = parts if only else _grouped(self.sites, granularity)
+        if parts and not only and granularity != "matrix":
+            raise InvalidInput(f"parts can be dropped where matrices have levels of their own, not each {granularity}")
+        self._levels = (0, GONE) if only else tuple(range(GONE + 1 if parts else LEVELS))
+        self._members = list(groups.values())
+        # Where matrices are genes, their places are those of the genes.
+        self._parts = [] if only else list(parts.values())
         genes = []
         for name, members in groups.items():
             matrices = [self.sites[at] for at in members]
             removed = tuple(
                 sum(site.out_features * removed_count(level / LEVELS, site.in_features) for site in matrices)
-                for level in range(LEVELS)
+                for level in self._levels
             )
             genes.append(Gene(name, removed, min(site.block for site in matrices)))
         super().__init__(genes, removed_count(sparsity, sum(site.weights for site in self.sites)))
 
-    @property
-    def matrices(self) -> list[list[str]]:
-        """Names of the matrices of each gene."""
-        return [[self.sites[at].name for at in members] for members in self._groups]
-
     def levels(self, genome: Genome) -> list[int]:
         """The level of every matrix, in model order."""
         found = [0] * len(self.sites)
-        for members, level in zip(self._groups, genome, strict=True):
+        for members, option in zip(self._members, genome, strict=True):
             for at in members:
-                found[at] = level
+                found[at] = self._levels[option]
         return found
 
     def near(self, sparsities: Sequence[float], rng: random.Random) -> Genome:
@@ -68,4 +82,37 @@ class LevelSpace(LadderSpace):
         if len(sparsities) != len(self.sites):
             raise InvalidInput(f"{len(sparsities)} sparsities for {len(self.sites)} matrices")
         removed = [sparsity * site.weights for sparsity, site in zip(sparsities, self.sites, strict=True)]
-        return self.nearest([sum(removed[at] for at in members) for members in self._groups], rng)
+        return self.nearest([sum(removed[at] for at in members) for members in self._members], rng)
+
+    def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
+        if self._parts and rng.random() < DROP_SHARE:
+            return self._toggled(genome, rng)
+        return super().switched(genome, rng, spans)
+
+    def _toggled(self, genome: Genome, rng: random.Random) -> Genome | None:
+        """A part dropped, or one that is gone given the mean sparsity; the others make up for it."""
+        options = list(genome)
+        part = rng.choice(self._parts)
+        gone = all(self._levels[options[at]] == GONE for at in part)
+        mean = self.budget / sum(gene.removed[-1] for gene in self.genes)
+        for at in part:
+            gene = self.genes[at]
+            options[at] = gene.nearest(mean * gene.removed[-1]) if gone else len(gene.removed) - 1
+        settled = self._settled(options, rng, most=MANY_MOVES * len(self.genes))
+        return None if settled == genome else settled
+
+
+def part_of(site: Site) -> str:
+    """The part of a block that a matrix belongs to: ``attention`` or ``mlp``."""
+    return "attention" if "attn" in site.kind or "attention" in site.kind else "mlp"
+
+
+def _grouped(sites: Sequence[Site], by: Granularity | Droppable) -> dict[str, list[int]]:
+    """Places of matrices by the name of what they belong to."""
+    groups: dict[str, list[int]] = {}
+    for at, site in enumerate(sites):
+        block = f"block {site.block}"
+        part = f"{block} {part_of(site)}"
+        name = {"matrix": site.name, "kind": site.kind, "block": block, "blocks": block, "parts": part}[by]
+        groups.setdefault(name, []).append(at)
+    return groups

@@ -210,7 +210,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     document = run("search", "allocation", "--dry-run", "--config", "resolved.yaml", "--json").json
     assert document == yaml.safe_load(first.out)
     assert document["kind"] == "allocation" and document["evaluations"] == 500
-    assert document["target"] == {"sparsity": 0.6, "metric": "wanda", "granularity": "block"}
+    target = {"sparsity": 0.6, "metric": "wanda", "granularity": "block", "drop": "none", "drop_only": False}
+    assert document["target"] == target
     timed = run("search", "allocation", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
     assert {path.name for path in place.iterdir()} == {"resolved.yaml"}
@@ -221,13 +222,15 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
     given = {
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.55, "metric": "ria", "population": 24,
-        "granularity": "kind", "evaluations": 11, "minutes": 2.5, "seed": 5, "window": 9, "threads": 2,
-        "seed_from": "a.json",
+        "granularity": "kind", "drop": "parts", "evaluations": 11, "minutes": 2.5, "seed": 5, "window": 9,
+        "threads": 2, "searcher": "random", "seed_from": "a.json",
     }  # fmt: skip
-    assert given.keys() | {"model", "trust_remote_code"} == ALLOCATION_KEYS.keys()
+    flags = {"trust_remote_code": True, "drop_only": True}
+    assert given.keys() | flags.keys() | {"model"} == ALLOCATION_KEYS.keys()
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-    plain = run("search", "allocation", "some/model", *words, "--trust-remote-code", "--dry-run", "--json").json
-    for name, value in (given | {"model": "some/model", "trust_remote_code": True}).items():
+    words += ["--trust-remote-code", "--drop-only"]
+    plain = run("search", "allocation", "some/model", *words, "--dry-run", "--json").json
+    for name, value in (given | flags | {"model": "some/model"}).items():
         found: Any = plain
         for part in ALLOCATION_KEYS[name].split("."):
             found = found[part]
@@ -238,8 +241,8 @@ def test_the_defaults_in_the_help_are_true(run: Run) -> None:
     text = " ".join(run("search", "allocation", "--help").out.replace("│", " ").split())
     plain = AllocationSearchConfig()
     assert "[default: 0.6]" in text and plain.target.sparsity == 0.6
-    for name in ("evaluations", "population", "metric", "granularity", "seed", "window", "threads", "dtype", "device",
-                 "calibration_sequences", "calibration_window"):  # fmt: skip
+    for name in ("evaluations", "population", "metric", "granularity", "drop", "searcher", "seed", "window", "threads",
+                 "dtype", "device", "calibration_sequences", "calibration_window"):  # fmt: skip
         value: Any = plain
         for part in ALLOCATION_KEYS[name].split("."):
             value = getattr(value, part)

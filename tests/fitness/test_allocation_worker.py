@@ -230,8 +230,8 @@ def test_what_has_no_fitness_says_so(llama: Tried) -> None:
     llama.check(parent, parent, 0, 4)
     with pytest.raises(InvalidInput, match="no job of kind"):
         llama.worker.handle("evaluate", {})
-    with pytest.raises(InvalidInput, match="no whole number from 0 to 255"):
-        llama.levels([256, *parent[1:]], parent, 0, 4)
+    with pytest.raises(InvalidInput, match="no whole number from 0 to 256"):
+        llama.levels([257, *parent[1:]], parent, 0, 4)
 
 
 def test_a_metric_without_scores_is_refused(llama: Tried, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evoprune.fitness.evaluator import Evaluator
+from evoprune.fitness.hidden_states import without_block
 from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import build_levels
 from evoprune.fitness.prepare import Prepared
@@ -188,7 +190,7 @@ def test_without_a_teacher_there_is_no_divergence(llama: Tried) -> None:
 def test_what_is_refused_changes_nothing(llama: Tried) -> None:
     parent = dict.fromkeys(llama.names, 77)
     llama.evaluator.adopt(parent, 0, BATCH)
-    for wrong in ({llama.names[0]: 256}, {"lm_head": 3}):
+    for wrong in ({llama.names[0]: 257}, {"lm_head": 3}):
         with pytest.raises(InvalidInput):
             llama.evaluator.evaluate(wrong, 0, 1)
         with pytest.raises(InvalidInput):
@@ -224,3 +226,25 @@ def test_a_changed_dense_file_is_noticed(llama: Tried, tmp_path) -> None:
     with pytest.raises(AuditFailed):
         evaluator.restore()
     llama.evaluator.restore()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+def test_a_block_that_is_gone_passes_on_what_it_is_given(family: str, tmp_path: Path) -> None:
+    """Level 256 takes the biases too, of which GPT-2 and OPT have some: what is left is the residual."""
+    language_model = tiny_language_model(family, num_hidden_layers=LAYERS)
+    for bound in language_model.sites:
+        if (bias := bound.bias()) is not None:
+            bias.normal_(generator=torch.Generator().manual_seed(3))
+    prepared = tiny_prepared(tmp_path / "prepared", language_model)
+    database = build_levels(prepared, WANDA, "wanda")
+    evaluator = LevelEvaluator(language_model, prepared.dense, database, WINDOWS, None)
+    for block in (1, LAYERS - 1):
+        levels = {site.name: 256 for site in evaluator.sites if site.block == block}
+        found = evaluator.evaluate(levels, 0, 4).nll
+        evaluator.restore()
+        with without_block(language_model, block):
+            expected = window_losses(language_model.model, evaluator.head, WINDOWS[:4], None).nll
+        assert torch.equal(found, expected)
+    dense = window_losses(language_model.model, evaluator.head, WINDOWS[:4], None).nll
+    evaluator.evaluate(levels, 0, 4)
+    assert torch.equal(evaluator.evaluate({}, 0, 4).nll, dense)

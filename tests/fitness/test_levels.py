@@ -128,12 +128,12 @@ def test_a_set_as_a_search_prepares_it() -> None:
     assert stands_at(language_model, prepared, levels)
 
 
-@pytest.mark.parametrize("level", [-1, 256, 0.5, True, "3", None])
+@pytest.mark.parametrize("level", [-1, 257, 0.5, True, "3", None])
 def test_a_level_outside_its_range_is_refused(
     parts: tuple[LanguageModel, Prepared], resident: ResidentLevels, level: object
 ) -> None:
     first, second = parts[1].sites[:2]
-    with pytest.raises(InvalidInput, match=r"is no whole number from 0 to 255") as refusal:
+    with pytest.raises(InvalidInput, match=r"is no whole number from 0 to 256") as refusal:
         resident.apply({first.name: 7, second.name: level})  # type: ignore[dict-item]
     assert "\n" not in str(refusal.value)
     assert stands_at(parts[0], parts[1], {})

@@ -234,10 +234,10 @@ def _set(*path: Any, value: Any) -> Callable[[Any], None]:
     [
         (_set("format", value="evoprune-allocation/9"), "format 'evoprune-allocation/9' is not known"),
         (lambda document: document.pop("model"), "has no 'model'"),
-        (_set("sites", 1, "sparsity", value=1.0), "the sparsity of m.1 is 1.0, outside [0, 1)"),
-        (_set("sites", 1, "sparsity", value=-0.1), "the sparsity of m.1 is -0.1, outside [0, 1)"),
-        (_set("sites", 1, "sparsity", value="all"), "the sparsity of m.1 is all, outside [0, 1)"),
-        (_set("sites", 1, "sparsity", value=True), "the sparsity of m.1 is True, outside [0, 1)"),
+        (_set("sites", 1, "sparsity", value=1.25), "the sparsity of m.1 is 1.25, outside [0, 1]"),
+        (_set("sites", 1, "sparsity", value=-0.1), "the sparsity of m.1 is -0.1, outside [0, 1]"),
+        (_set("sites", 1, "sparsity", value="all"), "the sparsity of m.1 is all, outside [0, 1]"),
+        (_set("sites", 1, "sparsity", value=True), "the sparsity of m.1 is True, outside [0, 1]"),
         (_set("sites", 1, "shape", value=[768]), "entry 2 of 'sites' is no matrix"),
         (_set("sites", 1, value="m.1: 3"), "entry 2 of 'sites' is no matrix"),
         (_set("sites", 1, "name", value="m.0"), "m.0 is in it twice"),
@@ -292,7 +292,7 @@ def test_an_allocation_of_another_model_is_named(allocation: Allocation) -> None
         assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan])
+@pytest.mark.parametrize("sparsity", [1.01, -0.1, math.nan])
 def test_a_record_refuses_what_is_no_sparsity(sparsity: float) -> None:
-    with pytest.raises(InvalidInput, match=r"of m is outside \[0, 1\)"):
+    with pytest.raises(InvalidInput, match=r"of m is outside \[0, 1\]"):
         SiteSparsity("m", (4, 4), sparsity)

@@ -313,17 +313,26 @@ def ranks_of(run: RunDirectory, cache: Path, criterion: str) -> dict[str, torch.
     raise AssertionError(f"no database by {criterion}")
 
 
-@pytest.mark.parametrize("metric", ["wanda", "add(abs(W),mul(sparsity,X_l2))", "random"])
+@pytest.mark.parametrize(
+    ("metric", "options"),
+    [
+        ("wanda", {}),
+        ("add(abs(W),mul(sparsity,X_l2))", {}),
+        ("random", {}),
+        ("magnitude", {"target.drop": "parts"}),
+        ("magnitude", {"target.drop": "parts", "target.drop_only": True, "seed": 1}),
+    ],
+)
 def test_the_exported_winner_prunes_to_the_winner(
-    metric: str, finished: RunDirectory, world: Path, tmp_path: Path
+    metric: str, options: dict[str, Any], finished: RunDirectory, world: Path, tmp_path: Path
 ) -> None:
     """The file and `prune` give the masks of the winner's levels bit for bit, and `evaluate` its held-out loss."""
     run = finished
     if metric != "wanda":
-        options = {**FEW, "evaluations": 20, "target.metric": metric}
+        options = {**options, **FEW, "evaluations": 20, "target.metric": metric}
         run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
     best, text = result_of(run)["best"], str(world / "text.txt")
-    assert len(set(best["allocation"].values())) > 2
+    assert len(set(best["allocation"].values())) > 1
     dense = evoprune.load_model(str(world / "model"))
     pruned = evoprune.prune(
         dense,
@@ -332,13 +341,14 @@ def test_the_exported_winner_prunes_to_the_winner(
         calibration=text,
         calibration_sequences=8,
         calibration_window=32,
+        seed=run.config["seed"],
     )
     assert pruned.removed == best["removed"]
     ranks = ranks_of(run, world / "cache", canonical_json(criterion_json(metric, load_metric(metric))))
     for bound in pruned.language_model.sites:
         level = best["allocation"][bound.site.name] * 256
         assert level == int(level)
-        assert torch.equal(bound.weight() != 0, ranks[bound.site.name] >= int(level))
+        assert torch.equal(bound.weight() != 0, ranks[bound.site.name].int() >= int(level))
     found = evoprune.evaluate(pruned.language_model, dense=dense, data=text, window=32, tokens=8 * 32)
     assert found.loss == pytest.approx(best["heldout"]["loss"], rel=1e-6)
     assert found.kl == pytest.approx(best["heldout"]["kl"], rel=1e-4)

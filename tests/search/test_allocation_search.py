@@ -13,6 +13,7 @@ from evoprune.metrics.errors import Interrupted
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_search import AllocationSearch, Stage
+from evoprune.search.breeders.switches import Switches
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.loop import BirthLoop, Budget
@@ -62,6 +63,7 @@ class Session:
         self.search = AllocationSearch(
             self.space,
             seeds,
+            Switches(self.space, seed),
             STAGES,
             windows=40,
             final_windows=20,
@@ -181,6 +183,7 @@ def test_seeds_that_cannot_be_measured_end_the_search(tmp_path: Path) -> None:
     search = AllocationSearch(
         LevelSpace(SITES[:2], 0.5),
         {"uniform": (128, 128)},
+        Switches(LevelSpace(SITES[:2], 0.5), 0),
         STAGES,
         windows=8,
         final_windows=8,

@@ -1,0 +1,52 @@
+"""Level switches of the present parent."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from evoprune.search.breeders import BREEDERS, BreederPlugin
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import LevelSpace
+
+SPANS = (1, 2, 4, 8, 16, 32, 64)
+"""How many of 256 levels a gene moves at once: a quarter of a row at most, for some matrices do best nearly empty."""
+_ATTEMPTS_PER_CHILD = 20
+
+
+class Switches:
+    """Evolution: one to three matrices lose more, as many lose less, and the best child is the next parent.
+
+    Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3.
+    """
+
+    origin = "switch"
+    redraw = True
+
+    def __init__(self, space: LevelSpace, seed: int) -> None:
+        self._space = space
+
+    def children(self, parent: Genome, count: int, rng: random.Random) -> Sequence[Genome]:
+        found: dict[Genome, None] = {}
+        for _ in range(_ATTEMPTS_PER_CHILD * count):
+            if len(found) == count:
+                break
+            made = self._space.switched(parent, rng, SPANS)
+            if made is not None and made != parent:
+                found[made] = None
+        return list(found)
+
+    def tell(self, genome: Genome, kl: float | None) -> None:
+        """What it needs to know is who the next parent is."""
+
+    def state(self) -> Any:
+        return None
+
+    def restore(self, state: Any) -> None:
+        """There is nothing to restore."""
+
+
+BREEDERS.add(
+    "evolution", BreederPlugin("one to three matrices lose more, as many lose less; the best child is next", Switches)
+)
