@@ -148,8 +148,8 @@ class ModelEvidence:
         dense: list[tuple[Tensor, Tensor]] = []
         try:
             for site, sparsity in zip(self.sites, sparsities, strict=True):
-                bound, rule = self._bound[site.name], MaskRule(sparsity)
-                keep = mask(site_scores(bound, self._criterion, rule, self._statistics), rule)
+                bound = self._bound[site.name]
+                keep = mask(self.scores(site), MaskRule(sparsity))
                 weight = bound.weight()
                 dense.append((weight, weight.clone()))
                 weight.masked_fill_(~keep, 0)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from evoprune.fitness.allocating import allocate_model
 from evoprune.fitness.allocators import ALLOCATORS
@@ -15,7 +18,7 @@ from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, 
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import calibration_windows
 from evoprune.fitness.teacher import window_losses
-from evoprune.metrics.errors import InvalidCandidate
+from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json
 
 LOSS_WINDOWS = 8
@@ -62,11 +65,9 @@ class AllocationWorker(ModelWorker):
         }
 
     def _allocate(self, payload: dict[str, Any]) -> dict[str, Any]:
-        if self._evaluator is not None:
-            self._evaluator[2].restore()
+        self._restore()
         prepared = self.prepared(payload["prepared"])
         allocator = ALLOCATORS[payload["allocator"]]
-        windows, _ = prepared.text("search")
         allocation = allocate_model(
             self.language_model,
             payload["allocator"],
@@ -74,19 +75,28 @@ class AllocationWorker(ModelWorker):
             payload["target"],
             criterion=criterion_from(payload["criterion"]),
             statistics=prepared.statistics(),
-            calibration=calibration_windows(self.language_model, self.context),
-            search=windows[:LOSS_WINDOWS],
+            calibration=self._calibration if allocator.uses & {"outputs", "hidden"} else None,
+            search=prepared.text("search")[0][:LOSS_WINDOWS] if "loss" in allocator.uses else None,
         )
         return {"sparsities": [site.sparsity for site in allocation.sites]}
 
+    @cached_property
+    def _calibration(self) -> Tensor:
+        """Text A, which takes its time to be found and cut into tokens."""
+        return calibration_windows(self.language_model, self.context)
+
     def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
         answer = super()._prepare(payload)
-        database = build_levels(
-            self.prepared(answer["name"]),
-            criterion_from(payload["criterion"]),
-            canonical_json(payload["criterion"]),
-            device=self.language_model.device,
-        )
+        try:
+            database = build_levels(
+                self.prepared(answer["name"]),
+                criterion_from(payload["criterion"]),
+                canonical_json(payload["criterion"]),
+                device=self.language_model.device,
+            )
+        except InvalidCandidate as error:
+            raise InvalidInput(f"this metric cannot rank the model's weights: {error}") from None
         deliver(database.name)
         return {**answer, "database": database.name}
 
@@ -98,7 +108,9 @@ class AllocationWorker(ModelWorker):
         first, last = payload["first"], payload["last"]
         text = (payload["parent"], first, last)
         if text == self._text and not self._adopted:
-            # The second candidate beside one parent on one text: what the parent's own pass costs is soon saved.
+            # The second candidate beside one parent on one text: what the parent's own pass costs is soon saved. Text
+            # before this one is drawn no more, so what is remembered of it would only take the room.
+            evaluator.prefix.clear()
             with suppress(InvalidCandidate):
                 evaluator.adopt(self._by_name(payload["parent"]), first, last)
             self._adopted = True
@@ -126,8 +138,7 @@ class AllocationWorker(ModelWorker):
         """The resident model with the prepared set and the database of a job; kept until it names others."""
         named = payload["prepared"], payload["database"]
         if self._evaluator is None or self._evaluator[:2] != named:
-            if self._evaluator is not None:
-                self._evaluator[2].restore()
+            self._restore()
             prepared = self.prepared(payload["prepared"])
             database = LevelDatabase.open(payload["database"], prepared, canonical_json(payload["criterion"]))
             windows, teacher = prepared.text("search")
@@ -136,3 +147,8 @@ class AllocationWorker(ModelWorker):
             )
             self._evaluator = (*named, evaluator)
         return self._evaluator[2]
+
+    def _restore(self) -> None:
+        """Make the model dense, for whoever reads its weights."""
+        if self._evaluator is not None:
+            self._evaluator[2].restore()

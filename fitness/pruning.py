@@ -172,7 +172,8 @@ def _masks(
             yield bound, torch.zeros_like(bound.weight(), dtype=torch.bool)
             continue
         of_site = MaskRule(own[bound.site.name]) if own else rule
-        yield bound, mask(site_scores(bound, criterion, of_site, statistics), of_site)
+        # Scores are those of the budget whatever a matrix loses: a search over levels ranks every weight once.
+        yield bound, mask(site_scores(bound, criterion, rule, statistics), of_site)
 
 
 def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:

@@ -27,6 +27,7 @@ class AllocationComparison:
         search: at its end.
         seeds: what allocators ask for, by name; equal ones are one candidate of the search.
         model_class: what the allocation is of.
+        distinct: different genomes among all births.
 
     Raises:
         InvalidInput: no candidate has a fitness.
@@ -39,6 +40,7 @@ class AllocationComparison:
         search: AllocationSearch,
         seeds: Mapping[str, Genome],
         model_class: str,
+        distinct: int,
     ) -> None:
         if search.best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
@@ -48,6 +50,7 @@ class AllocationComparison:
         self._best: Member = search.best
         self._seeds = seeds
         self._model_class = model_class
+        self._distinct = distinct
         self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
         self._entrants: dict[str, Genome | None] = {"dense": None, "winner": self._best.genome, **seeds}
 
@@ -87,13 +90,18 @@ class AllocationComparison:
             "seed": config.seed,
             "evaluations": evaluations,
             "births": search.births,
-            "distinct": search.distinct,
+            "distinct": self._distinct,
             "generations": search.last_generation,
             "reasons": dict(sorted(search.reasons.items())),
             "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
             "final_tokens": config.searcher.windows * config.data.window,
             "window": config.data.window,
             "data": config.data.source,
+            "calibration": {
+                "text": config.data.calibration or config.data.source,
+                "sequences": config.data.calibration_sequences,
+                "window": config.data.calibration_window,
+            },
             "prunable": sum(site.weights for site in search.space.sites),
             "dense": {"heldout": summary(losses["dense"])},
             "baselines": [

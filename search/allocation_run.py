@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.fitness.prepare import Summary
-from evoprune.metrics.allocation import Allocation
+from evoprune.metrics.allocation import Allocation, repair
 from evoprune.metrics.allocation_file import read_allocation, to_json
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.records import Site
@@ -19,7 +19,7 @@ from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.breeders import breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
-from evoprune.search.kinds.allocation import KIND
+from evoprune.search.kinds.allocation import KIND, different
 from evoprune.search.result import failure
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Ask, Plan, SearchRun
@@ -70,7 +70,7 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
         sites = [Site(**site) for site in prepared.facts["sites"]]
         target = config.target
         space = LevelSpace(sites, target.sparsity, target.granularity, target.drop, only=target.drop_only)
-        self._run.add_identity(genes=[gene.name for gene in space.genes])
+        self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
         database = self.prepared_values["database"]
         self._named = self._seeds(space, prepared, ask)
         distinct: dict[Genome, str] = {}
@@ -92,7 +92,8 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
         )
 
     def comparison(self, prepared: Summary, search: AllocationSearch, ask: Ask) -> AllocationComparison:
-        return AllocationComparison(self.config, self.identity, search, self._named, self._run.identity["model_class"])
+        model_class, distinct = self._run.identity["model_class"], different(self._run.history())
+        return AllocationComparison(self.config, self.identity, search, self._named, model_class, distinct)
 
     def _seeds(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: what the allocators ask for, and what is given.
@@ -101,31 +102,43 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
             InvalidInput: what is given is of another model.
         """
         config = self.config
+        # What cannot be is refused before anybody works for it.
+        given = self._given(space, prepared)
+        self._genome(space, "uniform", [config.target.sparsity] * len(space.sites))
         self.phase("asking the allocators")
+        seeds: dict[str, Genome] = {}
         jobs = []
         for name in config.seeds:
             asked = {"criterion": self._criterion(), "allocator": name, "target": config.target.sparsity}
             key = content_hash([self.identity, "allocate", asked])
             jobs.append(Job(key, "allocate", {"prepared": prepared.name, **asked}))
-        seeds: dict[str, Genome] = {}
         for name, outcome in zip(config.seeds, ask(jobs, limited=False), strict=True):
-            if outcome.status == "ok":
+            try:
+                if outcome.status != "ok":
+                    raise failure(outcome)
                 seeds[name] = self._genome(space, name, outcome.values["sparsities"])
-            elif name == "uniform":
-                raise failure(outcome)
-            else:
-                reason = (outcome.error or outcome.status).strip().splitlines()[-1]
-                self.progress.line(f"warning: no seed by {name}: {reason}")
-        if (given := given_allocation(config)) is not None:
-            sparsities = given.by_name()
-            unknown = [site.name for site in space.sites if site.name not in sparsities]
-            if unknown or len(sparsities) != len(space.sites):
-                raise InvalidInput(
-                    f"{config.seed_from} is an allocation of another model, {given.model}: "
-                    + (f"it gives {unknown[0]} no sparsity" if unknown else "it has more matrices")
-                )
-            seeds[GIVEN] = self._genome(space, GIVEN, [sparsities[site.name] for site in space.sites])
-        return seeds
+            except EvopruneError as error:
+                if name == "uniform":
+                    raise
+                self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
+        # A budget too small for all seeds is spent on the first of them.
+        first = {} if given is None else {"uniform": seeds["uniform"], GIVEN: given}
+        return {**first, **seeds}
+
+    def _given(self, space: LevelSpace, prepared: Summary) -> Genome | None:
+        """The genome nearest to what `seed_from` names, at this run's budget."""
+        allocation = given_allocation(self.config)
+        if allocation is None:
+            return None
+        try:
+            allocation.check(prepared.facts["model_class"], space.sites)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.config.seed_from}: {error}") from None
+        # Counted in whole columns, as the file means it, for `near` rounds what lies between two of them.
+        asked = [site.removed / site.weights for site in allocation.sites]
+        if abs(allocation.removed - space.budget) > min(site.out_features for site in space.sites):
+            asked = [*repair(asked, space.sites, self.config.target.sparsity)]
+        return self._genome(space, GIVEN, asked)
 
     def _genome(self, space: LevelSpace, name: str, sparsities: list[float]) -> Genome:
         return space.near(sparsities, random.Random(derived_seed(self.config.seed, f"seed-{name}", 0)))
@@ -155,11 +168,15 @@ def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
     if source is None:
         return None
     path = Path(source)
-    if path.suffix == ".json" and not path.is_dir():
+    if path.suffix in (".json", ".txt") and not path.is_dir():
+        if path.suffix == ".txt":
+            raise InvalidInput(f"{source} is no .json: EvoPress's text says neither its budget nor its model")
         return read_allocation(path)
     run = RunDirectory.open(source)
     if run.kind != KIND.name:
-        raise InvalidInput(f"run {source} searched a {run.kind}: an allocation is needed to start from")
+        raise InvalidInput(
+            f"run {source} searched {run.kind}s: a run that searched allocations is needed to start from"
+        )
     if run.result is None:
         raise InvalidInput(f"run {source} is not finished: resume it first")
     return read_allocation(run.path / "export" / "allocation.json")

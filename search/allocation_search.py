@@ -19,6 +19,7 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.ranks import GONE
 from evoprune.search.breeders import Breeder
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.kinds.allocation import span_text
 from evoprune.search.loop import Birth
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
@@ -81,7 +82,8 @@ class AllocationSearch:
         final_windows: of these, how many the seeds and the finalists are measured on, from the first.
         offspring: children of a generation.
         seed: of the run.
-        evaluations: candidates to measure in all, seeds included; None for no limit.
+        evaluations: candidates to measure in all, seeds included; the first seeds only, where they do not suffice for
+            all. None for no limit.
         identity: hash of everything that an evaluation depends on beside the genome and the windows.
         payload: what every job says beside these.
     """
@@ -127,7 +129,7 @@ class AllocationSearch:
         self._pool: list[Member] = []
         self._waiting: deque[int] = deque()
         self._concluded = False
-        self._enter([Member(genome, f"seed:{name}") for name, genome in seeds.items()])
+        self._enter([Member(genome, f"seed:{name}") for name, genome in [*seeds.items()][:evaluations]])
 
     @property
     def births(self) -> int:
@@ -140,16 +142,11 @@ class AllocationSearch:
         return self.generation - (self._phase == "final")
 
     @property
-    def distinct(self) -> int:
-        """Different genomes among all births; a candidate of several stages is one."""
-        return self._counted
-
-    @property
     def leader(self) -> tuple[float, str] | None:
         """Fitness of the present parent, and the range of its sparsities."""
         if self.best is None or self.best.kl is None:
             return None
-        return self.best.kl, span_text(self.space.levels(self.best.genome), self.generation)
+        return self.best.kl, span_text(level / GONE for level in self.space.levels(self.best.genome))
 
     def next_birth(self) -> Birth | None:
         if not self._waiting:
@@ -218,6 +215,8 @@ class AllocationSearch:
             self._enter([])
         elif self._concluded:
             self._finish()
+        elif not ranked:
+            self._breed()  # nobody of this generation can be measured, but the parent has other children
         elif self._stage + 1 < len(self._stages):
             survivors = ranked[: self._stages[self._stage].survivors]
             self._stage += 1
@@ -316,6 +315,7 @@ class AllocationSearch:
             "parent": None if self._parent is None else self._parent.to_json(),
             "parents": [member.to_json() for member in self._parents],
             "best": None if self.best is None else self.best.to_json(),
+            "levels": None if self.best is None else self.space.levels(self.best.genome),
             "known": sorted(self._known),
             "measured": [member.to_json() for member in self._measured],
             "pool": [member.to_json() for member in self._pool],
@@ -343,9 +343,3 @@ class AllocationSearch:
         self.reasons = Counter(state["reasons"])
         self._breeder.restore(state["breeder"])
         self._concluded = state["concluded"]
-
-
-def span_text(levels: Sequence[int], generation: int) -> str:
-    """Such as ``generation 7, matrices from 0 % to 98 %``."""
-    low, high = (100 * level / GONE for level in (min(levels), max(levels)))
-    return f"generation {generation}, matrices from {low:.0f} % to {high:.0f} %"

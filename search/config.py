@@ -79,6 +79,9 @@ def validated_as(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     Raises:
         InvalidInput: naming the first wrong key.
     """
+    kind = config_class.model_fields["kind"].default
+    if (given := values.get("kind", kind)) != kind:
+        raise InvalidInput(f"kind: these are options of another search, {str(given)[:40]!r}: this one is {kind!r}")
     try:
         return config_class.model_validate(values)
     except ValidationError as error:

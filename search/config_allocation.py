@@ -76,7 +76,10 @@ class GenerationsConfig(Section):
             if second.windows <= first.windows or second.survivors >= first.survivors:
                 raise ValueError("each stage must have more windows and fewer survivors than the one before")
         if stages[0].survivors > self.offspring:
-            raise ValueError(f"{stages[0].survivors} of {self.offspring} offspring cannot go on: give more offspring")
+            raise ValueError(
+                f"{stages[0].survivors} of {self.offspring} offspring cannot go on: give --population "
+                f"{stages[0].survivors} or more, or stages with fewer survivors"
+            )
         if stages[-1].windows > self.windows:
             raise ValueError(f"the last stage wants {stages[-1].windows} windows, and there are {self.windows}")
         return self

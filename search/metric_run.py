@@ -126,7 +126,10 @@ def seeds_from(source: str | None) -> dict[str, Expression]:
         if not isinstance(metric, Metric):
             raise InvalidInput(f"{source} is no expression of this language, so it cannot be bred")
         return {"given": metric.expression}
-    result = RunDirectory.open(source).result
+    run = RunDirectory.open(source)
+    if run.kind != KIND.name:
+        raise InvalidInput(f"run {source} searched {run.kind}s: a run that searched metrics is needed to start from")
+    result = run.result
     if result is None:
         raise InvalidInput(f"run {source} is not finished: resume it first")
     members = sorted(result["front"], key=lambda member: member["fitness"])

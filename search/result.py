@@ -47,12 +47,14 @@ def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> di
 def closed_gap(result: Mapping[str, Any]) -> float | None:
     """The share of the held-out loss between uniform sparsity and the dense model that an allocation wins back.
 
+    None where uniform sparsity loses nothing.
+
     Args:
         result: of an allocation search.
     """
     dense, best = (result[name]["heldout"]["loss"] for name in ("dense", "best"))
     uniform = next((row["heldout"]["loss"] for row in result["baselines"] if row["name"] == "uniform"), None)
-    return None if uniform is None or uniform == dense else (uniform - best) / (uniform - dense)
+    return None if uniform is None or uniform <= dense else (uniform - best) / (uniform - dense)
 
 
 def failure(outcome: Outcome) -> EvopruneError:

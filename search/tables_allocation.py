@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evoprune.search.config_sections import DataConfig
 from evoprune.search.result import closed_gap
 from evoprune.search.site_names import grid
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
@@ -70,6 +71,18 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
         "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(result['metric'])} "
-        f"--allocation {shlex.quote(str(file))} --out DIR",
+        f"--allocation {shlex.quote(str(file))} --out DIR{_calibration(result)}",
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
+
+
+def _calibration(result: Mapping[str, Any]) -> str:
+    """Options of `prune` that give the statistics, and so the masks, of the search; the usual ones not."""
+    used, known = result["calibration"], DataConfig()
+    options = {
+        "--calibration": (used["text"], known.source),
+        "--calibration-sequences": (used["sequences"], known.calibration_sequences),
+        "--calibration-window": (used["window"], known.calibration_window),
+        "--seed": (result["seed"], 0),
+    }
+    return "".join(f" {name} {shlex.quote(str(value))}" for name, (value, usual) in options.items() if value != usual)

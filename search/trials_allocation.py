@@ -50,15 +50,19 @@ class AllocationTrials(Trials):
             records.append(self._record(seed))
         elif line["counted"]:
             self._children[genome] = _Candidate(line, telemetry or {})
-        if genome in self._children and line["kl"] is not None and line["stage"] != "final":
-            self._children[genome].values[line["stage"]] = line["kl"]
+        child = self._children.get(genome)
+        if child is not None and line["reason"] is not None:
+            child.line = {**child.line, "reason": line["reason"]}
+        elif child is not None:
+            child.values[line["stage"]] = line["kl"]
         return records
 
     def reached(self, line: Mapping[str, Any]) -> Iterable[int]:
         return (line["stage"],) if isinstance(line["stage"], int) and line["origin"] != "parent" else ()
 
     def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
-        return (values["kl"], values["stderr"]) if values.get("kl") is not None else ()
+        # Held-out losses, which have no line, stand in the log as well.
+        return (values["kl"], values["stderr"]) if "stderr" in values else ()
 
     def _record(self, candidate: _Candidate) -> TrialRecord:
         line, values = candidate.line, candidate.values

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evoprune.metrics.allocation import Allocation
     from evoprune.outcomes import Evaluation, Pruned
     from evoprune.runs import Run, list_runs
-    from evoprune.searches import resume, search_metric
+    from evoprune.searches import resume, search_allocation, search_metric
 
     __version__: str
 
@@ -38,6 +38,7 @@ _HOMES = {
     "load_model": "evoprune.api",
     "prune": "evoprune.api",
     "resume": "evoprune.searches",
+    "search_allocation": "evoprune.searches",
     "search_metric": "evoprune.searches",
 }
 
@@ -54,6 +55,7 @@ __all__ = [
     "load_model",
     "prune",
     "resume",
+    "search_allocation",
     "search_metric",
 ]
 

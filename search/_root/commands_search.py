@@ -65,8 +65,7 @@ def register(app: typer.Typer) -> None:
     search.command("metric")(search_metric)
     search.command("allocation")(search_allocation)
     for kind, what in NOT_LANDED.items():
-        anything = {"allow_extra_args": True, "ignore_unknown_options": True}
-        search.command(kind, help=f"{what[0].upper()}{what[1:]} (not landed yet).", context_settings=anything)(
+        search.command(kind, help=f"{what[0].upper()}{what[1:]} (not landed yet).", context_settings=ANY_WORDS)(
             _not_landed(kind)
         )
     app.add_typer(search, name="search", rich_help_panel="Searches")

@@ -9,7 +9,7 @@ from typing import Any
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
-from evoprune.search.config import resolve, resolve_as
+from evoprune.search.config import Config, resolve, resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
@@ -79,7 +79,7 @@ def metric_config(
     # One of the two, given here, replaces the other where a file has it.
     named = {*given, *(settings or {}), *(assignment.partition("=")[0] for assignment in assignments)}
     cleared = [f"{other}=null" for other, key in (_EITHER, _EITHER[::-1]) if key in named and other not in named]
-    return resolve(files, given | dict(settings or {}), [*cleared, *assignments])
+    return _settled(resolve(files, given | dict(settings or {}), [*cleared, *assignments]))
 
 
 def allocation_config(
@@ -94,12 +94,22 @@ def allocation_config(
     A metric in a file is read, and its expression is what the configuration says: the file may change or go.
     """
     given = {ALLOCATION_KEYS[name]: value for name, value in options.items() if value is not None}
-    config = resolve_as(AllocationSearchConfig, files, given | dict(settings or {}), assignments)
-    inside = load_metric(config.target.metric)
-    spelt = inside.expression.text if isinstance(inside, Metric) else config.target.metric
-    if config.target.metric in CRITERIA or spelt == config.target.metric:
+    config = _settled(resolve_as(AllocationSearchConfig, files, given | dict(settings or {}), assignments))
+    metric = config.target.metric
+    if metric in CRITERIA:
         return config
-    return config.model_copy(update={"target": config.target.model_copy(update={"metric": spelt})})
+    inside = load_metric(metric)
+    if not isinstance(inside, Metric):
+        raise InvalidInput(f"{metric} is no expression of this language, which a search needs: give one, or a name")
+    target = config.target.model_copy(update={"metric": inside.expression.text})
+    return config.model_copy(update={"target": target})
+
+
+def _settled(config: Config) -> Config:
+    """`config` with the run that ``latest`` means now, for soon it would be the search's own."""
+    if config.seed_from != "latest":
+        return config
+    return config.model_copy(update={"seed_from": str(RunDirectory.open("latest").path)})
 
 
 def config_again(

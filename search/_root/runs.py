@@ -79,7 +79,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The winner: `expression`, `fitness` (on text B, lower is better) and, once finished, `heldout` (text C).
+        """The winner: `expression` or `allocation`, `fitness` (on text B, lower is better), later `heldout` (text C).
 
         None before the first evaluation.
         """
@@ -87,12 +87,18 @@ class Run:
 
     @property
     def front(self) -> list[dict[str, Any]]:
-        """Metrics that none beats in both fitness and complexity, simplest first; empty until the run is finished."""
+        """Metrics that none beats in both fitness and complexity, simplest first; empty until the run is finished.
+
+        An allocation search has none: all its candidates are of one budget.
+        """
         return self.summary["front"]
 
     @property
     def baselines(self) -> list[dict[str, Any]]:
-        """Published criteria under the same conditions: `name`, `fitness`, `heldout`; empty until it is finished."""
+        """Published criteria or allocators under the same conditions: `name`, `fitness`, `heldout`.
+
+        Empty until the run is finished.
+        """
         return self.summary["baselines"]
 
     @property

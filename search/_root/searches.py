@@ -1,4 +1,4 @@
-"""Searches in Python: start one, continue one."""
+"""Searches in Python: start one of each kind, continue one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from evoprune.configuration import metric_config
+from evoprune.configuration import allocation_config, metric_config
 from evoprune.metrics.errors import InvalidInput
 from evoprune.runs import Run
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Resources
 from evoprune.sessions import drive, fork_run, start
 
-__all__ = ["resume", "search_metric"]
+__all__ = ["resume", "search_allocation", "search_metric"]
 
 
 def search_metric(
@@ -91,12 +91,84 @@ def search_metric(
         "model": model, "sparsity": sparsity, "pattern": pattern, "group": group, "evaluations": evaluations,
         "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "objective": objective, "searcher": searcher, "seed_from": None if seed_from is None else str(seed_from),
+        "objective": objective, "searcher": searcher, "seed_from": _text(seed_from), "window": window,
+        "threads": threads, "dtype": dtype, "device": device, "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    resolved = metric_config(options, files=_files(config), settings=settings)
+    resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
+    return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
+
+
+def search_allocation(
+    model: str | None = None,
+    *,
+    sparsity: float | None = None,
+    metric: str | Path | None = None,
+    granularity: Literal["matrix", "block", "kind"] | None = None,
+    drop: Literal["none", "parts", "blocks"] | None = None,
+    drop_only: bool | None = None,
+    evaluations: int | None = None,
+    minutes: float | None = None,
+    population: int | None = None,
+    seed: int | None = None,
+    data: str | None = None,
+    calibration: str | None = None,
+    calibration_sequences: int | None = None,
+    calibration_window: int | None = None,
+    searcher: str | None = None,
+    seed_from: str | Path | None = None,
+    window: int | None = None,
+    threads: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+    config: str | Path | Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    executor: Literal["ray", "inline"] = "ray",
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    address: str = "local",
+    storage: str | None = None,
+    insecure_cluster: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Evolve how much each matrix loses and return the finished run: `search_metric` for allocations.
+
+    The winner's file, which `Run.export` writes, is what `prune` takes as its `allocation`, beside the same `metric`.
+
+    Args:
+        model: see `search_metric`.
+        sparsity: fraction of all prunable weights to remove, in (0, 1); 0.6 unless given.
+        metric: the criterion inside, which says what a matrix loses first: a name, an expression, or an exported file.
+        granularity: what has a sparsity of its own: every ``matrix``, every ``block``, or every ``kind`` of matrix.
+        drop: what may go as a whole: ``none``, the attention and MLP ``parts`` of blocks, or ``blocks``.
+        drop_only: drop parts or blocks, and prune nothing else.
+        evaluations: candidates with a forward pass, at most; the allocators that the search starts from are among them.
+        minutes: time for the search, at most; how far it gets then depends on the machine.
+        population: children of a generation.
+        seed: fixes texts A and B and the search: one seed, one history.
+        data, calibration, calibration_sequences, calibration_window: see `search_metric`.
+        searcher: who breeds: a name from `evoprune list searchers`.
+        seed_from: an allocation in a file, or a run that found one, to start from beside the allocators.
+        window: candidates that may wait for results; changes no history.
+        threads, dtype, device, revision, trust_remote_code, config, settings, run_dir: see `search_metric`.
+        executor, workers, gpus_per_worker, address, storage, insecure_cluster, quiet: see `search_metric`.
+
+    Raises:
+        InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
+    """
+    options = {
+        "model": model, "sparsity": sparsity, "metric": _text(metric), "granularity": granularity, "drop": drop,
+        "drop_only": drop_only, "evaluations": evaluations, "minutes": minutes, "population": population, "seed": seed,
+        "data": data, "calibration": calibration, "calibration_sequences": calibration_sequences,
+        "calibration_window": calibration_window, "searcher": searcher, "seed_from": _text(seed_from),
         "window": window, "threads": threads, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    files = [config] if isinstance(config, (str, Path)) else config
-    resolved = metric_config(options, files=map(Path, files), settings=settings)
+    resolved = allocation_config(options, files=_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
 
@@ -136,3 +208,12 @@ def resume(
     if settings or run_dir is not None:
         raise InvalidInput("a resumed run keeps its options and its folder; fork it to change them")
     return Run(drive(directory, resources, quiet))
+
+
+def _files(config: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Configuration files, of which one may be given as it is."""
+    return [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
+
+
+def _text(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)

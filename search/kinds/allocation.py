@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,13 +62,14 @@ class AllocationKind:
 
     def progress_of(self, run: RunDirectory) -> dict[str, Any]:
         history = list(run.history())
-        evaluations = sum(line["counted"] for line in history)
-        best = _best(history, run.identity.get("genes", []))
-        return {"evaluations": evaluations, "distinct": evaluations, "best": best}
+        return {
+            "evaluations": sum(line["counted"] for line in history),
+            "distinct": different(history),
+            "best": _best(run.peek(), run.identity.get("matrices", [])),
+        }
 
     def words(self, best: Mapping[str, Any]) -> str:
-        sparsities = best["allocation"].values()
-        return f"generation {best['generation']}, matrices from {min(sparsities):.0%} to {max(sparsities):.0%}"
+        return span_text(best["allocation"].values())
 
     def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         from evoprune.search.tables_allocation import result_view
@@ -78,18 +79,23 @@ class AllocationKind:
     def unfinished_facts(
         self, config: AllocationSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        trials, counts = self.trials(config), [0] * len(config.searcher.stages)
-        for line in history:
-            for stage in trials.reached(line):
-                counts[stage] += 1
-        return {"by stage": " → ".join(map(str, counts))} if history else {}
+        facts: dict[str, RenderableType] = {}
+        if (best := document["best"]) is not None:
+            facts["from"] = f"generation {best['generation']} ({best['origin']})"
+        if history:
+            trials, counts = self.trials(config), [0] * len(config.searcher.stages)
+            for line in history:
+                for stage in trials.reached(line):
+                    counts[stage] += 1
+            facts["by stage"] = " → ".join(map(str, counts))
+        return facts
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
-        if file.suffix != ".json":
-            return
-        from evoprune.metrics.allocation_file import read_allocation
+        from evoprune.metrics.allocation_file import read_allocation, to_evopress
 
-        if read_allocation(file).by_name() != result["best"]["allocation"]:
+        allocation = read_allocation(file.with_suffix(".json"))
+        changed = allocation.by_name() != result["best"]["allocation"]
+        if changed or (file.suffix == ".txt" and file.read_text() != to_evopress(allocation)):
             raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
 
     def write_report(self, run: RunDirectory) -> Path:
@@ -110,24 +116,30 @@ class AllocationKind:
         given_allocation(config)
 
 
-def _best(history: Sequence[Mapping[str, Any]], genes: Sequence[str]) -> dict[str, Any] | None:
-    """The winner of the last generation that came to its last stage, or the best seed.
+def span_text(sparsities: Iterable[float]) -> str:
+    """Such as ``matrices from 0% to 98%``."""
+    known = list(sparsities)
+    return f"matrices from {min(known):.0%} to {max(known):.0%}"
+
+
+def different(history: Iterable[Mapping[str, Any]]) -> int:
+    """Different genomes among all births."""
+    return len({tuple(line["genome"]) for line in history})
+
+
+def _best(state: Mapping[str, Any] | None, matrices: Sequence[str]) -> dict[str, Any] | None:
+    """The present parent, which won the last generation that came to its end, or is the best seed.
 
     Args:
-        genes: what has a level of its own, by name.
+        state: the last committed one.
+        matrices: their names, in model order.
     """
-    last = max((line["stage"] for line in history if isinstance(line["stage"], int)), default=None)
-    measured = [line for line in history if line["kl"] is not None and line["stage"] in ("seeds", last)]
-    if not measured:
+    if state is None or (best := state["search"]["best"]) is None:
         return None
-    newest = max(line["generation"] for line in measured)
-    best = min(
-        (line for line in measured if line["generation"] == newest), key=lambda line: (line["kl"], line["birth"])
-    )
     return {
         "birth": best["birth"],
         "generation": best["generation"],
-        "allocation": {name: level / LEVELS for name, level in zip(genes, best["genome"], strict=True)},
+        "allocation": {name: level / LEVELS for name, level in zip(matrices, state["search"]["levels"], strict=True)},
         "fitness": best["kl"],
         "stderr": best["stderr"],
         "origin": best["origin"],

@@ -24,6 +24,17 @@ evaluations: 24
 """
 
 
+ALLOCATION_CONFIG = """\
+data: {window: 32, heldout_windows: 4, calibration_window: 32, calibration_sequences: 4}
+searcher:
+  offspring: 6
+  windows: 8
+  stages: [{windows: 1, survivors: 3}, {windows: 2, survivors: 2}, {windows: 4, survivors: 1}]
+  seeds: [erk, owl]
+evaluations: 20
+"""
+
+
 @dataclass(frozen=True)
 class Done:
     """What a command left behind."""
@@ -66,6 +77,20 @@ def finished(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) 
     return run.path
 
 
+@pytest.fixture(scope="session")
+def allocated(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished allocation search; it only gets read."""
+    folder = tmp_path_factory.mktemp("allocated")
+    config = folder / "levels.yaml"
+    config.write_text(ALLOCATION_CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVOPRUNE_CACHE", str(cache))
+        run = evoprune.search_allocation(
+            str(tiny), config=config, executor="inline", run_dir=folder / "run", quiet=True, seed=1
+        )
+    return run.path
+
+
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working folder, and a cache that the tests share."""
@@ -99,3 +124,38 @@ def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(CONFIG)
     return path
+
+
+@pytest.fixture
+def levels(tmp_path: Path) -> Path:
+    """The same for an allocation search."""
+    path = tmp_path / "levels.yaml"
+    path.write_text(ALLOCATION_CONFIG)
+    return path
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches that take seconds need not draw figures for as long."""
+    monkeypatch.setattr("evoprune.sessions.write_report", lambda run: None)
+
+
+def tree(folder: Path) -> set[str]:
+    """Everything in a folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(run: Run, place: Path) -> Callable[..., str]:
+    """Run a command that must be refused; its one line."""
+
+    def call(*words: object) -> str:
+        before = tree(place)
+        done: Done = run(*words)
+        assert (done.code, done.out) == (2, ""), done
+        assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+        assert len(done.err) < 500
+        assert tree(place) == before
+        return done.err
+
+    return call

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
-from tests.door.conftest import Done, Run
+from tests.door.conftest import Run, tree
 from tests.models import save_tiny
 
 HOSTILE = (
@@ -31,26 +31,6 @@ HOSTILE = (
     "W.__class__",
     "[W for W in X_l2]",
 )
-
-
-def tree(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(run: Run, place: Path) -> Callable[..., str]:
-    """Run a command that must be refused; its one line."""
-
-    def call(*words: object) -> str:
-        before = tree(place)
-        done: Done = run(*words)
-        assert (done.code, done.out) == (2, ""), done
-        assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
-        assert len(done.err) < 500
-        assert tree(place) == before
-        return done.err
-
-    return call
 
 
 RUN = '{"run": "x", "kind": "metric", "created": "2026-01-01T00:00:00+00:00"}'
@@ -351,6 +331,7 @@ def test_names_that_lead_nowhere(refused: Callable[..., str], tiny: Path, place:
         ("racing: {rungs: [4, 2]}", "rungs are numbers of windows that increase"),
         ("searcher: {simplify: none}", "searcher.simplify: "),
         ("kind: policy", "kind: "),
+        ("kind: allocation", "kind: these are options of another search, 'allocation': this one is 'metric'"),
     ],
 )
 def test_configuration_files(text: str, said: str, refused: Callable[..., str], tiny: Path, place: Path) -> None:

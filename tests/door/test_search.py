@@ -24,12 +24,6 @@ SHOWN = [
 HELDOUT = {"loss", "perplexity", "kl", "stderr", "tokens"}
 
 
-@pytest.fixture
-def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches that take seconds need not draw figures for as long."""
-    monkeypatch.setattr("evoprune.sessions.write_report", lambda run: None)
-
-
 def test_a_search_from_the_command_line(run: Run, tiny: Path, small: Path, place: Path) -> None:
     done = run("search", "metric", tiny, "--config", small, "--executor", "inline", "--evaluations", 20)
     assert done.code == 0, done.err

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,37 +20,16 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
 from tests.models import save_tiny
+from tests.search.whole_runs import history, timeless, tiny_options
 
 EVALUATIONS = 40
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A model, a text and a cache of their own."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny(folder / "model")
-    text = "\n".join(f"line {index}: {index * index % 97} apples, {index % 13} pears." for index in range(6000))
-    (folder / "text.txt").write_text(text)
-    before = os.environ.get("EVOPRUNE_CACHE")
-    os.environ["EVOPRUNE_CACHE"] = str(folder / "cache")
-    yield folder
-    if before is None:
-        del os.environ["EVOPRUNE_CACHE"]
-    else:
-        os.environ["EVOPRUNE_CACHE"] = before
 
 
 def config(world, **changes):
     return resolve(
         overrides={
-            "model.name": str(world / "model"),
-            "data.source": str(world / "text.txt"),
-            "data.window": 32,
-            "data.calibration_window": 32,
-            "data.calibration_sequences": 8,
-            "data.heldout_windows": 8,
+            **tiny_options(world),
             "racing.rungs": [2, 4, 8],
-            "target.sparsity": 0.5,
             "evaluations": EVALUATIONS,
             **changes,
         }
@@ -61,15 +39,6 @@ def config(world, **changes):
 @pytest.fixture(scope="module")
 def finished(world):
     return start_search(config(world), Resources(executor="inline"), run_dir=world / "run")
-
-
-def history(run):
-    return (run.path / "history.jsonl").read_bytes()
-
-
-def timeless(result):
-    """A result without what names the run."""
-    return {name: value for name, value in result.items() if name != "run"}
 
 
 def test_the_result_has_what_scripts_rely_on(finished):

@@ -1,0 +1,31 @@
+"""What tests of whole runs, of every kind, ask of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evoprune.search.rundir import RunDirectory
+
+
+def tiny_options(world: Path) -> dict[str, Any]:
+    """Options, by dotted key, that make any search on the fixture `world` one of seconds."""
+    return {
+        "model.name": str(world / "model"),
+        "data.source": str(world / "text.txt"),
+        "data.window": 32,
+        "data.calibration_window": 32,
+        "data.calibration_sequences": 8,
+        "data.heldout_windows": 8,
+        "target.sparsity": 0.5,
+    }
+
+
+def history(run: RunDirectory) -> bytes:
+    return (run.path / "history.jsonl").read_bytes()
+
+
+def timeless(result: dict[str, Any] | None) -> dict[str, Any]:
+    """A result without what names the run."""
+    assert result is not None
+    return {name: value for name, value in result.items() if name != "run"}
