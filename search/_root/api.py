@@ -12,7 +12,7 @@ from torch import Tensor
 
 from evoprune.allocations import GivenAllocation, allocate
 from evoprune.calibration import TEXT, Progress, collect_statistics, default_window, loaded, silent
-from evoprune.fitness.adapters import list_sites, zero_fraction
+from evoprune.fitness.adapters import rebind, zero_fraction
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
@@ -163,7 +163,7 @@ def evaluate(
 def _copy(language_model: LanguageModel) -> LanguageModel:
     """The same model with weights of its own."""
     model = deepcopy(language_model.model)
-    return replace(language_model, model=model, sites=tuple(list_sites(model)))
+    return replace(language_model, model=model, sites=rebind(language_model.sites, model))
 
 
 def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
