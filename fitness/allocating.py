@@ -17,12 +17,13 @@ from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import site_scores
+from evoprune.fitness.samples import Batch, Calibration, Samples, forward_batches, n_sequences, text_loss
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation, allocation_of, repair
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import EvopruneError, InvalidCandidate
 from evoprune.metrics.mask import mask
-from evoprune.metrics.records import MaskRule, Site
+from evoprune.metrics.records import LANGUAGE, MaskRule, Site
 from evoprune.metrics.terminals import STATISTICS
 
 # The loss of a model that gives no finite numbers: worse than any other.
@@ -44,8 +45,8 @@ def allocate_model(
     *,
     criterion: Criterion,
     statistics: Statistics | None = None,
-    calibration: Tensor | None = None,
-    search: Tensor | None = None,
+    calibration: Calibration | None = None,
+    search: Calibration | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Allocation:
     """What an allocator makes of a model, repaired to the budget.
@@ -57,8 +58,9 @@ def allocate_model(
         target: fraction of all prunable weights that goes, in [0, 1).
         criterion: whose scores are the ones inside, and prune where losses are measured.
         statistics: at least `statistics_needed`; None if those are none.
-        calibration: [n, window] int64 of text A; None if the allocator uses neither outputs nor hidden states.
-        search: [n, window] int64 of text B; None if it uses no losses.
+        calibration: [n, window] int64 of text A, or samples; None if the allocator uses neither outputs nor hidden
+            states.
+        search: the same of text B; None if it uses no losses.
         progress: told what runs and how far it is.
 
     Raises:
@@ -85,8 +87,8 @@ class ModelEvidence:
         target: float,
         criterion: Criterion,
         statistics: Statistics | None,
-        calibration: Tensor | None,
-        search: Tensor | None,
+        calibration: Calibration | None,
+        search: Calibration | None,
         progress: Callable[[str, int, int], None],
     ) -> None:
         self.sites = tuple(bound.site for bound in language_model.sites)
@@ -110,15 +112,18 @@ class ModelEvidence:
             raise EvopruneError(f"the allocator reads {name}, which is not among its needs")
         return self._statistics.tensor(site.name, name, self._language_model.device)
 
-    def diversity(self, pairs: str) -> Sequence[float]:
-        windows = self._given(self._calibration, "outputs")
-        means = {site.name: DiversityMean(pairs) for site in self.sites}
+    def diversity(self, pairs: str, modalities: bool = True) -> Sequence[float]:
+        calibration = self._given(self._calibration, "outputs")
+        listener = _Listener({site.name: DiversityMean(pairs) for site in self.sites}, modalities)
         body = getattr(self._language_model.model, "base_model", self._language_model.model)
-        with _heard(self._language_model.sites, means):
-            for done, ids in enumerate(windows, 1):
-                body(input_ids=ids[None].to(self._language_model.device), use_cache=False)
-                self._progress("measuring how unlike outputs are", done, len(windows))
-        return [means[site.name].result() for site in self.sites]
+        done, total = 0, n_sequences(calibration)
+        with listener.listening(self._language_model.sites):
+            for batch in forward_batches(calibration, 1, self._language_model.device):
+                listener.batch = batch
+                body(**batch.inputs, use_cache=False)
+                done += batch.rows
+                self._progress("measuring how unlike outputs are", done, total)
+        return [listener.means[site.name].result() for site in self.sites]
 
     def influence(self) -> Sequence[float]:
         return block_influence(self._language_model, self._given(self._calibration, "hidden"))
@@ -158,29 +163,49 @@ class ModelEvidence:
             for weight, copy in dense:
                 weight.copy_(copy)
 
-    def _measured(self, windows: Tensor) -> float:
+    def _measured(self, windows: Calibration) -> float:
         try:
+            if isinstance(windows, Samples):
+                return text_loss(self._language_model.model, windows, self._language_model.device)
             return evaluate_language_model(self._language_model.model, windows).loss
         except InvalidCandidate:
             return _LOST
 
-    def _given(self, windows: Tensor | None, use: str) -> Tensor:
+    def _given(self, windows: Calibration | None, use: str) -> Calibration:
         if windows is None:
             raise EvopruneError(f"the allocator reads {use}, which is not among its uses")
         return windows
 
 
-@contextmanager
-def _heard(sites: Sequence[SiteModule], means: dict[str, DiversityMean]) -> Iterator[None]:
-    """Inside, every forward pass adds the outputs of the matrices to their means."""
+class _Listener:
+    """Adds the outputs of matrices to their means in every forward pass.
 
-    def hear(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        rows = output if output.dim() == 3 else output[None]
-        means[name].add(rows)
+    Attributes:
+        means: by name of the site.
+        batch: what the present forward pass was given.
+    """
 
-    handles = [bound.module.register_forward_hook(partial(hear, bound.site.name)) for bound in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __init__(self, means: dict[str, DiversityMean], modalities: bool) -> None:
+        self.means = means
+        self.batch: Batch | None = None
+        self._modalities = modalities
+
+    @contextmanager
+    def listening(self, sites: Sequence[SiteModule]) -> Iterator[None]:
+        """Inside, it hears the matrices that it has means of."""
+        heard = [bound for bound in sites if bound.site.name in self.means]
+        handles = [bound.module.register_forward_hook(partial(self._hear, bound.site)) for bound in heard]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hear(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if site.component != LANGUAGE:
+            # A tower sees one modality, and one image a row where it keeps images apart.
+            self.means[site.name].add(output if output.dim() == 3 else output[None])
+            return
+        assert self.batch is not None
+        for tokens, modality in self.batch.by_row(output):
+            self.means[site.name].add_sample(tokens, modality if self._modalities else None)
