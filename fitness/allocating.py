@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +20,12 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import site_scores
 from evoprune.fitness.samples import Batch, Calibration, Samples, forward_batches, n_sequences, text_loss
 from evoprune.fitness.statistics import Statistics
-from evoprune.metrics.allocation import Allocation, allocation_of, repair
+from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, repair
+from evoprune.metrics.allocation_groups import rest_sparsity, site_groups
 from evoprune.metrics.criterion import Criterion
-from evoprune.metrics.errors import EvopruneError, InvalidCandidate
+from evoprune.metrics.errors import EvopruneError, InvalidCandidate, InvalidInput
 from evoprune.metrics.mask import mask
-from evoprune.metrics.records import LANGUAGE, MaskRule, Site
+from evoprune.metrics.records import LANGUAGE, MaskRule, Site, removed_count
 from evoprune.metrics.terminals import STATISTICS
 
 # The loss of a model that gives no finite numbers: worse than any other.
@@ -41,12 +43,13 @@ def allocate_model(
     language_model: LanguageModel,
     name: str,
     allocator: Allocator,
-    target: float,
+    target: float | None,
     *,
     criterion: Criterion,
     statistics: Statistics | None = None,
     calibration: Calibration | None = None,
     search: Calibration | None = None,
+    budgets: Mapping[str, float] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Allocation:
     """What an allocator makes of a model, repaired to the budget.
@@ -55,31 +58,68 @@ def allocate_model(
         language_model: dense; where losses are measured it is pruned in place and put back.
         name: the allocator's, for the record.
         allocator: as `evoprune.fitness.allocators.configured` gives it.
-        target: fraction of all prunable weights that goes, in [0, 1).
+        target: fraction of all prunable weights that goes, in [0, 1); None leaves matrices outside of `budgets` dense.
         criterion: whose scores are the ones inside, and prune where losses are measured.
         statistics: at least `statistics_needed`; None if those are none.
         calibration: [n, window] int64 of text A, or samples; None if the allocator uses neither outputs nor hidden
             states.
         search: the same of text B; None if it uses no losses.
+        budgets: see `evoprune.metrics.allocation_groups.site_groups`. The allocator is run on each group by itself, as
+            if there were no other, and on the rest with what the target leaves it.
         progress: told what runs and how far it is.
 
     Raises:
-        InvalidInput: a parameter does not fit this model, scores are not finite, or the budget cannot be reached.
+        InvalidInput: a parameter does not fit this model, scores are not finite, a budget cannot be reached, or neither
+            a target nor a budget is given.
     """
-    evidence = ModelEvidence(language_model, target, criterion, statistics, calibration, search, progress)
-    requested = allocator.request(evidence)
-    return allocation_of(
-        requested,
-        evidence.sites,
-        target,
-        model=type(language_model.model).__name__,
+    sites = [bound.site for bound in language_model.sites]
+    model, parameters = type(language_model.model).__name__, parameters_of(allocator)
+
+    def requested(fraction: float, chosen: Sequence[int] | None) -> Sequence[float]:
+        evidence = ModelEvidence(
+            language_model, fraction, criterion, statistics, calibration, search, progress, chosen=chosen
+        )
+        return allocator.request(evidence)
+
+    if not budgets:
+        if target is None:
+            raise InvalidInput("there is no budget: give a sparsity, or budgets of groups")
+        return allocation_of(requested(target, None), sites, target, model=model, allocator=name, parameters=parameters)
+    groups, rest = site_groups(sites, budgets)
+    found = [0.0] * len(sites)
+
+    def fill(fraction: float, chosen: Sequence[int]) -> None:
+        inside = [sites[index] for index in chosen]
+        if fraction:
+            for index, share in zip(chosen, repair(requested(fraction, chosen), inside, fraction), strict=True):
+                found[index] = share
+
+    def removed() -> int:
+        counts = zip(sites, found, strict=True)
+        return sum(site.out_features * removed_count(share, site.in_features) for site, share in counts)
+
+    for group in groups:
+        fill(group.sparsity, group.indices)
+    if target is not None:
+        fill(rest_sparsity(sites, rest, removed(), target), rest)
+    whole = removed() / sum(site.weights for site in sites) if target is None else target
+    return Allocation(
+        model=model,
+        sparsity=whole,
+        sites=tuple(
+            SiteSparsity(site.name, (site.out_features, site.in_features), share)
+            for site, share in zip(sites, found, strict=True)
+        ),
         allocator=name,
-        parameters=parameters_of(allocator),
+        parameters={**parameters, "budgets": dict(budgets)},
     )
 
 
 class ModelEvidence:
-    """`Evidence` of a live model; arguments as in `allocate_model`."""
+    """`Evidence` of a live model; arguments as in `allocate_model`.
+
+    With `chosen`, indices into its sites, there are no other matrices and their blocks are numbered from 0.
+    """
 
     def __init__(
         self,
@@ -90,8 +130,17 @@ class ModelEvidence:
         calibration: Calibration | None,
         search: Calibration | None,
         progress: Callable[[str, int, int], None],
+        *,
+        chosen: Sequence[int] | None = None,
     ) -> None:
-        self.sites = tuple(bound.site for bound in language_model.sites)
+        every = range(len(language_model.sites)) if chosen is None else chosen
+        bounds = [language_model.sites[index] for index in every]
+        n_blocks = bounds[0].site.n_blocks
+        self._blocks = list(range(n_blocks)) if chosen is None else sorted({bound.site.block for bound in bounds})
+        place = {block: index for index, block in enumerate(self._blocks)}
+        self.sites = tuple(
+            replace(bound.site, block=place[bound.site.block], n_blocks=len(self._blocks)) for bound in bounds
+        )
         self.target = target
         self._language_model = language_model
         self._criterion = criterion
@@ -99,7 +148,7 @@ class ModelEvidence:
         self._calibration = calibration
         self._search = search
         self._progress = progress
-        self._bound = {bound.site.name: bound for bound in language_model.sites}
+        self._bound = {bound.site.name: bound for bound in bounds}
 
     def weight(self, site: Site) -> Tensor:
         return self._bound[site.name].weight().to(torch.float32, copy=True)
@@ -126,7 +175,8 @@ class ModelEvidence:
         return [listener.means[site.name].result() for site in self.sites]
 
     def influence(self) -> Sequence[float]:
-        return block_influence(self._language_model, self._given(self._calibration, "hidden"))
+        found = block_influence(self._language_model, self._given(self._calibration, "hidden"))
+        return [found[block] for block in self._blocks]
 
     def losses(self, requests: Sequence[Sequence[float]]) -> Sequence[float]:
         windows = self._given(self._search, "loss")
@@ -139,12 +189,11 @@ class ModelEvidence:
 
     def losses_without(self) -> Sequence[float]:
         windows = self._given(self._search, "loss")
-        n_blocks = len(self._language_model.blocks())
-        found = []
-        for block in range(n_blocks):
+        found: list[float] = []
+        for block in self._blocks:
             with without_block(self._language_model, block):
                 found.append(self._measured(windows))
-            self._progress("measuring the loss without each block", len(found), n_blocks)
+            self._progress("measuring the loss without each block", len(found), len(self._blocks))
         return found
 
     @contextmanager

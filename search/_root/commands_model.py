@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from pathlib import Path
@@ -21,6 +22,7 @@ from evoprune.options import (
     CalibrationSequences,
     CalibrationText,
     CalibrationWindow,
+    Components,
     Device,
     Dtype,
     Json,
@@ -30,6 +32,7 @@ from evoprune.options import (
     PruneSparsity,
     Revision,
     Seed,
+    Tokens,
     TrustRemoteCode,
     option,
 )
@@ -87,6 +90,16 @@ def prune(
         list[str] | None,
         option("--allocation-set", metavar="KEY=VALUE", help="a parameter of the allocator; repeatable", panel=TARGET),
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        option(
+            "--budget",
+            metavar="GROUP=S",
+            help="sparsity of a component or of names such as *.mlp.*, which --sparsity leaves the rest of, and which "
+            "alone are pruned without it; repeatable",
+            panel=TARGET,
+        ),
+    ] = None,
     shape: Annotated[
         Path | None, option("--shape", metavar="F", help=f"heads and neurons to keep; {NOT_LANDED}", panel=TARGET)
     ] = None,
@@ -100,7 +113,9 @@ def prune(
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
+    tokens: Tokens = "all",
     seed: Seed = 0,
+    components: Components = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -130,12 +145,14 @@ def prune(
             group=group,
             allocation=allocation,
             allocation_parameters=_settings(allocation_set or []),
+            budgets=_budgets(budget or []),
             compressor=compressor,
             out=out,
+            tokens=tokens,
             seed=seed,
             progress=output.step,
             **_calibration(calibration, calibration_sequences, calibration_window),
-            **_loading(dtype, device, revision, trust_remote_code),
+            **_loading(dtype, device, revision, trust_remote_code, components),
         )
         document = pruned.to_json()
         if as_json:
@@ -229,7 +246,9 @@ def stats(
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
+    tokens: Tokens = "all",
     seed: Seed = 0,
+    components: Components = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -252,11 +271,12 @@ def stats(
                 raise InvalidInput("--statistics names none: give some of `evoprune list terminals`, such as X_l2,G_l2")
         found = api.collect_statistics(
             model,
+            tokens=tokens,
             seed=seed,
             progress=output.step,
             **names,
             **_calibration(calibration, calibration_sequences, calibration_window),
-            **_loading(dtype, device, revision, trust_remote_code),
+            **_loading(dtype, device, revision, trust_remote_code, components),
         )
         size = sum(file.stat().st_size for file in found.folder.iterdir())
         manifest = found.manifest
@@ -314,14 +334,41 @@ def _settings(words: list[str]) -> dict[str, str]:
     return found
 
 
+def _budgets(words: list[str]) -> dict[str, float]:
+    """Sparsities by group from words GROUP=S.
+
+    Raises:
+        InvalidInput: a word has no group, no number, or a group comes twice.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = (part.strip() for part in word.rpartition("="))
+        try:
+            sparsity = float(value)
+        except ValueError:
+            sparsity = math.nan
+        if not name or name in found or math.isnan(sparsity):
+            raise InvalidInput(
+                f"--budget {word[:60]!r} is not GROUP=SPARSITY with each GROUP once, such as vision_tower=0.3"
+            )
+        found[name] = sparsity
+    return found
+
+
 def _calibration(text: str | None, sequences: int | None, window: int | None) -> dict[str, Any]:
     """What was given of these options, by the names of the Python API."""
     named = {"calibration": text, "calibration_sequences": sequences, "calibration_window": window}
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _loading(dtype: str | None, device: str | None, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def _loading(
+    dtype: str | None,
+    device: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    components: str | None = None,
+) -> dict[str, Any]:
     """What was given of these options, as `load_model` takes them."""
-    named = {"dtype": dtype, "device": device, "revision": revision}
+    named = {"dtype": dtype, "device": device, "revision": revision, "components": components}
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     return given | {"trust_remote_code": trust_remote_code}
