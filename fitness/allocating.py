@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.allocators import Allocator, parameters_of
+from evoprune.fitness.component_budgets import search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
-from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.models import LanguageModel, Prunable
 from evoprune.fitness.pruning import site_scores
 from evoprune.fitness.samples import Batch, Calibration, Samples, forward_batches, n_sequences, text_loss
 from evoprune.fitness.statistics import Statistics
@@ -40,7 +42,7 @@ def statistics_needed(allocator: Allocator, criterion: Criterion) -> frozenset[s
 
 @torch.no_grad()
 def allocate_model(
-    language_model: LanguageModel,
+    language_model: Prunable,
     name: str,
     allocator: Allocator,
     target: float | None,
@@ -49,6 +51,7 @@ def allocate_model(
     statistics: Statistics | None = None,
     calibration: Calibration | None = None,
     search: Calibration | None = None,
+    loss: Callable[[], float] | None = None,
     budgets: Mapping[str, float] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Allocation:
@@ -64,6 +67,7 @@ def allocate_model(
         calibration: [n, window] int64 of text A, or samples; None if the allocator uses neither outputs nor hidden
             states.
         search: the same of text B; None if it uses no losses.
+        loss: measures the model as it is, in place of a loss on `search`; low is good. For models that write no text.
         budgets: see `evoprune.metrics.allocation_groups.site_groups`. The allocator is run on each group by itself, as
             if there were no other, and on the rest with what the target leaves it.
         progress: told what runs and how far it is.
@@ -77,7 +81,7 @@ def allocate_model(
 
     def requested(fraction: float, chosen: Sequence[int] | None) -> Sequence[float]:
         evidence = ModelEvidence(
-            language_model, fraction, criterion, statistics, calibration, search, progress, chosen=chosen
+            language_model, fraction, criterion, statistics, calibration, search, progress, chosen=chosen, loss=loss
         )
         return allocator.request(evidence)
 
@@ -115,6 +119,48 @@ def allocate_model(
     )
 
 
+@torch.no_grad()
+def searched_budgets(
+    language_model: Prunable,
+    name: str,
+    allocator: Allocator,
+    target: float,
+    *,
+    criterion: Criterion,
+    statistics: Statistics | None = None,
+    calibration: Calibration | None = None,
+    search: Calibration | None = None,
+    loss: Callable[[], float] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, float]:
+    """Budgets of the components that give the lowest loss with this allocator inside each; see `search_budgets`.
+
+    Arguments as in `allocate_model`.
+
+    Raises:
+        InvalidInput: as `allocate_model`, or the model has one component only.
+    """
+    sites = [bound.site for bound in language_model.sites]
+    evidence = ModelEvidence(language_model, target, criterion, statistics, calibration, search, progress, loss=loss)
+
+    def loss_of(budgets: Mapping[str, float]) -> float:
+        found = allocate_model(
+            language_model,
+            name,
+            allocator,
+            None,
+            criterion=criterion,
+            statistics=statistics,
+            calibration=calibration,
+            search=search,
+            loss=loss,
+            budgets=budgets,
+        )
+        return evidence.loss_at([site.sparsity for site in found.sites])
+
+    return search_budgets(sites, target, loss_of, lambda tried: progress("trying budgets of components", tried, 0))
+
+
 class ModelEvidence:
     """`Evidence` of a live model; arguments as in `allocate_model`.
 
@@ -123,7 +169,7 @@ class ModelEvidence:
 
     def __init__(
         self,
-        language_model: LanguageModel,
+        language_model: Prunable,
         target: float,
         criterion: Criterion,
         statistics: Statistics | None,
@@ -132,7 +178,9 @@ class ModelEvidence:
         progress: Callable[[str, int, int], None],
         *,
         chosen: Sequence[int] | None = None,
+        loss: Callable[[], float] | None = None,
     ) -> None:
+        self._loss = loss
         every = range(len(language_model.sites)) if chosen is None else chosen
         bounds = [language_model.sites[index] for index in every]
         n_blocks = bounds[0].site.n_blocks
@@ -159,15 +207,16 @@ class ModelEvidence:
     def statistic(self, site: Site, name: str) -> Tensor:
         if self._statistics is None:
             raise EvopruneError(f"the allocator reads {name}, which is not among its needs")
-        return self._statistics.tensor(site.name, name, self._language_model.device)
+        return self._statistics.tensor(site.name, name, self._bound[site.name].weight().device)
 
     def diversity(self, pairs: str, modalities: bool = True) -> Sequence[float]:
+        language_model = self._reader()
         calibration = self._given(self._calibration, "outputs")
         listener = _Listener({site.name: DiversityMean(pairs) for site in self.sites}, modalities)
-        body = getattr(self._language_model.model, "base_model", self._language_model.model)
+        body = getattr(language_model.model, "base_model", language_model.model)
         done, total = 0, n_sequences(calibration)
-        with listener.listening(self._language_model.sites):
-            for batch in forward_batches(calibration, 1, self._language_model.device):
+        with listener.listening(language_model.sites):
+            for batch in forward_batches(calibration, 1, language_model.device):
                 listener.batch = batch
                 body(**batch.inputs, use_cache=False)
                 done += batch.rows
@@ -175,24 +224,26 @@ class ModelEvidence:
         return [listener.means[site.name].result() for site in self.sites]
 
     def influence(self) -> Sequence[float]:
-        found = block_influence(self._language_model, self._given(self._calibration, "hidden"))
+        found = block_influence(self._reader(), self._given(self._calibration, "hidden"))
         return [found[block] for block in self._blocks]
 
     def losses(self, requests: Sequence[Sequence[float]]) -> Sequence[float]:
-        windows = self._given(self._search, "loss")
-        found = []
+        found: list[float] = []
         for requested in requests:
-            with self._pruned(repair(requested, self.sites, self.target)):
-                found.append(self._measured(windows))
+            found.append(self.loss_at(repair(requested, self.sites, self.target)))
             self._progress("comparing losses", len(found), len(requests))
         return found
 
+    def loss_at(self, sparsities: Sequence[float]) -> float:
+        """The loss of the model pruned by the criterion, each matrix to its own sparsity."""
+        with self._pruned(sparsities):
+            return self._measured()
+
     def losses_without(self) -> Sequence[float]:
-        windows = self._given(self._search, "loss")
         found: list[float] = []
         for block in self._blocks:
-            with without_block(self._language_model, block):
-                found.append(self._measured(windows))
+            with without_block(self._reader(), block):
+                found.append(self._measured())
             self._progress("measuring the loss without each block", len(found), len(self._blocks))
         return found
 
@@ -212,13 +263,25 @@ class ModelEvidence:
             for weight, copy in dense:
                 weight.copy_(copy)
 
-    def _measured(self, windows: Calibration) -> float:
+    def _measured(self) -> float:
         try:
+            if self._loss is not None:
+                loss = self._loss()
+                return loss if math.isfinite(loss) else _LOST
+            windows, language_model = self._given(self._search, "loss"), self._reader()
             if isinstance(windows, Samples):
-                return text_loss(self._language_model.model, windows, self._language_model.device)
-            return evaluate_language_model(self._language_model.model, windows).loss
+                return text_loss(language_model.model, windows, language_model.device)
+            return evaluate_language_model(language_model.model, windows).loss
         except InvalidCandidate:
             return _LOST
+
+    def _reader(self) -> LanguageModel:
+        if not isinstance(self._language_model, LanguageModel):
+            raise InvalidInput(
+                "this allocator runs a language model on text: for a pipeline give one that reads weights or scores "
+                "alone, such as uniform, erk or owl"
+            )
+        return self._language_model
 
     def _given(self, windows: Calibration | None, use: str) -> Calibration:
         if windows is None:

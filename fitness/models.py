@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,21 @@ from evoprune.metrics.errors import InvalidInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+class Prunable(Protocol):
+    """What has matrices to prune.
+
+    Attributes:
+        model: the live model; its class names it in allocations.
+        sites: prunable matrices in model order, bound to `model`.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def sites(self) -> tuple[SiteModule, ...]: ...
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,13 @@ def block_list(model: PreTrainedModel, adapter: ModelAdapter) -> list[tuple[str,
     return [(f"{adapter.blocks}.{index}", block) for index, block in blocks.named_children()]
 
 
-def bind_sites(model: nn.Module, parts: Sequence[Part]) -> list[SiteModule]:
+def bind_sites(model: nn.Module, parts: Sequence[Part], *, others_stay_dense: bool = False) -> list[SiteModule]:
     """The sites that `parts` name, block by block, numbered through.
+
+    Args:
+        model: the live model.
+        parts: in the order of a forward pass.
+        others_stay_dense: let a block hold weights that its part does not name.
 
     Raises:
         InvalidInput: a block holds weights that its part does not name, two sites share one weight, or there is no
@@ -115,7 +120,8 @@ def bind_sites(model: nn.Module, parts: Sequence[Part]) -> list[SiteModule]:
     for index, (part, block_name, block) in enumerate(numbered):
         modules = dict(block.named_modules())
         linears = {kind: modules[kind] for kind in part.kinds if is_linear(modules.get(kind, block))}
-        refuse_unlisted(model, block_name, block, linears)
+        if not others_stay_dense:
+            refuse_unlisted(model, block_name, block, linears)
         for kind, linear in linears.items():
             name = f"{block_name}.{kind}" if kind else block_name
             weight = linear.get_parameter("weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from evoprune.calibration import (
     ALL_TOKENS,
@@ -18,7 +18,7 @@ from evoprune.calibration import (
     silent,
     token_choice,
 )
-from evoprune.fitness.allocating import allocate_model, statistics_needed
+from evoprune.fitness.allocating import allocate_model, searched_budgets, statistics_needed
 from evoprune.fitness.allocators import ALLOCATORS, configured
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
@@ -33,6 +33,7 @@ from evoprune.metrics.records import MaskRule
 
 # Windows of text B on which an allocator that tries things out compares losses.
 LOSS_SEQUENCES = 8
+SEARCHED = "searched"
 
 
 def allocate(
@@ -41,7 +42,7 @@ def allocate(
     sparsity: float | None = None,
     *,
     parameters: Mapping[str, Any] | None = None,
-    budgets: Mapping[str, float] | None = None,
+    budgets: Mapping[str, float] | Literal["searched"] | None = None,
     metric: str | Criterion = "wanda",
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
@@ -62,6 +63,7 @@ def allocate(
         parameters: of the allocator, by name; `evoprune list allocators` shows them with their defaults.
         budgets: sparsity of each group of matrices, by component, such as ``vision_tower``, or by pattern of names,
             such as ``*.mlp.*``. A matrix that fits several is in the first. The allocator runs on each group by itself.
+            ``searched`` tries out budgets of the components that together lose `sparsity`.
         metric: the criterion whose scores an allocator such as ``owl`` reads; see `prune`.
         calibration: text of the statistics and outputs (its side A) and of the losses that some allocators compare
             (its side B).
@@ -79,7 +81,8 @@ def allocate(
     """
     chosen = configured(allocator, parameters)
     criterion = load_metric(metric) if isinstance(metric, str) else metric
-    target = DEFAULT_SPARSITY if sparsity is None and not budgets else sparsity
+    searched = budgets == SEARCHED
+    target = DEFAULT_SPARSITY if sparsity is None and (searched or not budgets) else sparsity
     if target is not None:
         MaskRule(target)
     token_choice(tokens)
@@ -93,18 +96,18 @@ def allocate(
         window = text["calibration_window"]
         return calibration_side(language_model, calibration, side, window=window, count=count, seed=seed)
 
-    return allocate_model(
-        language_model,
-        allocator,
-        chosen,
-        target,
-        criterion=criterion,
-        statistics=statistics,
-        calibration=windows("A", calibration_sequences) if chosen.uses & {"outputs", "hidden"} else None,
-        search=windows("B", loss_sequences) if "loss" in chosen.uses else None,
-        budgets=budgets,
-        progress=progress,
-    )
+    given: dict[str, Any] = {
+        "criterion": criterion,
+        "statistics": statistics,
+        "calibration": windows("A", calibration_sequences) if chosen.uses & {"outputs", "hidden"} else None,
+        "search": windows("B", loss_sequences) if searched or "loss" in chosen.uses else None,
+        "progress": progress,
+    }
+    if searched:
+        assert target is not None
+        budgets = searched_budgets(language_model, allocator, chosen, target, **given)
+        target = None
+    return allocate_model(language_model, allocator, chosen, target, budgets=cast(Any, budgets), **given)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class GivenAllocation:
     sparsity: float | None
     pattern: str | None
     group: str | None
-    budgets: Mapping[str, float] = field(default_factory=dict)
+    budgets: Mapping[str, float] | Literal["searched"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.budgets and self._named is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -23,12 +23,12 @@ from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
-from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
+from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
-from evoprune.outcomes import Evaluation, Pruned
+from evoprune.outcomes import Evaluation, Pruned, criterion_label
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
 
@@ -44,7 +44,7 @@ def prune(
     group: str | None = None,
     allocation: str | Path | Allocation | None = None,
     allocation_parameters: Mapping[str, Any] | None = None,
-    budgets: Mapping[str, float] | None = None,
+    budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str = "mask",
     out: str | Path | None = None,
     calibration: str = "corpus",
@@ -108,7 +108,14 @@ def prune(
         allocation=own,
         progress=lambda done, total: progress("pruning matrices", done, total),
     )
-    pruned = Pruned(language_model, _label(metric, criterion), rule, compressor, layers, allocation=own)
+    pruned = Pruned(
+        language_model=language_model,
+        criterion=criterion_label(metric, criterion),
+        rule=rule,
+        compressor=compressor,
+        layers=layers,
+        allocation=own,
+    )
     recipe = {
         "criterion": pruned.criterion,
         "source": criterion.source,
@@ -190,12 +197,3 @@ def _held_out(language_model: LanguageModel, windows: Tensor, dense: Any, progre
     held_out = evaluate_language_model(language_model.model, windows, dense=dense)
     progress(f"measuring on {windows.numel():,} tokens", 1, 1)
     return held_out
-
-
-def _label(metric: str | Criterion, criterion: Criterion) -> str:
-    """How a checkpoint and the JSON name a criterion: what defines it, never the path of a file."""
-    if isinstance(metric, str) and metric.strip() in CRITERIA:
-        return metric.strip()
-    if isinstance(criterion, Metric):
-        return criterion.expression.text
-    return str(getattr(criterion, "tree", type(criterion).__name__))

@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,9 @@ from evoprune.options import (
     TrustRemoteCode,
     option,
 )
+
+if TYPE_CHECKING:
+    from evoprune.outcomes import Removal
 
 NOT_LANDED = "has not landed yet"
 
@@ -95,8 +98,8 @@ def prune(
         option(
             "--budget",
             metavar="GROUP=S",
-            help="sparsity of a component or of names such as *.mlp.*, which --sparsity leaves the rest of, and which "
-            "alone are pruned without it; repeatable",
+            help="sparsity of a component or of names such as *.mlp.*, repeatable; the rest gets what --sparsity "
+            "leaves, and stays dense without it; `searched` tries out components",
             panel=TARGET,
         ),
     ] = None,
@@ -135,31 +138,47 @@ def prune(
             )
         check_writable(out)
         from evoprune import api
+        from evoprune.fitness.pipelines import is_pipeline
+        from evoprune.pipelines import prune_pipeline
         from evoprune.search.tables import layers_table
 
-        pruned = api.prune(
-            model,
-            metric=metric,
-            sparsity=sparsity,
-            pattern=pattern,
-            group=group,
-            allocation=allocation,
-            allocation_parameters=_settings(allocation_set or []),
-            budgets=_budgets(budget or []),
-            compressor=compressor,
-            out=out,
-            tokens=tokens,
-            seed=seed,
-            progress=output.step,
-            **_calibration(calibration, calibration_sequences, calibration_window),
-            **_loading(dtype, device, revision, trust_remote_code, components),
-        )
+        target: dict[str, Any] = {
+            "metric": metric,
+            "sparsity": sparsity,
+            "allocation_parameters": _settings(allocation_set or []),
+            "budgets": _budgets(budget or []),
+            "out": out,
+            "progress": output.step,
+        }
+        pipeline = is_pipeline(model)
+        pruned: Removal
+        if pipeline:
+            if pattern is not None or group is not None or compressor != "mask" or components is not None:
+                raise InvalidInput(
+                    "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
+                    "and --components, and give --budget denoiser=0.35 to prune one component alone"
+                )
+            pruned = prune_pipeline(model, allocation=allocation or "uniform", **target)
+        else:
+            pruned = api.prune(
+                model,
+                pattern=pattern,
+                group=group,
+                allocation=allocation,
+                compressor=compressor,
+                tokens=tokens,
+                seed=seed,
+                **target,
+                **_calibration(calibration, calibration_sequences, calibration_window),
+                **_loading(dtype, device, revision, trust_remote_code, components),
+            )
         document = pruned.to_json()
         if as_json:
             output.json(document)
         else:
             words = ["evoprune", "eval", document["out"], "--dense", model]
-            output.tell(layers_table(document), f"try it: {shlex.join(words)}")
+            hint = "load it with DiffusionPipeline.from_pretrained" if pipeline else f"try it: {shlex.join(words)}"
+            output.tell(layers_table(document), hint)
             output.line(document["out"])
 
 
@@ -334,12 +353,14 @@ def _settings(words: list[str]) -> dict[str, str]:
     return found
 
 
-def _budgets(words: list[str]) -> dict[str, float]:
-    """Sparsities by group from words GROUP=S.
+def _budgets(words: list[str]) -> dict[str, float] | Literal["searched"]:
+    """Sparsities by group from words GROUP=S, or the one word ``searched``.
 
     Raises:
         InvalidInput: a word has no group, no number, or a group comes twice.
     """
+    if words == ["searched"]:
+        return "searched"
     found: dict[str, float] = {}
     for word in words:
         name, _, value = (part.strip() for part in word.rpartition("="))
