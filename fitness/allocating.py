@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,17 +14,20 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.allocators import Allocator, parameters_of
+from evoprune.fitness.component_budgets import search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
-from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.models import LanguageModel, Prunable
 from evoprune.fitness.pruning import site_scores
+from evoprune.fitness.samples import Batch, Calibration, Samples, forward_batches, n_sequences, text_loss
 from evoprune.fitness.statistics import Statistics
-from evoprune.metrics.allocation import Allocation, allocation_of, repair
+from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, repair
+from evoprune.metrics.allocation_groups import rest_sparsity, site_groups
 from evoprune.metrics.criterion import Criterion
-from evoprune.metrics.errors import EvopruneError, InvalidCandidate
+from evoprune.metrics.errors import EvopruneError, InvalidCandidate, InvalidInput
 from evoprune.metrics.mask import mask
-from evoprune.metrics.records import MaskRule, Site
+from evoprune.metrics.records import LANGUAGE, MaskRule, Site, removed_count
 from evoprune.metrics.terminals import STATISTICS
 
 # The loss of a model that gives no finite numbers: worse than any other.
@@ -37,15 +42,17 @@ def statistics_needed(allocator: Allocator, criterion: Criterion) -> frozenset[s
 
 @torch.no_grad()
 def allocate_model(
-    language_model: LanguageModel,
+    language_model: Prunable,
     name: str,
     allocator: Allocator,
-    target: float,
+    target: float | None,
     *,
     criterion: Criterion,
     statistics: Statistics | None = None,
-    calibration: Tensor | None = None,
-    search: Tensor | None = None,
+    calibration: Calibration | None = None,
+    search: Calibration | None = None,
+    loss: Callable[[], float] | None = None,
+    budgets: Mapping[str, float] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Allocation:
     """What an allocator makes of a model, repaired to the budget.
@@ -54,42 +61,134 @@ def allocate_model(
         language_model: dense; where losses are measured it is pruned in place and put back.
         name: the allocator's, for the record.
         allocator: as `evoprune.fitness.allocators.configured` gives it.
-        target: fraction of all prunable weights that goes, in [0, 1).
+        target: fraction of all prunable weights that goes, in [0, 1); None leaves matrices outside of `budgets` dense.
         criterion: whose scores are the ones inside, and prune where losses are measured.
         statistics: at least `statistics_needed`; None if those are none.
-        calibration: [n, window] int64 of text A; None if the allocator uses neither outputs nor hidden states.
-        search: [n, window] int64 of text B; None if it uses no losses.
+        calibration: [n, window] int64 of text A, or samples; None if the allocator uses neither outputs nor hidden
+            states.
+        search: the same of text B; None if it uses no losses.
+        loss: measures the model as it is, in place of a loss on `search`; low is good. For models that write no text.
+        budgets: see `evoprune.metrics.allocation_groups.site_groups`. The allocator is run on each group by itself, as
+            if there were no other, and on the rest with what the target leaves it.
         progress: told what runs and how far it is.
 
     Raises:
-        InvalidInput: a parameter does not fit this model, scores are not finite, or the budget cannot be reached.
+        InvalidInput: a parameter does not fit this model, scores are not finite, a budget cannot be reached, or neither
+            a target nor a budget is given.
     """
-    evidence = ModelEvidence(language_model, target, criterion, statistics, calibration, search, progress)
-    requested = allocator.request(evidence)
-    return allocation_of(
-        requested,
-        evidence.sites,
-        target,
-        model=type(language_model.model).__name__,
+    sites = [bound.site for bound in language_model.sites]
+    model, parameters = type(language_model.model).__name__, parameters_of(allocator)
+
+    def requested(fraction: float, chosen: Sequence[int] | None) -> Sequence[float]:
+        evidence = ModelEvidence(
+            language_model, fraction, criterion, statistics, calibration, search, progress, chosen=chosen, loss=loss
+        )
+        return allocator.request(evidence)
+
+    if not budgets:
+        if target is None:
+            raise InvalidInput("there is no budget: give a sparsity, or budgets of groups")
+        return allocation_of(requested(target, None), sites, target, model=model, allocator=name, parameters=parameters)
+    groups, rest = site_groups(sites, budgets)
+    found = [0.0] * len(sites)
+
+    def fill(fraction: float, chosen: Sequence[int]) -> None:
+        inside = [sites[index] for index in chosen]
+        if fraction:
+            for index, share in zip(chosen, repair(requested(fraction, chosen), inside, fraction), strict=True):
+                found[index] = share
+
+    def removed() -> int:
+        counts = zip(sites, found, strict=True)
+        return sum(site.out_features * removed_count(share, site.in_features) for site, share in counts)
+
+    for group in groups:
+        fill(group.sparsity, group.indices)
+    if target is not None:
+        fill(rest_sparsity(sites, rest, removed(), target), rest)
+    whole = removed() / sum(site.weights for site in sites) if target is None else target
+    return Allocation(
+        model=model,
+        sparsity=whole,
+        sites=tuple(
+            SiteSparsity(site.name, (site.out_features, site.in_features), share)
+            for site, share in zip(sites, found, strict=True)
+        ),
         allocator=name,
-        parameters=parameters_of(allocator),
+        parameters={**parameters, "budgets": dict(budgets)},
     )
 
 
+@torch.no_grad()
+def searched_budgets(
+    language_model: Prunable,
+    name: str,
+    allocator: Allocator,
+    target: float,
+    *,
+    criterion: Criterion,
+    statistics: Statistics | None = None,
+    calibration: Calibration | None = None,
+    search: Calibration | None = None,
+    loss: Callable[[], float] | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, float]:
+    """Budgets of the components that give the lowest loss with this allocator inside each; see `search_budgets`.
+
+    Arguments as in `allocate_model`.
+
+    Raises:
+        InvalidInput: as `allocate_model`, or the model has one component only.
+    """
+    sites = [bound.site for bound in language_model.sites]
+    evidence = ModelEvidence(language_model, target, criterion, statistics, calibration, search, progress, loss=loss)
+
+    def loss_of(budgets: Mapping[str, float]) -> float:
+        found = allocate_model(
+            language_model,
+            name,
+            allocator,
+            None,
+            criterion=criterion,
+            statistics=statistics,
+            calibration=calibration,
+            search=search,
+            loss=loss,
+            budgets=budgets,
+        )
+        return evidence.loss_at([site.sparsity for site in found.sites])
+
+    return search_budgets(sites, target, loss_of, lambda tried: progress("trying budgets of components", tried, 0))
+
+
 class ModelEvidence:
-    """`Evidence` of a live model; arguments as in `allocate_model`."""
+    """`Evidence` of a live model; arguments as in `allocate_model`.
+
+    With `chosen`, indices into its sites, there are no other matrices and their blocks are numbered from 0.
+    """
 
     def __init__(
         self,
-        language_model: LanguageModel,
+        language_model: Prunable,
         target: float,
         criterion: Criterion,
         statistics: Statistics | None,
-        calibration: Tensor | None,
-        search: Tensor | None,
+        calibration: Calibration | None,
+        search: Calibration | None,
         progress: Callable[[str, int, int], None],
+        *,
+        chosen: Sequence[int] | None = None,
+        loss: Callable[[], float] | None = None,
     ) -> None:
-        self.sites = tuple(bound.site for bound in language_model.sites)
+        self._loss = loss
+        every = range(len(language_model.sites)) if chosen is None else chosen
+        bounds = [language_model.sites[index] for index in every]
+        n_blocks = bounds[0].site.n_blocks
+        self._blocks = list(range(n_blocks)) if chosen is None else sorted({bound.site.block for bound in bounds})
+        place = {block: index for index, block in enumerate(self._blocks)}
+        self.sites = tuple(
+            replace(bound.site, block=place[bound.site.block], n_blocks=len(self._blocks)) for bound in bounds
+        )
         self.target = target
         self._language_model = language_model
         self._criterion = criterion
@@ -97,7 +196,7 @@ class ModelEvidence:
         self._calibration = calibration
         self._search = search
         self._progress = progress
-        self._bound = {bound.site.name: bound for bound in language_model.sites}
+        self._bound = {bound.site.name: bound for bound in bounds}
 
     def weight(self, site: Site) -> Tensor:
         return self._bound[site.name].weight().to(torch.float32, copy=True)
@@ -108,38 +207,44 @@ class ModelEvidence:
     def statistic(self, site: Site, name: str) -> Tensor:
         if self._statistics is None:
             raise EvopruneError(f"the allocator reads {name}, which is not among its needs")
-        return self._statistics.tensor(site.name, name, self._language_model.device)
+        return self._statistics.tensor(site.name, name, self._bound[site.name].weight().device)
 
-    def diversity(self, pairs: str) -> Sequence[float]:
-        windows = self._given(self._calibration, "outputs")
-        means = {site.name: DiversityMean(pairs) for site in self.sites}
-        body = getattr(self._language_model.model, "base_model", self._language_model.model)
-        with _heard(self._language_model.sites, means):
-            for done, ids in enumerate(windows, 1):
-                body(input_ids=ids[None].to(self._language_model.device), use_cache=False)
-                self._progress("measuring how unlike outputs are", done, len(windows))
-        return [means[site.name].result() for site in self.sites]
+    def diversity(self, pairs: str, modalities: bool = True) -> Sequence[float]:
+        language_model = self._reader()
+        calibration = self._given(self._calibration, "outputs")
+        listener = _Listener({site.name: DiversityMean(pairs) for site in self.sites}, modalities)
+        body = getattr(language_model.model, "base_model", language_model.model)
+        done, total = 0, n_sequences(calibration)
+        with listener.listening(language_model.sites):
+            for batch in forward_batches(calibration, 1, language_model.device):
+                listener.batch = batch
+                body(**batch.inputs, use_cache=False)
+                done += batch.rows
+                self._progress("measuring how unlike outputs are", done, total)
+        return [listener.means[site.name].result() for site in self.sites]
 
     def influence(self) -> Sequence[float]:
-        return block_influence(self._language_model, self._given(self._calibration, "hidden"))
+        found = block_influence(self._reader(), self._given(self._calibration, "hidden"))
+        return [found[block] for block in self._blocks]
 
     def losses(self, requests: Sequence[Sequence[float]]) -> Sequence[float]:
-        windows = self._given(self._search, "loss")
-        found = []
+        found: list[float] = []
         for requested in requests:
-            with self._pruned(repair(requested, self.sites, self.target)):
-                found.append(self._measured(windows))
+            found.append(self.loss_at(repair(requested, self.sites, self.target)))
             self._progress("comparing losses", len(found), len(requests))
         return found
 
+    def loss_at(self, sparsities: Sequence[float]) -> float:
+        """The loss of the model pruned by the criterion, each matrix to its own sparsity."""
+        with self._pruned(sparsities):
+            return self._measured()
+
     def losses_without(self) -> Sequence[float]:
-        windows = self._given(self._search, "loss")
-        n_blocks = len(self._language_model.blocks())
-        found = []
-        for block in range(n_blocks):
-            with without_block(self._language_model, block):
-                found.append(self._measured(windows))
-            self._progress("measuring the loss without each block", len(found), n_blocks)
+        found: list[float] = []
+        for block in self._blocks:
+            with without_block(self._reader(), block):
+                found.append(self._measured())
+            self._progress("measuring the loss without each block", len(found), len(self._blocks))
         return found
 
     @contextmanager
@@ -158,29 +263,61 @@ class ModelEvidence:
             for weight, copy in dense:
                 weight.copy_(copy)
 
-    def _measured(self, windows: Tensor) -> float:
+    def _measured(self) -> float:
         try:
-            return evaluate_language_model(self._language_model.model, windows).loss
+            if self._loss is not None:
+                loss = self._loss()
+                return loss if math.isfinite(loss) else _LOST
+            windows, language_model = self._given(self._search, "loss"), self._reader()
+            if isinstance(windows, Samples):
+                return text_loss(language_model.model, windows, language_model.device)
+            return evaluate_language_model(language_model.model, windows).loss
         except InvalidCandidate:
             return _LOST
 
-    def _given(self, windows: Tensor | None, use: str) -> Tensor:
+    def _reader(self) -> LanguageModel:
+        if not isinstance(self._language_model, LanguageModel):
+            raise InvalidInput(
+                "this allocator runs a language model on text: for a pipeline give one that reads weights or scores "
+                "alone, such as uniform, erk or owl"
+            )
+        return self._language_model
+
+    def _given(self, windows: Calibration | None, use: str) -> Calibration:
         if windows is None:
             raise EvopruneError(f"the allocator reads {use}, which is not among its uses")
         return windows
 
 
-@contextmanager
-def _heard(sites: Sequence[SiteModule], means: dict[str, DiversityMean]) -> Iterator[None]:
-    """Inside, every forward pass adds the outputs of the matrices to their means."""
+class _Listener:
+    """Adds the outputs of matrices to their means in every forward pass.
 
-    def hear(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        rows = output if output.dim() == 3 else output[None]
-        means[name].add(rows)
+    Attributes:
+        means: by name of the site.
+        batch: what the present forward pass was given.
+    """
 
-    handles = [bound.module.register_forward_hook(partial(hear, bound.site.name)) for bound in sites]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __init__(self, means: dict[str, DiversityMean], modalities: bool) -> None:
+        self.means = means
+        self.batch: Batch | None = None
+        self._modalities = modalities
+
+    @contextmanager
+    def listening(self, sites: Sequence[SiteModule]) -> Iterator[None]:
+        """Inside, it hears the matrices that it has means of."""
+        heard = [bound for bound in sites if bound.site.name in self.means]
+        handles = [bound.module.register_forward_hook(partial(self._hear, bound.site)) for bound in heard]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hear(self, site: Site, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if site.component != LANGUAGE:
+            # A tower sees one modality, and one image a row where it keeps images apart.
+            self.means[site.name].add(output if output.dim() == 3 else output[None])
+            return
+        assert self.batch is not None
+        for tokens, modality in self.batch.by_row(output):
+            self.means[site.name].add_sample(tokens, modality if self._modalities else None)

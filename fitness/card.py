@@ -33,7 +33,19 @@ class WeightCounts:
     file_bytes: int
 
 
-def model_card(name: str, counts: WeightCounts, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+# What loads text beside the model, and the Hub's name of the task, by the class that loads the model.
+_TEXT_ONLY = ("AutoTokenizer", "tokenizer", "text-generation")
+_TASKS = {"AutoModelForImageTextToText": ("AutoProcessor", "processor", "image-text-to-text")}
+
+
+def model_card(
+    name: str,
+    counts: WeightCounts,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    *,
+    loader: str = "AutoModelForCausalLM",
+) -> str:
     """README.md of a checkpoint.
 
     Args:
@@ -41,14 +53,16 @@ def model_card(name: str, counts: WeightCounts, recipe: Mapping[str, Any], repor
         counts: what the files hold.
         recipe: how the model was pruned.
         report: mappings in it that have a ``perplexity``, at any depth, become rows; plain values become a list.
+        loader: name of the class in transformers that loads the checkpoint.
     """
+    reader, variable, task = _TASKS.get(loader, _TEXT_ONLY)
     original = public_name(name)
     results = list(_results(report, ()))
     facts = [(key, value) for key, value in report.items() if isinstance(value, (str, int, float))]
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {task}",
         *([f"base_model: {original}"] if "/" in original else []),
         "tags: [pruned, sparse, evoprune]",
         "---",
@@ -90,10 +104,10 @@ def model_card(name: str, counts: WeightCounts, recipe: Mapping[str, Any], repor
         "Plain transformers, and whatever else loads the original: safetensors, no remote code, no `sparsity_config`.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {loader}, {reader}",
         "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'model = {loader}.from_pretrained("path/to/this/folder")',
+        f'{variable} = {reader}.from_pretrained("path/to/this/folder")',
         "```",
         "",
         "The licence of the original model applies.",

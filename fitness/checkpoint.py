@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from evoprune.fitness.adapters import auto_class
 from evoprune.fitness.cache import disk_errors
 from evoprune.fitness.card import WeightCounts, model_card, public_name
 from evoprune.fitness.hub import one_line, silence
@@ -24,12 +25,22 @@ from evoprune.metrics.files import user_path, write_atomically
 
 FORMAT = "evoprune checkpoint 1"
 RECORD = "evoprune.json"
+# How a model that also reads images wants them: copied as they are, since not every processor can be built everywhere.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 def write_checkpoint(
     language_model: LanguageModel, out_dir: Path | str, *, recipe: Mapping[str, Any], report: Mapping[str, Any]
 ) -> Path:
     """Write the model as it is now: dense safetensors with zeros, tokenizer, `evoprune.json` and a model card.
+
+    The files of a processor that lie beside the model are copied.
 
     The folder is written beside `out_dir`, loaded again by plain transformers, compared weight by weight, and only
     then renamed. Weights get the dtype of the original files when every one of them survives that exactly, as it does
@@ -60,6 +71,8 @@ def write_checkpoint(
             with silence():
                 model.save_pretrained(partial, state_dict=dict(state))
                 language_model.tokenizer.save_pretrained(partial)
+            if language_model.multimodal:
+                _copy_processor(language_model.folder, partial)
             _state_dtype_in_config(partial / "config.json", dtype)
             counts = _count(language_model, partial, state)
             record = {
@@ -72,7 +85,10 @@ def write_checkpoint(
             }
             text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
             write_atomically(partial / RECORD, text)
-            write_atomically(partial / "README.md", model_card(language_model.name, counts, recipe, report))
+            loader = auto_class(model.config).__name__
+            write_atomically(
+                partial / "README.md", model_card(language_model.name, counts, recipe, report, loader=loader)
+            )
             _check_reload(model, partial, state, dtype)
             _flush(partial)
             _put_in_place(partial, out)
@@ -133,6 +149,13 @@ def _state_as(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
+def _copy_processor(folder: Path | None, out: Path) -> None:
+    """Bring along what `AutoProcessor` reads beside the tokenizer, if the model came with it."""
+    for name in PROCESSOR_FILES:
+        if folder is not None and (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+
+
 def _state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
     """Name in config.json the dtype of the files: transformers would name the one that the model computes in."""
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -160,7 +183,7 @@ def _check_reload(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]
         EvopruneError: they differ, or tied weights came apart.
     """
     # A model of another author's class is loaded by that class: no file in the folder is run.
-    ours = AutoModelForCausalLM if type(model).__module__.startswith("transformers.") else type(model)
+    ours = auto_class(model.config) if type(model).__module__.startswith("transformers.") else type(model)
     with silence():
         loaded = ours.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     found = loaded.state_dict()

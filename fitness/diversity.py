@@ -70,11 +70,15 @@ class DiversityMean:
         self._values: list[float] = []
 
     def add(self, outputs: Tensor) -> None:
-        """Take in [samples, tokens, features]."""
+        """Take in [samples, tokens, features] of one modality."""
         for sample in outputs:
-            terms = token_diversity(sample, pairs=self._pairs)
-            if terms:
-                self._values.append(mean_term(list(terms.values())))
+            self.add_sample(sample)
+
+    def add_sample(self, tokens: Tensor, modality: Tensor | None = None) -> None:
+        """Take in [tokens, features] and their [tokens] modality; a sample without a term counts for nothing."""
+        terms = token_diversity(tokens, modality, self._pairs)
+        if terms:
+            self._values.append(mean_term(list(terms.values())))
 
     def result(self) -> float:
         """The mean, at least 0; not a number if no sample had a pair of tokens."""

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.samples import Calibration, forward_batches
 
 
 @torch.no_grad()
-def block_influence(language_model: LanguageModel, windows: Tensor, *, batch: int = 4) -> list[float]:
-    """Mean over tokens of 1 - cos(input, output) of each decoder block, in float64.
+def block_influence(language_model: LanguageModel, windows: Calibration, *, batch: int = 4) -> list[float]:
+    """Mean over tokens of 1 - cos(input, output) of each block, in float64.
 
     Args:
         language_model: the model; its head is not run.
-        windows: [n, window] int64 token ids.
+        windows: [n, window] int64 token ids, or samples, of which padding counts too.
         batch: windows per forward pass.
     """
     blocks = [block for _, block in language_model.blocks()]
-    sums = [0.0] * len(blocks)
+    sums, tokens = [0.0] * len(blocks), [0] * len(blocks)
     handles = []
     for index, block in enumerate(blocks):
 
@@ -34,17 +35,19 @@ def block_influence(language_model: LanguageModel, windows: Tensor, *, batch: in
         ) -> None:
             before = (args[0] if args else kwargs["hidden_states"]).double()
             after = _hidden(output).double()
-            sums[index] += (1 - torch.cosine_similarity(before, after, dim=-1)).sum().item()
+            change = 1 - torch.cosine_similarity(before, after, dim=-1)
+            sums[index] += change.sum().item()
+            tokens[index] += change.numel()
 
         handles.append(block.register_forward_hook(hear, with_kwargs=True))
     body = getattr(language_model.model, "base_model", language_model.model)
     try:
-        for ids in windows.split(batch):
-            body(input_ids=ids.to(language_model.device), use_cache=False)
+        for given in forward_batches(windows, batch, language_model.device):
+            body(**given.inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return [total / windows.numel() for total in sums]
+    return [total / max(count, 1) for total, count in zip(sums, tokens, strict=True)]
 
 
 @contextmanager

@@ -1,13 +1,14 @@
-"""Loading a causal language model: safetensors only, no code of others unless the user says so, nothing printed."""
+"""Loading a model that writes text: safetensors only, no code of others unless the user says so, nothing printed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,19 +16,33 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from evoprune.fitness.adapters import SiteModule, decoder_blocks, list_sites
+from evoprune.fitness.adapters import SiteModule, auto_class, decoder_blocks, is_multimodal, list_sites
 from evoprune.fitness.hub import fingerprint, model_folder, one_line, silence, weight_files
 from evoprune.metrics.errors import InvalidInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+class Prunable(Protocol):
+    """What has matrices to prune.
+
+    Attributes:
+        model: the live model; its class names it in allocations.
+        sites: prunable matrices in model order, bound to `model`.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def sites(self) -> tuple[SiteModule, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,9 @@ class LanguageModel:
         name: what the user typed: ``reference``, a folder, a Hub id.
         fingerprint: sha256 over config and weights as stored; a part of a run's identity. The dtype is not in it.
         stored_dtype: dtype of the weights in the files; `model` may compute in another.
+        components: whose matrices are in `sites`, as in `evoprune.fitness.adapters.list_sites`; None is the language
+            model alone.
+        folder: where its files are; None if it was never in a folder.
     """
 
     model: PreTrainedModel
@@ -49,6 +67,13 @@ class LanguageModel:
     name: str
     fingerprint: str
     stored_dtype: torch.dtype | None = None
+    components: tuple[str, ...] | None = None
+    folder: Path | None = None
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether it reads more than text."""
+        return is_multimodal(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -56,8 +81,8 @@ class LanguageModel:
         return self.model.get_input_embeddings().get_parameter("weight").device
 
     def blocks(self) -> list[tuple[str, nn.Module]]:
-        """(module path, block) of each decoder block, in model order."""
-        return decoder_blocks(self.model)
+        """(module path, block) of each block with sites, in model order."""
+        return decoder_blocks(self.model, self.components)
 
     @property
     def context(self) -> int | None:
@@ -82,8 +107,9 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     device_map: str | dict[str, Any] | None = None,
+    components: str | Sequence[str] | None = None,
 ) -> LanguageModel:
-    """Load a causal language model with its tokenizer and list its prunable sites.
+    """Load a language model, one that also reads images included, with its tokenizer, and list its prunable sites.
 
     Args:
         name: ``reference`` (the embedded model), a local folder, or a Hub id.
@@ -92,17 +118,21 @@ def load_model(
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run the model's own Python files; nothing else sets this.
         device_map: spreads a large model over several GPUs, as in transformers; needs accelerate, replaces `device`.
+        components: the parts whose matrices shall be prunable, as names or as text with commas between them:
+            ``language_model`` (the default), ``vision_tower``, ``projector``, or ``all``.
 
     Raises:
-        InvalidInput: no such model, not readable, weights not in safetensors, family or device not supported.
+        InvalidInput: no such model or component, not readable, weights not in safetensors, family or device not
+            supported.
     """
+    parts = named_components(components)
     target = _device(device)
     chosen = _dtype(dtype, target)
     if device_map is not None and find_spec("accelerate") is None:
         raise InvalidInput("device_map needs accelerate: pip install accelerate")
-    folder, config = check_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    folder, config = check_model(name, revision=revision, trust_remote_code=trust_remote_code, components=parts)
     tokenizer = _tokenizer(folder, trust_remote_code)
-    model = _weights(folder, trust_remote_code, chosen, device_map)
+    model = _weights(folder, config, trust_remote_code, chosen, device_map)
     if device_map is None:
         try:
             model.to(target)  # type: ignore[arg-type]
@@ -121,20 +151,34 @@ def load_model(
         )
     model.eval().requires_grad_(False)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
-    return LanguageModel(model, tokenizer, tuple(list_sites(model)), name, fingerprint(folder), stored)
+    sites = tuple(list_sites(model, parts))
+    return LanguageModel(model, tokenizer, sites, name, fingerprint(folder), stored, parts, folder)
+
+
+def named_components(components: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Names of components from text such as ``language_model,vision_tower``; None stays None."""
+    if components is None:
+        return None
+    words = components.split(",") if isinstance(components, str) else components
+    return tuple(word.strip() for word in words if word.strip())
 
 
 def check_model(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    components: Sequence[str] | None = None,
 ) -> tuple[Path, PreTrainedConfig]:
     """(local folder with the weights, config) of a model that `load_model` can load, without loading it.
 
     Raises:
-        InvalidInput: no such model, no config, a family that is not supported, no tokenizer, or no whole safetensors.
+        InvalidInput: no such model, no config, a family that is not supported, no such component, no tokenizer, or no
+            whole safetensors.
     """
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=False)
     config = _config(folder, trust_remote_code)
-    _refuse_unsupported(name, config, trust_remote_code)
+    _refuse_unsupported(name, config, trust_remote_code, components)
     _check_tokenizer_files(folder, trust_remote_code)
     folder = model_folder(name, revision=revision, trust_remote_code=trust_remote_code, weights=True)
     for file in weight_files(folder):
@@ -191,16 +235,18 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         raise InvalidInput(f"{file} cannot be read: {one_line(error)}") from error
 
 
-def _refuse_unsupported(name: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+def _refuse_unsupported(
+    name: str, config: PreTrainedConfig, trust_remote_code: bool, components: Sequence[str] | None
+) -> None:
     """Build the model without memory for its weights, to refuse a family before its weights are fetched or read."""
     try:
         with silence(), torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            empty = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InvalidInput(
             f"model {name!r} of family {config.model_type!r} is no causal language model: {one_line(error)}"
         ) from error
-    list_sites(empty)
+    list_sites(empty, components)
 
 
 def _check_tokenizer_files(folder: Path, trust_remote_code: bool) -> None:
@@ -218,10 +264,14 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
 
 
 def _weights(
-    folder: Path, trust_remote_code: bool, dtype: torch.dtype, device_map: str | dict[str, Any] | None
+    folder: Path,
+    config: PreTrainedConfig,
+    trust_remote_code: bool,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None,
 ) -> PreTrainedModel:
     def load(attention: str) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             device_map=device_map,

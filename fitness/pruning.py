@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.compressors import COMPRESSORS, compress
-from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.models import Prunable
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
@@ -79,7 +79,7 @@ def mask_rule(criterion: Criterion, sparsity: float | None, pattern: str | None,
     return MaskRule(DEFAULT_SPARSITY if sparsity is None else sparsity, None, chosen or criterion.group)
 
 
-def check_rule(language_model: LanguageModel, rule: MaskRule) -> None:
+def check_rule(language_model: Prunable, rule: MaskRule) -> None:
     """Refuse a pattern that the model's widths cannot take; worth asking before statistics are collected.
 
     Raises:
@@ -92,7 +92,7 @@ def check_rule(language_model: LanguageModel, rule: MaskRule) -> None:
 
 @torch.no_grad()
 def prune_model(
-    language_model: LanguageModel,
+    language_model: Prunable,
     criterion: Criterion,
     rule: MaskRule,
     *,
@@ -144,7 +144,7 @@ def prune_model(
     return tuple(layers)
 
 
-def check_allocation(language_model: LanguageModel, allocation: Allocation) -> None:
+def check_allocation(language_model: Prunable, allocation: Allocation) -> None:
     """Refuse an allocation of another model, or one that does not meet its own budget.
 
     Raises:
@@ -155,7 +155,7 @@ def check_allocation(language_model: LanguageModel, allocation: Allocation) -> N
 
 
 def _masks(
-    language_model: LanguageModel,
+    language_model: Prunable,
     criterion: Criterion,
     rule: MaskRule,
     statistics: Statistics | None,

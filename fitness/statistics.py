@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.heap import freed_tensors_released
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.samples import Calibration, Samples, n_sequences
 from evoprune.fitness.statistics_gradient import loss_scale
 from evoprune.fitness.statistics_passes import PassSettings, Progress, run_passes
 from evoprune.fitness.statistics_reader import Statistics
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def statistics_for(
     language_model: LanguageModel,
-    windows: Tensor,
+    windows: Calibration,
     names: Iterable[str],
     *,
     cache: Path | None = None,
@@ -52,7 +52,7 @@ def statistics_for(
 
     Args:
         language_model: the dense model.
-        windows: int64 [n, window], text A.
+        windows: int64 [n, window], text A; or samples of images and text.
         names: terminals that need data, ``H`` for the full Gram matrix; terminals that need none are passed over.
         cache: root of the cache; the user's by default.
         settings: how the passes run.
@@ -63,7 +63,7 @@ def statistics_for(
         InvalidInput: unknown names, unusable windows, or a cached set that is damaged.
     """
     stored = stored_names(names)
-    settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
+    settings = (settings or PassSettings()).resolved(language_model, _longest(windows))
     place = (cache or cache_folder()) / "statistics"
     key = statistics_key(language_model, windows, settings)
     for folder in sorted(place.glob(f"{key}-*")):
@@ -77,15 +77,15 @@ def statistics_for(
     )
 
 
-def statistics_key(language_model: LanguageModel, windows: Tensor, settings: PassSettings | None = None) -> str:
+def statistics_key(language_model: LanguageModel, windows: Calibration, settings: PassSettings | None = None) -> str:
     """Names what statistics are made from, whichever of them; arguments as in `statistics_for`."""
-    settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
+    settings = (settings or PassSettings()).resolved(language_model, _longest(windows))
     return content_hash(_identity(language_model, windows, settings))[:32]
 
 
 def collect_statistics(
     language_model: LanguageModel,
-    windows: Tensor,
+    windows: Calibration,
     names: Iterable[str],
     *,
     folder: Path,
@@ -105,11 +105,11 @@ def collect_statistics(
     stored = stored_names(names)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InvalidInput(f"{folder} is not empty: give a new folder for the statistics")
-    settings = (settings or PassSettings()).resolved(language_model, _checked(windows).shape[1])
+    settings = (settings or PassSettings()).resolved(language_model, _longest(windows))
     facts = _identity(language_model, windows, settings) | {
         "model": language_model.name,
         "names": sorted(stored),
-        "tokens": windows.numel(),
+        "tokens": windows.tokens if isinstance(windows, Samples) else windows.numel(),
         "loss_scale": loss_scale(language_model.model.dtype),
         "provenance": dict(provenance or {}),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -123,24 +123,38 @@ def collect_statistics(
     return found
 
 
-def _checked(windows: Tensor) -> Tensor:
+def _longest(windows: Calibration) -> int:
+    """Tokens of the longest sequence.
+
+    Raises:
+        InvalidInput: these are no windows.
+    """
+    if isinstance(windows, Samples):
+        return windows.longest
     if windows.dim() != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise InvalidInput(
             f"calibration windows are {windows.dtype} {list(windows.shape)}: give int64 [sequences, at least 2 tokens]"
         )
-    return windows
+    return windows.shape[1]
 
 
-def _identity(language_model: LanguageModel, windows: Tensor, settings: PassSettings) -> dict[str, Any]:
+def _text_hash(windows: Calibration) -> str:
+    if isinstance(windows, Samples):
+        return windows.digest()
+    return hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _identity(language_model: LanguageModel, windows: Calibration, settings: PassSettings) -> dict[str, Any]:
     """All that decides a statistic's bits, but for library versions."""
     model = language_model.model
     return {
         "format": FORMAT_VERSION,
         "definitions": DEFINITION_VERSION,
         "fingerprint": language_model.fingerprint,
-        "windows": hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest(),
-        "sequences": windows.shape[0],
-        "window": windows.shape[1],
+        "windows": _text_hash(windows),
+        "sequences": n_sequences(windows),
+        "window": _longest(windows),
+        "components": list(language_model.components or ()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "device": model.device.type,

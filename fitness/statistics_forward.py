@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters.base import SiteModule
 from evoprune.fitness.gram import inverse_diagonals
-from evoprune.metrics.errors import EvopruneError
+from evoprune.fitness.samples import Batch, Calibration, forward_batches
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.records import LANGUAGE
 
 Results = dict[str, dict[str, Tensor]]  # site name -> terminal -> tensor
 
@@ -155,6 +157,7 @@ class ForwardSums:
         self._outputs: dict[str, ColumnSums] = {}
         self._live: list[tuple[Tensor, str]] = []  # inputs seen in the present block, and who read them first
         self._live_block = -1
+        self._batch: Batch | None = None
         self.leaders: dict[str, str] = {}
 
     @contextmanager
@@ -168,8 +171,18 @@ class ForwardSums:
             for handle in handles:
                 handle.remove()
 
+    def expect(self, batch: Batch) -> None:
+        """Announce what the next forward pass is given."""
+        self._batch = batch
+
     def results(self, sequences: int) -> Results:
-        """Site -> terminal -> tensor; input statistics under the leading site only. To be called once."""
+        """Site -> terminal -> tensor; input statistics under the leading site only. To be called once.
+
+        Raises:
+            InvalidInput: a site never ran.
+        """
+        if silent := [site.site.name for site in self._sites if site.site.name not in self.leaders]:
+            raise InvalidInput(f"{silent[0]} never ran: calibrate on samples that hold what it reads, such as images")
         found: Results = {site.site.name: {} for site in self._sites}
         for name, inputs in self._inputs.items():
             found[name] |= inputs.results(sequences)
@@ -179,16 +192,23 @@ class ForwardSums:
         return found
 
     def _hear(self, bound: SiteModule, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        site, inputs = bound.site, args[0].detach()
+        site, inputs, outputs = bound.site, args[0].detach(), output.detach()
         leader = self._leader(site.name, site.block, args[0])
+        if site.component == LANGUAGE and self._batch is not None and self._batch.keep is not None:
+            inputs, outputs = self._batch.real(inputs), self._batch.real(outputs)
+        self._add(bound, leader, inputs, outputs)
+
+    def _add(self, bound: SiteModule, leader: str, inputs: Tensor, outputs: Tensor) -> None:
+        """Take in the rows of a site's inputs, if it is their leader, and of its outputs."""
+        site = bound.site
         if self._input_names and leader == site.name:
             if leader not in self._inputs:
                 self._inputs[leader] = InputSums(site.in_features, inputs.device, self._input_names, self._wanda)
             self._inputs[leader].add(inputs.reshape(-1, site.in_features))
         if self._output_names:
             if site.name not in self._outputs:
-                self._outputs[site.name] = ColumnSums(site.out_features, output.device, self._output_names)
-            self._outputs[site.name].add(output.detach().reshape(-1, site.out_features))
+                self._outputs[site.name] = ColumnSums(site.out_features, outputs.device, self._output_names)
+            self._outputs[site.name].add(outputs.reshape(-1, site.out_features))
 
     def _leader(self, name: str, block: int, inputs: Tensor) -> str:
         if block != self._live_block:
@@ -206,21 +226,24 @@ class ForwardSums:
 def forward_pass(
     model: nn.Module,
     sums: ForwardSums,
-    windows: Tensor,
+    calibration: Calibration,
     batch: int,
+    device: torch.device,
     advance: Callable[[int], None],
 ) -> None:
-    """Run `windows` through the model's body, `batch` at a time, while `sums` listens.
+    """Run the calibration through the model's body while `sums` listens.
 
     Args:
-        model: a transformers causal language model; its head is not run.
+        model: a transformers language model; its head is not run.
         sums: what listens.
-        windows: int64 [n, window] on the device of the embeddings.
+        calibration: int64 [n, window], run `batch` at a time, or samples.
         batch: windows per forward pass.
-        advance: called with the number of windows done since its last call.
+        device: of the embeddings.
+        advance: called with the number of sequences done since its last call.
     """
     body = getattr(model, "base_model", model)
     with sums.hooked():
-        for ids in windows.split(batch):
-            body(input_ids=ids, use_cache=False)
-            advance(len(ids))
+        for given in forward_batches(calibration, batch, device):
+            sums.expect(given)
+            body(**given.inputs, use_cache=False)
+            advance(given.rows)

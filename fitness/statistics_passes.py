@@ -9,10 +9,14 @@ from typing import Literal
 from torch import Tensor
 
 from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.samples import Calibration, Samples, n_sequences
+from evoprune.fitness.statistics_amia import ChosenSums
 from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
 from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
 from evoprune.fitness.statistics_store import SetWriter, encode
+from evoprune.metrics.errors import InvalidInput
 
 Progress = Callable[[int, int], None]
 
@@ -35,12 +39,14 @@ class PassSettings:
         forward_batch: sequences per forward pass; None chooses.
         gradient_batch: sequences per backward pass; None chooses.
         checkpointing: recompute each block's activations in the backward pass; None chooses by size.
+        tokens: how the tokens are chosen that statistics of inputs and outputs are of; None takes all.
     """
 
     mode: Literal["standard", "wanda_fp32"] = "standard"
     forward_batch: int | None = None
     gradient_batch: int | None = None
     checkpointing: bool | None = None
+    tokens: TokenChoice | None = None
 
     def resolved(self, language_model: LanguageModel, window: int) -> PassSettings:
         """These settings with every None replaced: by what depends on model and window only, never on the machine."""
@@ -59,14 +65,20 @@ class PassSettings:
 
 def run_passes(
     language_model: LanguageModel,
-    windows: Tensor,
+    calibration: Calibration,
     stored: frozenset[str],
     settings: PassSettings,
     writer: SetWriter,
     progress: Progress | None,
 ) -> dict[str, str]:
-    """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics."""
-    ids = windows.to(language_model.device)
+    """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics.
+
+    Raises:
+        InvalidInput: gradients of samples are asked for, or a site never runs.
+    """
+    sequences = n_sequences(calibration)
+    if isinstance(calibration, Samples) and (asked := stored & (GRADIENT_NAMES | REGIONAL_NAMES)):
+        raise InvalidInput(f"{min(asked)} is a gradient, which is collected on text: calibrate on text for it")
     plan = _plan(language_model, stored)
     done = 0
     leaders: dict[str, str] = {}
@@ -75,20 +87,33 @@ def run_passes(
         nonlocal done
         done += sequences
         if progress:
-            progress(done, len(plan) * len(ids))
+            progress(done, len(plan) * sequences)
 
     for names, group in plan:
         sites = [bound for bound in language_model.sites if bound.site.block in group]
         if names & (GRADIENT_NAMES | REGIONAL_NAMES):
+            assert isinstance(calibration, Tensor)
+            ids = calibration.to(language_model.device)
             results = _gradients(language_model, sites, group, names, ids, settings, advance)
         else:
-            sums = ForwardSums(sites, names, wanda=settings.mode == "wanda_fp32")
-            forward_pass(language_model.model, sums, ids, settings.forward_batch or 1, advance)
-            results = sums.results(len(ids))
+            sums = _forward_sums(language_model, sites, names, settings)
+            batch = settings.forward_batch or 1
+            forward_pass(language_model.model, sums, calibration, batch, language_model.device, advance)
+            results = sums.results(sequences)
             leaders |= sums.leaders
         for block in group:
             writer.add(block, _encoded(results, [bound for bound in sites if bound.site.block == block]))
     return leaders
+
+
+def _forward_sums(
+    language_model: LanguageModel, sites: list[SiteModule], names: frozenset[str], settings: PassSettings
+) -> ForwardSums:
+    wanda = settings.mode == "wanda_fp32"
+    if settings.tokens is None:
+        return ForwardSums(sites, names, wanda)
+    blocks = dict(enumerate(block for _, block in language_model.blocks()))
+    return ChosenSums(sites, names, settings.tokens, blocks, language_model.model, wanda)
 
 
 def _gradients(

@@ -12,6 +12,9 @@ from evoprune.metrics.errors import InvalidInput
 Group = Literal["row", "layer", "global"]
 GROUPS: tuple[Group, ...] = ("row", "layer", "global")
 
+# The part of a model that reads and writes text; a text-only model has no other.
+LANGUAGE = "language_model"
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -20,10 +23,11 @@ class Site:
     Attributes:
         name: module path in the model, such as ``model.layers.3.mlp.down_proj``.
         kind: the part of the block, such as ``mlp.down_proj``: the same in every block.
-        block: index of the decoder block, from 0.
-        n_blocks: number of decoder blocks in the model.
+        block: index of the block, from 0, in the order of a forward pass through all parts that may be pruned.
+        n_blocks: number of these blocks in the model.
         out_features: rows of the matrix in [out, in] orientation.
         in_features: columns.
+        component: the part of the model that it belongs to, such as ``vision_tower``.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Site:
     n_blocks: int
     out_features: int
     in_features: int
+    component: str = LANGUAGE
 
     @property
     def depth(self) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,39 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a live model whose matrices may be pruned.
+
+    Attributes:
+        component: its name, such as ``language_model``.
+        blocks: (module path, block) in the order of a forward pass.
+        kinds: paths of the prunable linear layers inside a block, in the order in which a forward pass uses them.
+        where: module path, for messages.
+    """
+
+    component: str
+    blocks: list[tuple[str, nn.Module]]
+    kinds: tuple[str, ...]
+    where: str
+
+
+def linear_kinds(where: str, blocks: Iterable[nn.Module]) -> tuple[str, ...]:
+    """Paths of every linear layer inside some block, in the order in which the modules list them.
+
+    Raises:
+        InvalidInput: some are those of experts.
+    """
+    found = (path for block in blocks for path, module in block.named_modules() if is_linear(module))
+    kinds = tuple(dict.fromkeys(found))
+    experts = [kind for kind in kinds if has_experts(kind)]
+    if experts:
+        raise InvalidInput(
+            f"mixture-of-experts models are not supported yet: the blocks in {where} hold {', '.join(experts[:4])}"
+        )
+    return kinds
+
+
 def block_list(model: PreTrainedModel, adapter: ModelAdapter) -> list[tuple[str, nn.Module]]:
     """(module path, block) of each decoder block, in model order."""
     try:
@@ -72,22 +106,29 @@ def block_list(model: PreTrainedModel, adapter: ModelAdapter) -> list[tuple[str,
     return [(f"{adapter.blocks}.{index}", block) for index, block in blocks.named_children()]
 
 
-def bind_sites(model: PreTrainedModel, adapter: ModelAdapter) -> list[SiteModule]:
-    """The sites that `adapter` names, block by block.
+def bind_sites(model: nn.Module, parts: Sequence[Part], *, others_stay_dense: bool = False) -> list[SiteModule]:
+    """The sites that `parts` name, block by block, numbered through.
+
+    Args:
+        model: the live model.
+        parts: in the order of a forward pass.
+        others_stay_dense: let a block hold weights that its part does not name.
 
     Raises:
-        InvalidInput: a block holds weights that the adapter does not name, two sites share one weight, or there is no
+        InvalidInput: a block holds weights that its part does not name, two sites share one weight, or there is no
             block.
     """
-    blocks = block_list(model, adapter)
     sites: list[SiteModule] = []
     owners: dict[int, str] = {}
-    for index, (block_name, block) in enumerate(blocks):
+    n_blocks = sum(len(part.blocks) for part in parts)
+    numbered = [(part, *block) for part in parts for block in part.blocks]
+    for index, (part, block_name, block) in enumerate(numbered):
         modules = dict(block.named_modules())
-        linears = {kind: modules[kind] for kind in adapter.kinds if is_linear(modules.get(kind, block))}
-        refuse_unlisted(model, block_name, block, linears)
+        linears = {kind: modules[kind] for kind in part.kinds if is_linear(modules.get(kind, block))}
+        if not others_stay_dense:
+            refuse_unlisted(model, block_name, block, linears)
         for kind, linear in linears.items():
-            name = f"{block_name}.{kind}"
+            name = f"{block_name}.{kind}" if kind else block_name
             weight = linear.get_parameter("weight")
             if not weight.is_floating_point():
                 raise InvalidInput(f"{name} holds {weight.dtype} weights: prune the model before it is quantised")
@@ -98,14 +139,20 @@ def bind_sites(model: PreTrainedModel, adapter: ModelAdapter) -> list[SiteModule
             owners[id(weight)] = name
             transposed = isinstance(linear, Conv1D)
             out_features, in_features = weight.T.shape if transposed else weight.shape
-            site = Site(name, kind, index, len(blocks), out_features, in_features)
+            site = Site(name, kind, index, n_blocks, out_features, in_features, part.component)
             sites.append(SiteModule(site, linear, transposed))
     if not sites:
-        raise InvalidInput(f"{type(model).__name__} has nothing to prune: {adapter.blocks} is empty")
+        where = " and ".join(part.where for part in parts)
+        raise InvalidInput(f"{type(model).__name__} has nothing to prune: {where} is empty")
     return sites
 
 
-def refuse_unlisted(model: PreTrainedModel, block_name: str, block: nn.Module, listed: dict[str, nn.Module]) -> None:
+def rebind(sites: Iterable[SiteModule], model: nn.Module) -> tuple[SiteModule, ...]:
+    """The same sites bound to a copy of their model."""
+    return tuple(replace(bound, module=model.get_submodule(bound.site.name)) for bound in sites)
+
+
+def refuse_unlisted(model: nn.Module, block_name: str, block: nn.Module, listed: dict[str, nn.Module]) -> None:
     """Refuse a block with weights of two or more dimensions outside `listed`, norms and embeddings.
 
     Such weights, above all the fused tensors that hold a layer's experts, would otherwise stay dense unnoticed.
@@ -127,9 +174,8 @@ def refuse_unlisted(model: PreTrainedModel, block_name: str, block: nn.Module, l
         shown += f" and {len(unlisted) - 4} more"
     if any(has_experts(leaf) for leaf, _ in unlisted):
         raise InvalidInput(f"mixture-of-experts models are not supported yet: {block_name} holds {shown}")
-    raise InvalidInput(
-        f"model family {model.config.model_type!r} is not supported: {block_name} holds {shown}, which no site covers"
-    )
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    raise InvalidInput(f"model family {family!r} is not supported: {block_name} holds {shown}, which no site covers")
 
 
 def has_experts(path: str) -> bool:

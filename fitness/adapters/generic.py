@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from evoprune.fitness.adapters.base import ADAPTERS, ModelAdapter, has_experts, is_linear
+from evoprune.fitness.adapters.base import ADAPTERS, ModelAdapter, linear_kinds
 from evoprune.metrics.errors import InvalidInput
 
 
@@ -24,19 +24,7 @@ def generic_adapter(model: PreTrainedModel) -> ModelAdapter:
     if lists:
         # `max` keeps the first of equals, and an outer list comes before the lists inside it.
         blocks = max(lists, key=lambda found: found[0])[1]
-        kinds = tuple(
-            dict.fromkeys(
-                path
-                for block in model.get_submodule(blocks).children()
-                for path, module in block.named_modules()
-                if is_linear(module)
-            )
-        )
-        experts = [kind for kind in kinds if has_experts(kind)]
-        if experts:
-            raise InvalidInput(
-                f"mixture-of-experts models are not supported yet: the blocks in {blocks} hold {', '.join(experts[:4])}"
-            )
+        kinds = linear_kinds(blocks, model.get_submodule(blocks).children())
         if kinds:
             return ModelAdapter(blocks=blocks, kinds=kinds)
     raise InvalidInput(

@@ -48,8 +48,11 @@ class Evidence(Protocol):
     def statistic(self, site: Site, name: str) -> Tensor:
         """One of `needs`; shapes as in `evoprune.fitness.statistics.Statistics.tensor`."""
 
-    def diversity(self, pairs: str) -> Sequence[float]:
-        """How unlike the outputs of each matrix are for different tokens, 0 to 2, one number per site."""
+    def diversity(self, pairs: str, modalities: bool) -> Sequence[float]:
+        """How unlike the outputs of each matrix are for different tokens, 0 to 2, one number per site.
+
+        With `modalities`, the mean over pairs within each modality and between each two; else over all pairs.
+        """
 
     def influence(self) -> Sequence[float]:
         """Mean of 1 - cos(input, output) of each block over tokens."""

@@ -20,6 +20,7 @@ from evoprune.fitness.allocators import (
 )
 from evoprune.fitness.diversity import PAIRS
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import derived_seed
 
 
 def kept_by_score(
@@ -93,7 +94,7 @@ def _whole(kept: Sequence[float], sizes: Sequence[int], total: int) -> list[int]
 
 @dataclass(frozen=True)
 class Das:
-    """Matrices whose outputs are alike for all tokens of a text lose more (TAMP, one modality).
+    """Matrices whose outputs are alike for all tokens of a sample lose more (TAMP).
 
     Attributes:
         delta: no matrix loses more than the target plus this.
@@ -102,6 +103,10 @@ class Das:
         floor: no matrix loses less than this fraction.
         pairs: tokens to compare: all, or only those with positive similarity (as published; slow).
         granularity: what shares a sparsity: matrix, block or kind.
+        modalities: compare tokens within each modality and between each two, every comparison having the same
+            weight; else all tokens alike. The same on text.
+        shuffle: a seed that deals the diversities out among the matrices at random, to see what they are worth; 0
+            leaves them in place.
     """
 
     delta: float = 0.1
@@ -110,6 +115,8 @@ class Das:
     floor: float = 0.0
     pairs: str = "all"
     granularity: str = "matrix"
+    modalities: bool = True
+    shuffle: int = 0
 
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[Use]] = frozenset({"outputs"})
@@ -121,14 +128,17 @@ class Das:
         check_range("gamma", self.gamma, 0, 16)
         check_range("floor", self.floor, 0, 1)
         check_choice("pairs", self.pairs, PAIRS)
+        check_range("shuffle", self.shuffle, 0, 2**31)
         grouped((), self.granularity)
 
     def request(self, evidence: Evidence) -> Sequence[float]:
         sites = evidence.sites
         groups = grouped(sites, self.granularity)
-        diversity = evidence.diversity(self.pairs)
+        diversity = evidence.diversity(self.pairs, self.modalities)
         scores = [math.fsum(diversity[index] for index in group) / len(group) for group in groups]
         check_numbers("the diversity", sites, groups, scores)
+        if self.shuffle:
+            scores = _dealt_out(scores, [min(sites[index].name for index in group) for group in groups], self.shuffle)
         sizes = group_weights(sites, groups)
         kept = kept_by_score(
             scores,
@@ -140,6 +150,14 @@ class Das:
             floor=self.floor,
         )
         return shared_out(groups, [1 - stays / size for stays, size in zip(kept, sizes, strict=True)])
+
+
+def _dealt_out(scores: Sequence[float], names: Sequence[str], seed: int) -> list[float]:
+    """The scores in an order that follows from the names and the seed, whatever the order they come in."""
+    order = sorted(range(len(names)), key=lambda index: names[index])
+    drawn = sorted(order, key=lambda index: derived_seed(seed, f"shuffled diversity {names[index]}"))
+    found = dict(zip(order, (scores[index] for index in drawn), strict=True))
+    return [found[index] for index in range(len(names))]
 
 
 ALLOCATORS.add("das", Das())

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evoprune.api import allocate, collect_statistics, evaluate, load_model, prune
     from evoprune.metrics.allocation import Allocation
-    from evoprune.outcomes import Evaluation, Pruned
+    from evoprune.outcomes import Evaluation, Pruned, PrunedPipeline
+    from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
 
@@ -30,13 +31,16 @@ _HOMES = {
     "Allocation": "evoprune.metrics.allocation",
     "Evaluation": "evoprune.outcomes",
     "Pruned": "evoprune.outcomes",
+    "PrunedPipeline": "evoprune.outcomes",
     "Run": "evoprune.runs",
     "allocate": "evoprune.api",
     "collect_statistics": "evoprune.api",
     "evaluate": "evoprune.api",
     "list_runs": "evoprune.runs",
     "load_model": "evoprune.api",
+    "load_pipeline": "evoprune.pipelines",
     "prune": "evoprune.api",
+    "prune_pipeline": "evoprune.pipelines",
     "resume": "evoprune.searches",
     "search_allocation": "evoprune.searches",
     "search_metric": "evoprune.searches",
@@ -46,6 +50,7 @@ __all__ = [
     "Allocation",
     "Evaluation",
     "Pruned",
+    "PrunedPipeline",
     "Run",
     "__version__",
     "allocate",
@@ -53,7 +58,9 @@ __all__ = [
     "evaluate",
     "list_runs",
     "load_model",
+    "load_pipeline",
     "prune",
+    "prune_pipeline",
     "resume",
     "search_allocation",
     "search_metric",

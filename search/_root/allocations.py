@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-from torch import Tensor
-
-from evoprune.calibration import TEXT, Progress, collect_statistics, default_window, loaded, silent
-from evoprune.fitness.allocating import allocate_model, statistics_needed
+from evoprune.calibration import (
+    ALL_TOKENS,
+    TEXT,
+    Progress,
+    calibration_side,
+    collect_statistics,
+    default_window,
+    loaded,
+    silent,
+    token_choice,
+)
+from evoprune.fitness.allocating import allocate_model, searched_budgets, statistics_needed
 from evoprune.fitness.allocators import ALLOCATORS, configured
+from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
-from evoprune.fitness.text import token_windows
+from evoprune.fitness.samples import Calibration
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.criterion import Criterion
@@ -24,34 +33,41 @@ from evoprune.metrics.records import MaskRule
 
 # Windows of text B on which an allocator that tries things out compares losses.
 LOSS_SEQUENCES = 8
+SEARCHED = "searched"
 
 
 def allocate(
     model: str | LanguageModel = "reference",
     allocator: str = "owl",
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     *,
     parameters: Mapping[str, Any] | None = None,
+    budgets: Mapping[str, float] | Literal["searched"] | None = None,
     metric: str | Criterion = "wanda",
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
+    tokens: str | TokenChoice = ALL_TOKENS,
     loss_sequences: int = LOSS_SEQUENCES,
     seed: int = 0,
     progress: Progress = silent,
     **loading: Any,
 ) -> Allocation:
-    """How much each matrix should lose, so that the whole model loses `sparsity`.
+    """How much each matrix should lose, so that the whole model loses `sparsity`, or each group its own budget.
 
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is.
         allocator: a name of `evoprune list allocators`.
-        sparsity: fraction of all prunable weights to remove, in [0, 1).
+        sparsity: fraction of all prunable weights to remove, in [0, 1); 0.5 unless `budgets` is given. Beside budgets
+            it says what all lose together: the matrices in no group lose the rest. Without it they stay dense.
         parameters: of the allocator, by name; `evoprune list allocators` shows them with their defaults.
+        budgets: sparsity of each group of matrices, by component, such as ``vision_tower``, or by pattern of names,
+            such as ``*.mlp.*``. A matrix that fits several is in the first. The allocator runs on each group by itself.
+            ``searched`` tries out budgets of the components that together lose `sparsity`.
         metric: the criterion whose scores an allocator such as ``owl`` reads; see `prune`.
         calibration: text of the statistics and outputs (its side A) and of the losses that some allocators compare
             (its side B).
-        calibration_sequences, calibration_window: windows of text A; see `collect_statistics`.
+        calibration_sequences, calibration_window, tokens: windows of text A; see `collect_statistics`.
         loss_sequences: windows of text B.
         seed: draws the windows.
         progress: told what runs and how far it is.
@@ -65,28 +81,33 @@ def allocate(
     """
     chosen = configured(allocator, parameters)
     criterion = load_metric(metric) if isinstance(metric, str) else metric
-    MaskRule(sparsity)
+    searched = budgets == SEARCHED
+    target = DEFAULT_SPARSITY if sparsity is None and (searched or not budgets) else sparsity
+    if target is not None:
+        MaskRule(target)
+    token_choice(tokens)
     language_model = loaded(model, loading, progress)
     text: dict[str, Any] = {"calibration": calibration, "calibration_sequences": calibration_sequences, "seed": seed}
     text["calibration_window"] = default_window(language_model, calibration_window)
     needs = statistics_needed(chosen, criterion)
-    statistics = collect_statistics(language_model, needs, progress=progress, **text) if needs else None
+    statistics = collect_statistics(language_model, needs, tokens=tokens, progress=progress, **text) if needs else None
 
-    def windows(side: str, count: int) -> Tensor:
+    def windows(side: str, count: int) -> Calibration:
         window = text["calibration_window"]
-        return token_windows(language_model.tokenizer, calibration, side, window=window, count=count, seed=seed)
+        return calibration_side(language_model, calibration, side, window=window, count=count, seed=seed)
 
-    return allocate_model(
-        language_model,
-        allocator,
-        chosen,
-        sparsity,
-        criterion=criterion,
-        statistics=statistics,
-        calibration=windows("A", calibration_sequences) if chosen.uses & {"outputs", "hidden"} else None,
-        search=windows("B", loss_sequences) if "loss" in chosen.uses else None,
-        progress=progress,
-    )
+    given: dict[str, Any] = {
+        "criterion": criterion,
+        "statistics": statistics,
+        "calibration": windows("A", calibration_sequences) if chosen.uses & {"outputs", "hidden"} else None,
+        "search": windows("B", loss_sequences) if searched or "loss" in chosen.uses else None,
+        "progress": progress,
+    }
+    if searched:
+        assert target is not None
+        budgets = searched_budgets(language_model, allocator, chosen, target, **given)
+        target = None
+    return allocate_model(language_model, allocator, chosen, target, budgets=cast(Any, budgets), **given)
 
 
 @dataclass(frozen=True)
@@ -103,8 +124,11 @@ class GivenAllocation:
     sparsity: float | None
     pattern: str | None
     group: str | None
+    budgets: Mapping[str, float] | Literal["searched"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.budgets and self._named is None:
+            raise InvalidInput("budgets of groups need an allocator, such as uniform or das; a file has its own")
         if self.allocation is None:
             if self.parameters:
                 raise InvalidInput("parameters of an allocation need an allocation: name an allocator or a file")
@@ -134,8 +158,15 @@ class GivenAllocation:
         if self.allocation is None:
             return None
         if self._named is not None:
-            sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-            return allocate(language_model, self._named, sparsity, parameters=self.parameters, metric=criterion, **text)
+            return allocate(
+                language_model,
+                self._named,
+                self.sparsity,
+                parameters=self.parameters,
+                budgets=self.budgets,
+                metric=criterion,
+                **text,
+            )
         if isinstance(self.allocation, Allocation):
             check_allocation(language_model, self.allocation)
             return self.allocation

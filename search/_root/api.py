@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from evoprune.allocations import GivenAllocation, allocate
-from evoprune.calibration import TEXT, Progress, collect_statistics, default_window, loaded, silent
-from evoprune.fitness.adapters import list_sites, zero_fraction
+from evoprune.calibration import ALL_TOKENS, TEXT, Progress, collect_statistics, default_window, loaded, silent
+from evoprune.fitness.adapters import rebind, zero_fraction
+from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
@@ -22,12 +23,12 @@ from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.text import token_windows
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
-from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
+from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
-from evoprune.outcomes import Evaluation, Pruned
+from evoprune.outcomes import Evaluation, Pruned, criterion_label
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
 
@@ -43,11 +44,13 @@ def prune(
     group: str | None = None,
     allocation: str | Path | Allocation | None = None,
     allocation_parameters: Mapping[str, Any] | None = None,
+    budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str = "mask",
     out: str | Path | None = None,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
+    tokens: str | TokenChoice = ALL_TOKENS,
     seed: int = 0,
     progress: Progress = silent,
     **loading: Any,
@@ -64,10 +67,11 @@ def prune(
         allocation: a sparsity for each matrix, by row: an `Allocation`, a file that holds one (ours or EvoPress's
             text), or the name of an allocator, which is then run. `sparsity` is the budget; a file has its own.
         allocation_parameters: of that allocator; for EvoPress's text ``step``, the weights in a level.
+        budgets: sparsity of each group of matrices; see `allocate`. Without an `allocation` each group is uniform.
         compressor: what happens to the weights that stay; ``mask`` leaves them as they are.
         out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing.
-        calibration, calibration_sequences, calibration_window, seed: text A; see `collect_statistics`. Not read if the
-            criterion needs no statistics.
+        calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
+            read if the criterion needs no statistics.
         progress: told what runs and how far it is.
         loading: further arguments of `load_model`, where `model` is a name.
 
@@ -75,7 +79,8 @@ def prune(
         InvalidInput: something of the above does not exist or does not fit; no checkpoint is written.
     """
     criterion = load_metric(metric) if isinstance(metric, str) else metric
-    given = GivenAllocation(allocation, allocation_parameters or {}, sparsity, pattern, group)
+    named = "uniform" if allocation is None and budgets else allocation
+    given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
     rule = mask_rule(criterion, sparsity, pattern, group)
     needs = needed_statistics(criterion, compressor)
     if out is not None:
@@ -86,6 +91,7 @@ def prune(
         "calibration": calibration,
         "calibration_sequences": calibration_sequences,
         "calibration_window": calibration_window,
+        "tokens": tokens,
         "seed": seed,
         "progress": progress,
     }
@@ -102,7 +108,14 @@ def prune(
         allocation=own,
         progress=lambda done, total: progress("pruning matrices", done, total),
     )
-    pruned = Pruned(language_model, _label(metric, criterion), rule, compressor, layers, allocation=own)
+    pruned = Pruned(
+        language_model=language_model,
+        criterion=criterion_label(metric, criterion),
+        rule=rule,
+        compressor=compressor,
+        layers=layers,
+        allocation=own,
+    )
     recipe = {
         "criterion": pruned.criterion,
         "source": criterion.source,
@@ -163,7 +176,7 @@ def evaluate(
 def _copy(language_model: LanguageModel) -> LanguageModel:
     """The same model with weights of its own."""
     model = deepcopy(language_model.model)
-    return replace(language_model, model=model, sites=tuple(list_sites(model)))
+    return replace(language_model, model=model, sites=rebind(language_model.sites, model))
 
 
 def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
@@ -175,6 +188,7 @@ def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str
         "window": statistics.manifest["window"],
         "seed": seed,
         "statistics": sorted(needs),
+        "tokens": statistics.manifest["settings"]["tokens"],
     }
 
 
@@ -183,12 +197,3 @@ def _held_out(language_model: LanguageModel, windows: Tensor, dense: Any, progre
     held_out = evaluate_language_model(language_model.model, windows, dense=dense)
     progress(f"measuring on {windows.numel():,} tokens", 1, 1)
     return held_out
-
-
-def _label(metric: str | Criterion, criterion: Criterion) -> str:
-    """How a checkpoint and the JSON name a criterion: what defines it, never the path of a file."""
-    if isinstance(metric, str) and metric.strip() in CRITERIA:
-        return metric.strip()
-    if isinstance(criterion, Metric):
-        return criterion.expression.text
-    return str(getattr(criterion, "tree", type(criterion).__name__))

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from evoprune.fitness.amia import TokenChoice
+from evoprune.fitness.examples import encode_examples, holds_images
 from evoprune.fitness.models import LanguageModel, load_model
-from evoprune.fitness.statistics import Statistics, statistics_for
+from evoprune.fitness.samples import Calibration, Samples
+from evoprune.fitness.statistics import PassSettings, Statistics, statistics_for
 from evoprune.fitness.text import token_windows
+from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config_metric import DEFAULT_STATISTICS
 from evoprune.search.config_sections import DataConfig
 
@@ -16,6 +20,8 @@ Progress = Callable[[str, int, int], None]
 
 # The same text as in a search, so that numbers can be compared.
 TEXT = DataConfig()
+
+ALL_TOKENS, AMIA = "all", "amia"
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -29,6 +35,7 @@ def collect_statistics(
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
+    tokens: str | TokenChoice = ALL_TOKENS,
     seed: int = 0,
     progress: Progress = silent,
     **loading: Any,
@@ -38,9 +45,13 @@ def collect_statistics(
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model.
         names: statistics such as ``X_l2`` or ``G_l2``; ``H`` is the full Gram matrix of a layer's inputs.
-        calibration: `corpus`, a file, a folder, or a data set; its side A is read.
-        calibration_sequences: windows of text.
+        calibration: `corpus`, a file, a folder, or a data set; its side A is read. For a model that reads images also
+            a ``.jsonl`` of ``{"image": path, "text": ...}`` or a folder of images with texts, as in
+            `evoprune.fitness.examples`.
+        calibration_sequences: windows of text, or examples at most.
         calibration_window: tokens in each; None takes 256, or the model's context if that is shorter.
+        tokens: ``all``, or ``amia`` for the few tokens of each sequence that attention chooses (TAMP), which
+            statistics of layer inputs and outputs are then of; a `TokenChoice` says how.
         seed: draws the windows.
         progress: told how far it is, in sequences over all passes; not called if the cache has them.
         loading: further arguments of `load_model`, where `model` is a name.
@@ -51,21 +62,48 @@ def collect_statistics(
     Raises:
         InvalidInput: no such model, text or statistic, or too little text.
     """
+    settings = PassSettings(tokens=token_choice(tokens))
     language_model = loaded(model, loading)
     window = default_window(language_model, calibration_window)
-    windows = token_windows(
-        language_model.tokenizer, calibration, "A", window=window, count=calibration_sequences, seed=seed
-    )
+    windows = calibration_side(language_model, calibration, "A", window=window, count=calibration_sequences, seed=seed)
     wanted = sorted(names)
-    what = f"{', '.join(wanted)} on {len(windows)} × {window} tokens"
+    shown = f"{windows.sequences} examples" if isinstance(windows, Samples) else f"{len(windows)} × {window} tokens"
+    what = f"{', '.join(wanted)} on {shown}"
     provenance = {"source": calibration, "side": "A", "seed": seed}
     return statistics_for(
         language_model,
         windows,
         wanted,
+        settings=settings,
         provenance=provenance,
         progress=lambda done, total: progress(f"collecting {what}", done, total),
     )
+
+
+def calibration_side(
+    language_model: LanguageModel, source: str, side: str, *, window: int, count: int, seed: int
+) -> Calibration:
+    """One side of a source as a model is run on it: `count` windows of text, or up to `count` images with texts.
+
+    Raises:
+        InvalidInput: the source cannot be read, is too short, or does not fit the model.
+    """
+    if language_model.multimodal and holds_images(source):
+        return encode_examples(language_model, source, side, count=count, seed=seed)
+    return token_windows(language_model.tokenizer, source, side, window=window, count=count, seed=seed)
+
+
+def token_choice(tokens: str | TokenChoice) -> TokenChoice | None:
+    """How tokens are chosen, from ``all`` or ``amia``; None is all of them.
+
+    Raises:
+        InvalidInput: it is neither.
+    """
+    if isinstance(tokens, TokenChoice):
+        return tokens
+    if tokens not in (ALL_TOKENS, AMIA):
+        raise InvalidInput(f"no choice of tokens {tokens[:80]!r}; there are {ALL_TOKENS} and {AMIA}")
+    return TokenChoice() if tokens == AMIA else None
 
 
 def loaded(model: str | LanguageModel, loading: dict[str, Any], progress: Progress = silent) -> LanguageModel:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +22,7 @@ from evoprune.options import (
     CalibrationSequences,
     CalibrationText,
     CalibrationWindow,
+    Components,
     Device,
     Dtype,
     Json,
@@ -30,9 +32,13 @@ from evoprune.options import (
     PruneSparsity,
     Revision,
     Seed,
+    Tokens,
     TrustRemoteCode,
     option,
 )
+
+if TYPE_CHECKING:
+    from evoprune.outcomes import Removal
 
 NOT_LANDED = "has not landed yet"
 
@@ -87,6 +93,16 @@ def prune(
         list[str] | None,
         option("--allocation-set", metavar="KEY=VALUE", help="a parameter of the allocator; repeatable", panel=TARGET),
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        option(
+            "--budget",
+            metavar="GROUP=S",
+            help="sparsity of a component or of names such as *.mlp.*, repeatable; the rest gets what --sparsity "
+            "leaves, and stays dense without it; `searched` tries out components",
+            panel=TARGET,
+        ),
+    ] = None,
     shape: Annotated[
         Path | None, option("--shape", metavar="F", help=f"heads and neurons to keep; {NOT_LANDED}", panel=TARGET)
     ] = None,
@@ -100,7 +116,9 @@ def prune(
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
+    tokens: Tokens = "all",
     seed: Seed = 0,
+    components: Components = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -120,29 +138,47 @@ def prune(
             )
         check_writable(out)
         from evoprune import api
+        from evoprune.fitness.pipelines import is_pipeline
+        from evoprune.pipelines import prune_pipeline
         from evoprune.search.tables import layers_table
 
-        pruned = api.prune(
-            model,
-            metric=metric,
-            sparsity=sparsity,
-            pattern=pattern,
-            group=group,
-            allocation=allocation,
-            allocation_parameters=_settings(allocation_set or []),
-            compressor=compressor,
-            out=out,
-            seed=seed,
-            progress=output.step,
-            **_calibration(calibration, calibration_sequences, calibration_window),
-            **_loading(dtype, device, revision, trust_remote_code),
-        )
+        target: dict[str, Any] = {
+            "metric": metric,
+            "sparsity": sparsity,
+            "allocation_parameters": _settings(allocation_set or []),
+            "budgets": _budgets(budget or []),
+            "out": out,
+            "progress": output.step,
+        }
+        pipeline = is_pipeline(model)
+        pruned: Removal
+        if pipeline:
+            if pattern is not None or group is not None or compressor != "mask" or components is not None:
+                raise InvalidInput(
+                    "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
+                    "and --components, and give --budget denoiser=0.35 to prune one component alone"
+                )
+            pruned = prune_pipeline(model, allocation=allocation or "uniform", **target)
+        else:
+            pruned = api.prune(
+                model,
+                pattern=pattern,
+                group=group,
+                allocation=allocation,
+                compressor=compressor,
+                tokens=tokens,
+                seed=seed,
+                **target,
+                **_calibration(calibration, calibration_sequences, calibration_window),
+                **_loading(dtype, device, revision, trust_remote_code, components),
+            )
         document = pruned.to_json()
         if as_json:
             output.json(document)
         else:
             words = ["evoprune", "eval", document["out"], "--dense", model]
-            output.tell(layers_table(document), f"try it: {shlex.join(words)}")
+            hint = "load it with DiffusionPipeline.from_pretrained" if pipeline else f"try it: {shlex.join(words)}"
+            output.tell(layers_table(document), hint)
             output.line(document["out"])
 
 
@@ -229,7 +265,9 @@ def stats(
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
+    tokens: Tokens = "all",
     seed: Seed = 0,
+    components: Components = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -252,11 +290,12 @@ def stats(
                 raise InvalidInput("--statistics names none: give some of `evoprune list terminals`, such as X_l2,G_l2")
         found = api.collect_statistics(
             model,
+            tokens=tokens,
             seed=seed,
             progress=output.step,
             **names,
             **_calibration(calibration, calibration_sequences, calibration_window),
-            **_loading(dtype, device, revision, trust_remote_code),
+            **_loading(dtype, device, revision, trust_remote_code, components),
         )
         size = sum(file.stat().st_size for file in found.folder.iterdir())
         manifest = found.manifest
@@ -314,14 +353,43 @@ def _settings(words: list[str]) -> dict[str, str]:
     return found
 
 
+def _budgets(words: list[str]) -> dict[str, float] | Literal["searched"]:
+    """Sparsities by group from words GROUP=S, or the one word ``searched``.
+
+    Raises:
+        InvalidInput: a word has no group, no number, or a group comes twice.
+    """
+    if words == ["searched"]:
+        return "searched"
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = (part.strip() for part in word.rpartition("="))
+        try:
+            sparsity = float(value)
+        except ValueError:
+            sparsity = math.nan
+        if not name or name in found or math.isnan(sparsity):
+            raise InvalidInput(
+                f"--budget {word[:60]!r} is not GROUP=SPARSITY with each GROUP once, such as vision_tower=0.3"
+            )
+        found[name] = sparsity
+    return found
+
+
 def _calibration(text: str | None, sequences: int | None, window: int | None) -> dict[str, Any]:
     """What was given of these options, by the names of the Python API."""
     named = {"calibration": text, "calibration_sequences": sequences, "calibration_window": window}
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _loading(dtype: str | None, device: str | None, revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+def _loading(
+    dtype: str | None,
+    device: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    components: str | None = None,
+) -> dict[str, Any]:
     """What was given of these options, as `load_model` takes them."""
-    named = {"dtype": dtype, "device": device, "revision": revision}
+    named = {"dtype": dtype, "device": device, "revision": revision, "components": components}
     given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     return given | {"trust_remote_code": trust_remote_code}

@@ -85,10 +85,31 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along", rich_help_panel=MODEL)
 ]
 
+Components = Annotated[
+    str | None,
+    option(
+        "--components",
+        metavar="NAMES",
+        help="parts to prune, separated by commas: language_model, vision_tower, projector, or all",
+        panel=MODEL,
+        default="language_model",
+    ),
+]
+
 # Text
+Tokens = Annotated[
+    Literal["all", "amia"],
+    typer.Option("--tokens", help="statistics of all tokens, or of those that attention chooses", rich_help_panel=TEXT),
+]
 CalibrationText = Annotated[
     str | None,
-    option("--calibration", metavar="TEXT", help="text of the statistics (its side A)", panel=TEXT, default="corpus"),
+    option(
+        "--calibration",
+        metavar="TEXT",
+        help="text, or images with texts, of the statistics (side A)",
+        panel=TEXT,
+        default="corpus",
+    ),
 ]
 SearchCalibrationText = Annotated[
     str | None,

@@ -8,17 +8,18 @@ from typing import Any
 
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.pipelines import Pipeline
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.metrics.allocation import Allocation
+from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned model and what was done to it.
+@dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What was done to a model.
 
     Attributes:
-        language_model: with the pruned weights in memory.
         criterion: the name of the criterion, or its expression.
         rule: how many weights went, and what their scores were compared within.
         compressor: what happened to the weights that stayed.
@@ -27,7 +28,6 @@ class Pruned:
         allocation: the sparsity of each matrix; None if all had the same.
     """
 
-    language_model: LanguageModel
     criterion: str
     rule: MaskRule
     compressor: str
@@ -66,6 +66,28 @@ class Pruned:
                 for layer in self.layers
             ],
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned(Removal):
+    """A pruned model and what was done to it.
+
+    Attributes:
+        language_model: with the pruned weights in memory.
+    """
+
+    language_model: LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedPipeline(Removal):
+    """A pruned pipeline of diffusers and what was done to it.
+
+    Attributes:
+        pipeline: with the pruned weights in memory.
+    """
+
+    pipeline: Pipeline
 
 
 @dataclass(frozen=True)
@@ -113,3 +135,12 @@ class Evaluation:
             "sparsity": self.sparsity,
             "data": self.data,
         }
+
+
+def criterion_label(metric: str | Criterion, criterion: Criterion) -> str:
+    """How a checkpoint and the JSON name a criterion: what defines it, never the path of a file."""
+    if isinstance(metric, str) and metric.strip() in CRITERIA:
+        return metric.strip()
+    if isinstance(criterion, Metric):
+        return criterion.expression.text
+    return str(getattr(criterion, "tree", type(criterion).__name__))

@@ -88,7 +88,7 @@ class Planted:
             return self.scores_of[site.name]
         return self.weight(site).abs() * self.statistic(site, "X_l2")
 
-    def diversity(self, pairs: str) -> Sequence[float]:
+    def diversity(self, pairs: str, modalities: bool) -> Sequence[float]:
         return self.per_site or [0.2 + 0.05 * site.block + 0.1 * int(site.kind) for site in self.sites]
 
     def influence(self) -> Sequence[float]:
