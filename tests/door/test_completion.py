@@ -99,7 +99,7 @@ def ask(run_folders: list[str]) -> Asked:
         (("list", "crit"), {"criteria"}),
         (("show", "runs/x"), set()),
     ],
-    ids=" ".join,
+    ids=lambda words: " ".join(sorted(words) if isinstance(words, set) else words),
 )
 def test_what_a_shell_is_offered(line: tuple[str, ...], expected: set[str], ask: Asked) -> None:
     done = ask(*line)
