@@ -20,5 +20,10 @@ def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], dict[tuple[
     """
     cells = {split_site(name): value for name, value in values.items()}
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    kinds.sort(key=lambda kind: "attn" not in kind and "attention" not in kind)
+    kinds.sort(key=attention_first)
     return kinds, sorted({block for _, block in cells}), cells
+
+
+def attention_first(kind: str) -> bool:
+    """A key that sorts kinds of matrices."""
+    return "attn" not in kind and "attention" not in kind

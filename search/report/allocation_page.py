@@ -1,1 +1,139 @@
-"""placeholder"""
+"""The page of an allocation search: its figures and its words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evoprune.search.report import document, figures_allocation, figures_result, numbers
+from evoprune.search.report.allocation_data import AllocationData, range_text
+from evoprune.search.report.names import label
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.site_names import split_site
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
+FIGURES: dict[str, Callable[[AllocationData], Figure | None]] = {
+    "allocation": figures_allocation.allocation,
+    "profile": figures_allocation.profile,
+    "baselines": figures_result.baselines,
+    "convergence": figures_allocation.convergence,
+    "moves": figures_allocation.moves,
+}
+
+
+def write_page(run: RunDirectory) -> Path:
+    """See `evoprune.search.report.write_report`."""
+    data = AllocationData(run)
+    drawn = document.draw(FIGURES, data)
+    return document.write_files(run.path, FIGURES, drawn, render(data, drawn))
+
+
+def render(data: AllocationData, drawn: dict[str, str]) -> str:
+    """The page with these figures inlined."""
+    best = data.best
+    return document.fill(
+        _environment(),
+        "allocation_page.html.jinja",
+        data,
+        drawn,
+        target_text(data),
+        "Allocation",
+        best=best,
+        span=None if best is None or not best.cells else range_text(best.cells),
+        verdicts=verdicts(data),
+        commands=commands(data),
+        listing=listing(data),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = document.new_environment()
+    environment.filters |= {"origin": origin_text}
+    return environment
+
+
+def origin_text(origin: str) -> str:
+    """How a candidate came about, in words."""
+    family, _, name = origin.partition(":")
+    return {"seed": f"the allocation of {label(name)}", "switch": "bred by level switches"}.get(family, origin)
+
+
+def target_text(data: AllocationData) -> str:
+    """What is removed, in words."""
+    return f"{100 * data.config.target.sparsity:g} % of all prunable weights"
+
+
+def verdicts(data: AllocationData) -> list[str]:
+    """What was found, on held-out text, as sentences."""
+    if data.result is None or data.best is None:
+        return []
+    seed = data.best.origin.partition("seed:")[2]
+    subject = f"{label(seed)}, which no child beat," if seed else f"Generation {data.best.generation}"
+    found = []
+    if data.gap is not None:
+        share = f"{abs(100 * data.gap):.0f} %"
+        change = f"wins back {share} of" if data.gap >= 0 else f"adds {share} to"
+        found.append(f"{subject} {change} the held-out loss between uniform and dense")
+    elif data.contender("uniform"):
+        found.append(f"{subject} has a held-out loss {_beside('uniform', data)}")
+    told = {"dense", "winner", "uniform", seed}
+    told |= {name for names in data.alike if told.intersection(names) for name in names}
+    rivals = [row.name for row in data.contenders if row.name not in told]
+    if rivals:
+        best = f", the best of {len(rivals)} other allocators" if len(rivals) > 1 else ""
+        found.append(f"{'Its' if found else f'{subject}: its'} loss is {_beside(rivals[0], data)}{best}")
+    return found
+
+
+def _beside(name: str, data: AllocationData) -> str:
+    """How the winner's loss compares with another's, in words."""
+    row = data.contender(name)
+    assert row is not None and row.difference is not None
+    loss, error = row.difference["loss"], row.difference["stderr"]
+    if abs(loss) <= error:
+        return f"level with that of {label(name)} ({numbers.signed(loss)} ± {numbers.nats(error)})"
+    side = "below" if loss < 0 else "above"
+    return f"{numbers.nats(abs(loss))} ± {numbers.nats(error)} nats per token {side} that of {label(name)}"
+
+
+def commands(data: AllocationData) -> dict[str, str]:
+    """Command lines to go on from here, by what they do."""
+    run, model = shlex.quote(str(data.run.path)), shlex.quote(data.config.model.name)
+    file, metric = (
+        shlex.quote(str(data.run.path / "export" / "allocation.json")),
+        shlex.quote(data.config.target.metric),
+    )
+    with_winner = {
+        "Prune the model with the winner": (
+            f"evoprune prune {model} --metric {metric} --allocation {file} --out pruned"
+        ),
+        "Write the winner as EvoPress reads it": f"evoprune export {run} --to allocation.txt",
+        **document.search_on(data),
+        "Start another search of this model from the winner": (
+            f"evoprune search allocation {model} --metric {metric} --sparsity {data.config.target.sparsity:g} "
+            f"--seed-from {run}"
+        ),
+    }
+    return document.commands(data, with_winner)
+
+
+def listing(data: AllocationData) -> str:
+    """The sparsity of every matrix of the winner, one a line; empty before the run is finished."""
+    if data.result is None:
+        return ""
+    kinds, _ = data.axes
+
+    def place(name: str) -> tuple[int, int]:
+        kind, block = split_site(name)
+        return block, kinds.index(kind)
+
+    sparsities = data.result["best"]["allocation"]
+    widest = max(map(len, sparsities))
+    return "\n".join(f"{name:<{widest}}  {sparsities[name]}" for name in sorted(sparsities, key=place))

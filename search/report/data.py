@@ -1,23 +1,18 @@
-"""What a report says, read from a run's folder: no figures, no markup, nothing computed twice."""
+"""What the report of a metric search says, read from the run's folder."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.expression import Expression, from_json, parse
 from evoprune.search.archive import CLASSES
-from evoprune.search.config import validated_as
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.racing import kendall_tau
+from evoprune.search.report.run_data import RunData
 from evoprune.search.rundir import RunDirectory
-
-# Outcomes that depend on the machine; another run of the same seed need not repeat them.
-MACHINE_REASONS = ("TIMEOUT", "OOM", "WORKER_LOST", "ERROR")
 
 
 @dataclass(frozen=True)
@@ -78,29 +73,7 @@ class Entry:
         return "forward" if costs else "data-free"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A row of the held-out table.
-
-    Attributes:
-        name: ``dense``, ``winner`` or a baseline's name.
-        expression: its text; empty for the dense model; a name where it is no expression.
-        heldout: loss, perplexity, kl, stderr and tokens, on text C.
-        difference: loss of the winner minus loss of this one, over the same windows, and its standard error.
-    """
-
-    name: str
-    expression: str
-    heldout: Mapping[str, float]
-    difference: Mapping[str, float] | None = None
-
-    @property
-    def above(self) -> float:
-        """Its loss minus the winner's."""
-        return 0.0 if self.difference is None else 0.0 - self.difference["loss"]
-
-
-class ReportData:
+class ReportData(RunData[MetricSearchConfig]):
     """A metric search's run as a report reads it.
 
     Args:
@@ -110,24 +83,18 @@ class ReportData:
         InvalidInput: not a metric search, or its files are damaged.
     """
 
+    kind = "metric"
+
     def __init__(self, run: RunDirectory) -> None:
-        if run.kind != "metric":
-            raise InvalidInput(f"run {run.run_id} is a search of kind {run.kind!r}, not of a metric")
-        self.run = run
-        self.identity = run.identity
-        self.state = run.state
-        self.seconds = run.seconds
-        self.config = validated_as(MetricSearchConfig, run.config)
-        self.result: dict[str, Any] | None = run.result
+        super().__init__(run, MetricSearchConfig)
         self._committed: dict[str, Any] = (run.peek() or {}).get("search", {})
-        self.lines: list[dict[str, Any]] = list(run.history())
 
     @cached_property
     def entries(self) -> list[Entry]:
         """Every candidate with a fitness, in the order of birth."""
         entries, number = [], 0
         for line in self.lines:
-            number += _evaluated(line)
+            number += self.evaluated(line)
             if line.get("rungs"):
                 entries.append(Entry.from_values(line, number))
         return entries
@@ -193,38 +160,17 @@ class ReportData:
         power = [entry.fitness for entry in self.finalists if entry.origin == "power"]
         return {**levels, **({"power": min(power)} if power else {})}
 
-    @cached_property
-    def contenders(self) -> list[Contender]:
-        """The held-out table, best loss first after the dense model; empty before the run is finished."""
-        if self.result is None:
-            return []
-        rows = [Contender("winner", self.result["best"]["expression"], self.result["best"]["heldout"])]
-        rows += [
-            Contender(row["name"], row["expression"], row["heldout"], row["winner_minus_this"])
-            for row in self.result["baselines"]
-        ]
-        rows.sort(key=lambda row: row.heldout["loss"])
-        return [Contender("dense", "", self.result["dense"]["heldout"]), *rows]
-
-    def contender(self, name: str) -> Contender | None:
-        """The row of that name."""
-        return next((row for row in self.contenders if row.name == name), None)
+    def what(self, values: Mapping[str, Any]) -> str:
+        return str(values["expression"])
 
     # How the search went
 
     @property
-    def n_births(self) -> int:
-        """Births that were applied."""
-        return self.result["births"] if self.result is not None else len(self.lines)
-
-    @property
     def n_evaluations(self) -> int:
-        """Births that cost a forward pass."""
-        return self.result["evaluations"] if self.result is not None else sum(map(_evaluated, self.lines))
+        return self.result["evaluations"] if self.result is not None else sum(map(self.evaluated, self.lines))
 
     @property
     def n_removed(self) -> int | None:
-        """Weights that the winner's masks remove; None where the result does not say."""
         return None if self.result is None else self.result.get("removed")
 
     @property
@@ -241,23 +187,6 @@ class ReportData:
         return source.get("evolved_parents", 0)
 
     @cached_property
-    def reasons(self) -> list[tuple[str, bool, int]]:
-        """(reason code, whether it took a forward pass, births), commonest first; all cuts of the race are ``CUT``."""
-        found = Counter(
-            ("CUT" if line["reason"].startswith("CUT") else line["reason"], _evaluated(line))
-            for line in self.lines
-            if line.get("reason")
-        )
-        return [
-            (code, forward, n) for (code, forward), n in sorted(found.items(), key=lambda item: (-item[1], item[0]))
-        ]
-
-    @property
-    def n_machine_outcomes(self) -> int:
-        """Evaluations that ended in a way that depends on the machine."""
-        return sum(n for code, _, n in self.reasons if code in MACHINE_REASONS)
-
-    @cached_property
     def correlations(self) -> list[tuple[float | None, int]]:
         """Per pair of neighbouring rungs, Kendall's tau over candidates promoted at random, and how many they are."""
         if self.result is not None:
@@ -271,14 +200,13 @@ class ReportData:
         """By criterion, then site: intersection over union of what it and the winner prune; empty if not measured."""
         return {} if self.result is None else self.result.get("agreement", {})
 
+    def evaluated(self, line: Mapping[str, Any]) -> bool:
+        # A birth that was answered without a forward pass says what it is the same as, or null.
+        return "same_as" not in line
+
     def _archive(self, name: str) -> list[Any]:
         return self._committed.get("archive", {}).get(name, [])
 
     def _entry(self, values: Mapping[str, Any]) -> Entry:
         """The candidate as the history has it, else as these values have it."""
         return self.by_birth.get(values["birth"]) or Entry.from_values(values)
-
-
-def _evaluated(line: Mapping[str, Any]) -> bool:
-    """Whether a birth cost a forward pass; one that was answered without says what it is the same as, or null."""
-    return "same_as" not in line

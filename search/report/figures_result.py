@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evoprune.search.report import canvas
 from evoprune.search.report.axes import plain_numbers
-from evoprune.search.report.data import Contender, ReportData
-from evoprune.search.report.names import label
+from evoprune.search.report.data import ReportData
+from evoprune.search.report.maps import draw_map, write_cells
+from evoprune.search.report.names import label, shortened
 from evoprune.search.report.numbers import compact
+from evoprune.search.report.run_data import Contender, RunData
 from evoprune.search.site_names import split_site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"winner": canvas.WINNER, "power": canvas.POWER, "dense": canvas.INK}
-_MARKERS = {"winner": "D", "power": "s"}
+_COLOURS = {"winner": canvas.WINNER, "power": canvas.POWER, "uniform": canvas.POWER, "dense": canvas.INK}
+_MARKERS = {"winner": "D", "power": "s", "uniform": "s"}
 
 
-def baselines(data: ReportData) -> Figure | None:
+def baselines(data: RunData[Any]) -> Figure | None:
     """Held-out loss of every contender, and its distance from the winner, each with its standard error."""
     rows = [row for row in data.contenders if row.name != "dense"]
     dense = data.contender("dense")
@@ -45,7 +47,7 @@ def baselines(data: ReportData) -> Figure | None:
     errors = [row.difference["stderr"] if row.difference else 0.0 for row in rows]
     _points(right, rows, [(row.above, error) for row, error in zip(rows, errors, strict=True)], least=0)
     right.set_xlabel("loss minus the winner's, on the same windows")
-    left.set_yticks(range(len(rows)), [label(row.name) for row in rows])
+    left.set_yticks(range(len(rows)), [shortened(label(row.name), 24) for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
@@ -68,6 +70,7 @@ def agreement(data: ReportData) -> Figure | None:
     )
     blocks = sorted({split_site(site)[1] for site in data.agreement[names[0]]})
     smallest = min(value for values in data.agreement.values() for value in values.values())
+    halfway = (1 + smallest) / 2
     cells = {
         name: {split_site(site): value for site, value in values.items()} for name, values in data.agreement.items()
     }
@@ -75,21 +78,12 @@ def agreement(data: ReportData) -> Figure | None:
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         table = [[cells[name].get((kind, block), float("nan")) for block in blocks] for kind in kinds]
-        # A mesh of shapes, as an image would be a data URL inside the page; few colours, or the bar becomes one too.
-        image = axes.pcolormesh(table, cmap=colormaps["Blues"].resampled(32), vmin=int(10 * smallest) / 10, vmax=1)
-        axes.set_ylim(len(kinds), 0)
+        colours = {"cmap": colormaps["Blues"].resampled(32), "vmin": int(10 * smallest) / 10, "vmax": 1}
+        image = draw_map(axes, table, blocks, **colours)
         axes.set_title(f"winner and {label(name)}")
-        axes.set_xlabel("block")
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        step = -(-len(blocks) // 16)
-        axes.set_xticks(
-            [place + 0.5 for place in range(0, len(blocks), step)], [str(block) for block in blocks[::step]]
-        )
         axes.set_yticks([row + 0.5 for row in range(len(kinds))], kinds)
         if len(blocks) <= 10:
-            _write_cells(axes, table, halfway=(1 + smallest) / 2)
+            write_cells(axes, table, "{:.2f}".format, lambda value: "white" if value > halfway else canvas.INK)
     bar = figure.colorbar(image, ax=list(panels), fraction=0.035, pad=0.02, ticks=MaxNLocator(5))
     bar.outline.set_visible(False)
     bar.set_label("agreement (IoU)")
@@ -128,11 +122,3 @@ def _points(axes: Axes, rows: Sequence[Contender], values: Sequence[tuple[float,
         else:
             marker = _MARKERS.get(row.name, "o")
             axes.errorbar(mean, place, xerr=error, fmt=marker, color=colour, markersize=5, capsize=2.5, elinewidth=1.2)
-
-
-def _write_cells(axes: Axes, table: list[list[float]], halfway: float) -> None:
-    for row, values in enumerate(table):
-        for column, value in enumerate(values):
-            if value == value:  # not NaN: a kind that a block does not have
-                colour = "white" if value > halfway else canvas.INK
-                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evoprune.search.report.data import Contender
 from evoprune.search.report.names import label
 from evoprune.search.report.numbers import nats, perplexity, signed
+from evoprune.search.report.run_data import Contender
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -23,8 +23,12 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(letter, letter) for letter in text)
 
 
-def latex_table(rows: Sequence[Contender], caption: str) -> str:
-    """A ``table`` environment that uses booktabs."""
+def latex_table(rows: Sequence[Contender], caption: str, entrant: str = "Criterion") -> str:
+    """A ``table`` environment that uses booktabs.
+
+    Args:
+        entrant: head of the first column.
+    """
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{table}",
@@ -32,7 +36,7 @@ def latex_table(rows: Sequence[Contender], caption: str) -> str:
         f"  \\caption{{{escape(caption)}}}",
         r"  \begin{tabular}{lrrrr}",
         r"    \toprule",
-        r"    Criterion & Perplexity & Loss & KL to dense & Minus winner's \\",
+        f"    {escape(entrant)} & Perplexity & Loss & KL to dense & Minus winner's \\\\",
         r"    \midrule",
     ]
     for row in rows:

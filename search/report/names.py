@@ -1,4 +1,4 @@
-"""What criteria and reasons are called on the page."""
+"""What criteria, allocators and reasons are called on the page."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ _LABELS = {
     "gblm": "GBLM",
     "gblm-gradient": "GBLM gradient",
     "pruner-zero": "Pruner-Zero",
+    "uniform": "Uniform",
+    "alpha-pruning": "AlphaPruning",
+    "atp": "ATP",
+    "block-influence": "Block influence",
+    "das": "DAS",
+    "das-size-fair": "DAS, size-fair",
+    "dp": "DP",
+    "dsa": "DSA",
+    "er": "ER",
+    "erk": "ERK",
+    "erk+": "ERK+",
+    "global-magnitude": "Global magnitude",
+    "global-wanda": "Global Wanda",
+    "lamp": "LAMP",
+    "owl": "OWL",
+    "shortened-llama": "Shortened LLaMA",
+    "uniform+": "Uniform+",
+    "given": "Given allocation",
 }
 
 _NEEDS = {
@@ -28,8 +46,13 @@ _OBJECTIVES = {"kl": "KL to dense", "perplexity": "loss", "reconstruction": "rel
 
 
 def label(name: str) -> str:
-    """A criterion's name for people; a name that nobody knows stands for itself."""
+    """A criterion's or an allocator's name for people; a name that nobody knows stands for itself."""
     return _LABELS.get(name, name)
+
+
+def shortened(name: str, most: int = 32) -> str:
+    """A name that a figure has room for."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def reason_text(code: str) -> str:

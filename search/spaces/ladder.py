@@ -12,6 +12,7 @@ import random
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from evoprune.metrics.errors import InvalidInput
 
@@ -53,7 +54,7 @@ class Gene:
         """The lowest option that removes as much as this one: higher ones would be other genomes of one mask."""
         return bisect_left(self.removed, self.removed[option])
 
-    @property
+    @cached_property
     def step(self) -> int:
         """Weights of its smallest step, 0 if it has only one option."""
         differences = (high - low for low, high in zip(self.removed, self.removed[1:], strict=False))

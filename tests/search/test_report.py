@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from evoprune.metrics.operators import OPERATORS
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.report import write_report
-from evoprune.search.report.data import Contender, Entry, ReportData
+from evoprune.search.report.data import Entry, ReportData
 from evoprune.search.report.figures_result import agreement
 from evoprune.search.report.figures_search import rungs
 from evoprune.search.report.formula import formula_svg, mathtext
@@ -32,49 +31,16 @@ from evoprune.search.report.latex_table import latex_table
 from evoprune.search.report.lineage import ancestors, main_line
 from evoprune.search.report.numbers import alike
 from evoprune.search.report.page import render
+from evoprune.search.report.run_data import Contender
 from evoprune.search.report.tree import tree_svg
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Resources
 from evoprune.search.session import start_search
 from evoprune.search.site_names import split_site
 from tests.models import save_tiny
+from tests.search.html_page import Page
 
-VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-
-
-class Page(HTMLParser):
-    """A page's elements, with a check that each is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append((tag, found))
-        if found.get("id"):
-            self.ids.append(str(found["id"]))
-        self.links += [str(value) for name, value in attrs if name in ("href", "xlink:href", "src", "data-copy")]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self._open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def config_of(model: Path) -> MetricSearchConfig:
