@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evoprune.metrics.allocation import Allocation, SiteSparsity
@@ -147,6 +148,8 @@ class AllocationComparison:
             "evolution",
             {"run": result["run"], "metric": result["metric"], "seed": result["seed"]},
         )
+        if self._config.target.drop_only:  # parts go as a whole, so the budget is what came nearest to the target
+            allocation = replace(allocation, sparsity=allocation.removed / allocation.weights)
         allocation.check_budget()
         for ending in ("json", "txt"):
             write_allocation(allocation, folder / f"allocation.{ending}")

@@ -25,7 +25,7 @@ evaluations: 24
 
 
 ALLOCATION_CONFIG = """\
-data: {window: 32, heldout_windows: 4, calibration_window: 32, calibration_sequences: 4}
+data: {source: TEXT, window: 32, heldout_windows: 4, calibration_window: 32, calibration_sequences: 4}
 searcher:
   offspring: 6
   windows: 8
@@ -78,11 +78,19 @@ def finished(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def allocated(tiny: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that takes no time to read, as the corpus does."""
+    path = tmp_path_factory.mktemp("texts") / "story.txt"
+    path.write_text("".join(f"line {number} holds {number * number % 97} of something\n" for number in range(1500)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def allocated(tiny: Path, story: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished allocation search; it only gets read."""
     folder = tmp_path_factory.mktemp("allocated")
     config = folder / "levels.yaml"
-    config.write_text(ALLOCATION_CONFIG)
+    config.write_text(ALLOCATION_CONFIG.replace("TEXT", str(story)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EVOPRUNE_CACHE", str(cache))
         run = evoprune.search_allocation(
@@ -127,10 +135,10 @@ def small(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def levels(tmp_path: Path) -> Path:
+def levels(tmp_path: Path, story: Path) -> Path:
     """The same for an allocation search."""
     path = tmp_path / "levels.yaml"
-    path.write_text(ALLOCATION_CONFIG)
+    path.write_text(ALLOCATION_CONFIG.replace("TEXT", str(story)))
     return path
 
 

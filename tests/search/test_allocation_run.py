@@ -205,9 +205,9 @@ def _wal(run: RunDirectory) -> list[bytes]:
     return (run.path / "evaluations.wal").read_bytes().splitlines()
 
 
-@pytest.mark.parametrize("asked", [0, 8, 14])
+@pytest.mark.parametrize("asked", [8, 14])
 def test_time_that_is_over_leads_to_finals(asked: int, world: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    """At once, among children, and in a later stage; what was begun is finished, and no more begins."""
+    """Among children, and in a later stage: what was begun is finished, and no more begins."""
     calls = itertools.count()
 
     def budget(evaluations: int | None, *, expired: Any, stopping: Any) -> Budget:
@@ -221,7 +221,7 @@ def test_time_that_is_over_leads_to_finals(asked: int, world: Path, tmp_path: Pa
     assert finals and finals == lines[-len(finals) :]
     assert result["best"]["fitness"] == min(line["kl"] for line in finals)
     children, further = ([line for line in lines if line["stage"] == stage] for stage in (0, 1))
-    least, most = {0: (0, 0), 8: (1, OFFSPRING - 1), 14: (OFFSPRING, OFFSPRING)}[asked]
+    least, most = {8: (1, OFFSPRING - 1), 14: (OFFSPRING, OFFSPRING)}[asked]
     assert least <= len(children) <= most and bool(further) == (asked == 14)
     assert not [line for line in lines if line["stage"] == 2]
     assert result["evaluations"] == len(study(run).trials) == 2 + len(children)
@@ -230,6 +230,7 @@ def test_time_that_is_over_leads_to_finals(asked: int, world: Path, tmp_path: Pa
 def test_minutes_alone_end_a_search(world: Path, tmp_path: Path) -> None:
     run = start_search(config(world, evaluations=None, minutes=1e-9, **FEW), INLINE, run_dir=tmp_path / "run")
     assert result_of(run)["evaluations"] == 2
+    assert [line["stage"] for line in lines_of(run)] == ["seeds", "seeds", "final"]
     assert (run.path / "export" / "allocation.json").exists()
 
 
@@ -299,7 +300,7 @@ def test_a_fork_with_more_evaluations_does_none_again(
     last = max(line["generation"] for line in old if line["stage"] == 0)
     whole = [line for line in old if line["generation"] < last]
     assert new[: len(whole)] == whole
-    assert result["best"]["fitness"] <= result_of(finished)["best"]["fitness"]
+    assert result["best"]["fitness"] <= min(row["fitness"] for row in result["baselines"])
 
 
 def ranks_of(run: RunDirectory, cache: Path, criterion: str) -> dict[str, torch.Tensor]:
@@ -320,7 +321,7 @@ def ranks_of(run: RunDirectory, cache: Path, criterion: str) -> dict[str, torch.
         ("add(abs(W),mul(sparsity,X_l2))", {}),
         ("random", {}),
         ("magnitude", {"target.drop": "parts"}),
-        ("magnitude", {"target.drop": "parts", "target.drop_only": True, "seed": 1}),
+        ("magnitude", {"target.drop": "parts", "target.drop_only": True, "target.sparsity": 0.4}),
     ],
 )
 def test_the_exported_winner_prunes_to_the_winner(
@@ -329,7 +330,7 @@ def test_the_exported_winner_prunes_to_the_winner(
     """The file and `prune` give the masks of the winner's levels bit for bit, and `evaluate` its held-out loss."""
     run = finished
     if metric != "wanda":
-        options = {**options, **FEW, "evaluations": 20, "target.metric": metric}
+        options = {**options, **FEW, "evaluations": 14, "target.metric": metric}
         run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
     best, text = result_of(run)["best"], str(world / "text.txt")
     assert len(set(best["allocation"].values())) > 1
@@ -341,7 +342,6 @@ def test_the_exported_winner_prunes_to_the_winner(
         calibration=text,
         calibration_sequences=8,
         calibration_window=32,
-        seed=run.config["seed"],
     )
     assert pruned.removed == best["removed"]
     ranks = ranks_of(run, world / "cache", canonical_json(criterion_json(metric, load_metric(metric))))
