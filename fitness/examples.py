@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +131,12 @@ def load_processor(language_model: LanguageModel) -> Any:
     try:
         with silence():
             return AutoProcessor.from_pretrained(language_model.folder)
-    except ImportError as error:
-        missing = "torchvision" if "orchvision" in str(error) else "a package that is not installed"
-        raise InvalidInput(
-            f"the processor of {language_model.name!r} needs {missing}: pip install torchvision"
-        ) from None
     except Exception as error:  # whatever transformers makes of files that a stranger wrote
-        raise InvalidInput(f"the processor of {language_model.name!r} cannot be read: {one_line(error)}") from error
+        # Without it transformers builds some processors and not others, such as those that read videos too.
+        hint = "" if find_spec("torchvision") else "; it may need torchvision: pip install torchvision"
+        raise InvalidInput(
+            f"the processor of {language_model.name!r} cannot be read{hint}: {one_line(error)}"
+        ) from error
 
 
 def _encoded(processor: Any, example: Example) -> dict[str, torch.Tensor]:

@@ -16,7 +16,15 @@ from evoprune.fitness.examples import encode_examples, read_examples, side_examp
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import removed_count
 from tests.door.conftest import Done, Run
-from tests.multimodal import IMAGE, encoded, save_llava, synthetic_image
+from tests.multimodal import (
+    FAMILIES,
+    IMAGE,
+    encoded,
+    multimodal_tokenizer,
+    save_llava,
+    synthetic_image,
+    tiny_multimodal,
+)
 
 ROWS = 9
 
@@ -75,6 +83,21 @@ def test_logits_of_what_was_saved(llava: Path, place: Path) -> None:
     reloaded = evoprune.load_model(str(place / "out"), components="all")
     assert torch.equal(reloaded.model(**batch).logits, pruned.language_model.model(**batch).logits)
     assert [bound.site for bound in reloaded.sites] == [bound.site for bound in list_sites(loaded.model, ("all",))]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llava"])
+def test_every_family_is_saved_and_loaded(family: str, place: Path) -> None:
+    """On disk names differ from those in memory; zeros and logits are the same."""
+    tiny_multimodal(family).save_pretrained(place / "dense")
+    multimodal_tokenizer().save_pretrained(place / "dense")
+    pruned = evoprune.prune(str(place / "dense"), metric="magnitude", components="all", out=place / "out")
+    after = AutoModelForImageTextToText.from_pretrained(place / "out")
+    batch = encoded(family, (0,))
+    assert torch.equal(after(**batch).logits, pruned.language_model.model(**batch).logits)
+    for layer in pruned.layers:
+        assert layer.removed == int((after.get_submodule(layer.name).weight == 0).sum()) > 0
+    with pytest.raises(InvalidInput, match=r"the processor of .* cannot be read"):
+        evoprune.collect_statistics(pruned.language_model, ["X_l2"], calibration=str(place / "images.jsonl"))
 
 
 def test_components_with_budgets_of_their_own(run: Run, llava: Path) -> None:
