@@ -57,7 +57,7 @@ def test_a_search_from_the_command_line(
     assert (folder / "history.jsonl").read_bytes() == (allocated / "history.jsonl").read_bytes()
     for text in ("dense", "evolved winner", "uniform", "owl", "60% sparsity by wanda", "sparsity in %, by block",
                  "self_attn.q_proj", "between uniform and dense", "20 evaluations, seed 1"):  # fmt: skip
-        assert text in done.err, text
+        assert text in " ".join(done.err.split()), text  # a long path breaks the title
     first = result_of(allocated)
     assert {**result_of(folder), "run": ""} == {**first, "run": ""}
 

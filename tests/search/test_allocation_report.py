@@ -17,8 +17,10 @@ from evoprune.metrics.files import canonical_json, content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
 from evoprune.search.allocation_search import AllocationSearch, Stage
+from evoprune.search.breeders.switches import Switches
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.kinds.allocation import different
 from evoprune.search.report import write_report
 from evoprune.search.report.allocation_data import AllocationData
 from evoprune.search.report.allocation_page import verdicts
@@ -107,6 +109,7 @@ def make_run(
     search = AllocationSearch(
         space,
         {name: genome for genome, name in reversed(distinct.items())},
+        Switches(space, 0),
         STAGES,
         windows=16,
         final_windows=16,
@@ -130,7 +133,7 @@ def make_run(
         lines.append(canonical_json(search.apply(birth, answer(birth.job))))
     run.commit(lines, {"search": search.state()})
     if births is None:
-        comparison = AllocationComparison(config, "", search, seeds, "SomeModel")
+        comparison = AllocationComparison(config, "", search, seeds, "SomeModel", different(run.history()))
         result = comparison.result(run.run_id, search.distinct, [answer(job) for job in comparison.jobs()])
         comparison.export(run, result)
         run.write_result(result)
