@@ -29,7 +29,10 @@ HEAVY = {"torch", "transformers", "ray", "optuna", "deap", "sympy"}
 # These modules alone may import the package.
 ONLY_IN = {
     "ray": {"evoprune.search.engine.ray", "evoprune.search.engine.librarian"},
-    "optuna": {f"evoprune.search.engine.board_{part}" for part in ("server", "storage", "studies")},
+    "optuna": {
+        *(f"evoprune.search.engine.board_{part}" for part in ("server", "storage", "studies")),
+        "evoprune.search.breeders.profiles",  # for its samplers
+    },
 }
 # What the metrics must work without: an exported metric needs no model, no cluster and no search.
 NOT_IN_METRICS = {"transformers", "ray", "deap", "optuna"}

@@ -140,7 +140,7 @@ def test_wrong_input(run: Run, tiny: Path, place: Path, refused: Callable[..., s
     document = json.loads((place / "a.json").read_text())
     document["sites"][3]["sparsity"] = 1.2
     (place / "high.json").write_text(json.dumps(document))
-    assert "self_attn.o_proj is 1.2, outside [0, 1)" in refused(tiny, "--allocation", "high.json")
+    assert "self_attn.o_proj is 1.2, outside [0, 1]: " in refused(tiny, "--allocation", "high.json")
     save_tiny(place / "gpt2", "gpt2")
     other = refused("gpt2", "--allocation", "a.json")
     assert "of another model, LlamaForCausalLM and not this GPT2LMHeadModel" in other
