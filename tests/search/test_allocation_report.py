@@ -134,7 +134,9 @@ def make_run(
     run.commit(lines, {"search": search.state()})
     if births is None:
         comparison = AllocationComparison(config, "", search, seeds, "SomeModel", different(run.history()))
-        result = comparison.result(run.run_id, search.distinct, [answer(job) for job in comparison.jobs()])
+        result = comparison.result(
+            run.run_id, sum(json.loads(line)["counted"] for line in lines), [answer(job) for job in comparison.jobs()]
+        )
         comparison.export(run, result)
         run.write_result(result)
     run.close()
