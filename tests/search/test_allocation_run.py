@@ -185,7 +185,7 @@ def test_a_run_stopped_again_and_again_is_the_same_run(
     """While allocators are asked, in seeds, in generations, and on held-out text."""
     path = world / "stopped"
     asking, searching, measuring = "asking the allocators", "searching", "measuring on held-out text"
-    for phase, after in ((asking, 3), (searching, 5), (searching, 50), (searching, 60), (measuring, 3)):
+    for phase, after in ((asking, 3), (searching, 5), (searching, 90), (measuring, 3)):
         monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, phase, after))
         with pytest.raises(Interrupted):
             if path.exists():
@@ -319,7 +319,6 @@ def ranks_of(run: RunDirectory, cache: Path, criterion: str) -> dict[str, torch.
     [
         ("wanda", {}),
         ("add(abs(W),mul(sparsity,X_l2))", {}),
-        ("random", {}),
         ("magnitude", {"target.drop": "parts"}),
         ("magnitude", {"target.drop": "parts", "target.drop_only": True, "target.sparsity": 0.4}),
     ],
@@ -412,7 +411,7 @@ def test_a_seed_without_a_fitness_neither_wins_nor_stops_the_run(
     assert study(run).trials[0].state.name == "FAIL"
 
 
-@pytest.mark.parametrize("windows", [2, 4, 8])
+@pytest.mark.parametrize("windows", [2, 8])
 def test_children_without_a_fitness_cost_evaluations_only(
     windows: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
