@@ -186,7 +186,7 @@ class AllocationSearch:
             "generation": birth.record["generation"],
             "stage": birth.record["stage"],
             "windows": [birth.job.payload["first"], birth.job.payload["last"]],
-            "genome": list(member.genome),
+            "genome": self.space.gene_levels(member.genome),
             "counted": birth.counted,
             "kl": None,
             "reason": outcome.reason,

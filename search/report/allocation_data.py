@@ -183,8 +183,11 @@ class AllocationData(RunData[AllocationSearchConfig]):
 
     @property
     def shared_by(self) -> str:
-        """What the cells of `best` stand for: each ``matrix``, or all of a ``block`` or a ``kind``."""
-        return "matrix" if self.result is not None else self.config.target.granularity
+        """What the cells of `best` stand for: each ``matrix``, or all of a ``block``, a ``part`` or a ``kind``."""
+        target = self.config.target
+        if self.result is not None:
+            return "matrix"
+        return {"parts": "part", "blocks": "block"}[target.drop] if target.drop_only else target.granularity
 
     @property
     def rivals(self) -> list[tuple[str, Cells]]:
@@ -242,6 +245,9 @@ class AllocationData(RunData[AllocationSearchConfig]):
         sparsities = {name: level / LEVELS for name, level in levels.items()}
         if self.shared_by == "block":
             return {("all", int(name.removeprefix("block "))): value for name, value in sparsities.items()}
+        if self.shared_by == "part":
+            parts = {tuple(name.removeprefix("block ").split(" ", 1)): value for name, value in sparsities.items()}
+            return {(part, int(block)): value for (block, part), value in parts.items()}
         if self.shared_by == "kind":
             return {(name, 0): value for name, value in sparsities.items()}
         return by_cell(sparsities)

@@ -70,6 +70,10 @@ class LevelSpace(LadderSpace):
                 found[at] = self._levels[option]
         return found
 
+    def gene_levels(self, genome: Genome) -> list[int]:
+        """The level of every gene, which all of its matrices have."""
+        return [self._levels[option] for option in genome]
+
     def near(self, sparsities: Sequence[float], rng: random.Random) -> Genome:
         """A genome near to these sparsities that meets the budget.
 
