@@ -213,7 +213,7 @@ class AllocationSearch:
         elif self._phase == "final":
             self.best = ranked[0] if ranked else None
             self._enter([])
-        elif self._concluded:
+        elif self._concluded and self._stage + 1 < len(self._stages):
             self._finish()
         elif not ranked:
             self._breed()  # nobody of this generation can be measured, but the parent has other children
@@ -298,7 +298,8 @@ class AllocationSearch:
     def conclude(self) -> bool:
         if not self._concluded:
             self._concluded = True
-            if self._phase == "generation":
+            # The last stage has cost the most, and is nearly over.
+            if self._phase == "generation" and self._stage + 1 < len(self._stages):
                 self._pool = [member for at, member in enumerate(self._pool) if at not in self._waiting]
                 self._waiting.clear()
                 if len(self._measured) == len(self._pool):
