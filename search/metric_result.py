@@ -175,6 +175,8 @@ class MetricComparison:
                 }
                 for it in self._finalists
             ],
+            # A reconstruction error cannot be added to a loss.
+            "final_score": "fitness plus loss" if OBJECTIVES[config.objective].role == "quality" else "loss",
             "final_tokens": len(self._finalists[0].losses) * config.data.window,
             "front": [_described(member) for member in search.archive.front],
             "classes": {

@@ -108,7 +108,7 @@ def _finals(result: Mapping[str, Any]) -> dict[str, str]:
     members = result.get("finalists", ())
     if len(members) < 2:
         return {}
-    return {"finals": f"lowest fitness plus loss of {len(members)} finalists on {result['final_tokens']:,} tokens"}
+    return {"finals": f"least {result['final_score']} of {len(members)} finalists on {result['final_tokens']:,} tokens"}
 
 
 def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:

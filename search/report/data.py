@@ -132,6 +132,14 @@ class ReportData(RunData[MetricSearchConfig]):
         members = self.result["front"] if self.result is not None else self._archive("any")
         return [self._entry(member) for member in members]
 
+    @property
+    def finals(self) -> list[tuple[Entry, Mapping[str, Any]]]:
+        """The finalists, the winner first, each with its row of the result; empty where there was nothing to choose."""
+        rows = [] if self.result is None else self.result.get("finalists", [])
+        # A finalist of a run whose history is missing has no entry.
+        known = [(self.by_birth.get(row["birth"]), row) for row in rows if len(rows) > 1]
+        return [(entry, row) for entry, row in known if entry is not None]
+
     @cached_property
     def classes(self) -> dict[str, Entry | None]:
         """The best candidate by what it needs at most, in the order of `CLASSES`."""

@@ -109,6 +109,29 @@ def test_it_says_what_the_result_says(finished: Path) -> None:
         assert section in page.ids
 
 
+def test_finalists_are_shown_once_there_was_a_choice(changed: RunDirectory) -> None:
+    path = changed.path / "result.json"
+    result = json.loads(path.read_text())
+    assert "finals" not in page_of(changed.path).ids
+    chosen = [result["best"], *(member for member in result["front"] if member["birth"] != result["best"]["birth"])][:2]
+    result["finalists"] = [
+        {
+            "birth": member["birth"],
+            "expression": member["expression"],
+            "fitness": member["fitness"],
+            "loss": 2.5 + at,
+            "winner_minus_this": {"loss": -1.25 * at, "stderr": 0.125 * at},
+        }
+        for at, member in enumerate(chosen)
+    ]
+    path.write_text(json.dumps(result))
+    write_report(changed)
+    page = page_of(changed.path)
+    assert "finals" in page.ids
+    for said in ("tokens of text B, most of which", "2.5000", "3.5000", "1.2500 ± 0.1250", "least fitness plus loss"):
+        assert said in page.text, said
+
+
 def test_figures_are_files_too(finished: Path) -> None:
     names = {path.stem for path in (finished / "plots").iterdir()}
     assert names >= {"baselines", "convergence", "front", "fronts", "origins", "rungs", "agreement"}
