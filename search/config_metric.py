@@ -69,9 +69,9 @@ class RacingConfig(Section):
     rungs: tuple[int, ...] = Field((4, 16, 64, 192), description="windows of text B seen up to each rung")
     keep: float = Field(0.25, gt=0, le=1, description="share that goes on to the next rung")
     uniform: float = Field(0.1, ge=0, le=1, description="share that goes on whatever its fitness")
-    finalists: int = Field(6, ge=1, description="best of the last rung, compared once more; the power product joins")
+    finalists: int = Field(4, ge=1, description="best of the last rung, compared once more; the power product joins")
     final_windows: int = Field(
-        384, ge=0, description="of text B beside those of the last rung, as far as there are any, for the finalists"
+        192, ge=0, description="of text B beside those of the last rung, as far as there are any, for the finalists"
     )
 
     @field_validator("rungs")
