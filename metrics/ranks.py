@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from evoprune.metrics.mask import check_finite
-
-LEVELS = 256
-"""Levels are 0 to LEVELS - 1, in steps of 1 / LEVELS of a row."""
+from evoprune.metrics.records import LEVELS
 
 GONE = LEVELS
 """The level of a matrix of which nothing is left, its bias neither."""

@@ -16,6 +16,10 @@ GROUPS: tuple[Group, ...] = ("row", "layer", "global")
 LANGUAGE = "language_model"
 
 
+LEVELS = 256
+"""Levels are 0 to LEVELS - 1, in steps of 1 / LEVELS of a row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One matrix whose weights can be removed.

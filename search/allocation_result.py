@@ -10,7 +10,7 @@ from evoprune.metrics.allocation import Allocation, SiteSparsity
 from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
-from evoprune.metrics.ranks import LEVELS
+from evoprune.metrics.records import LEVELS
 from evoprune.search.allocation_search import AllocationSearch, Member
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -80,6 +81,6 @@ class SearchConfig(Section):
         """Hash of every option that a birth depends on: all but how long things may take."""
         return content_hash(self.model_dump(mode="json", exclude={"minutes", "deadline"}))
 
+    @abstractmethod
     def context(self) -> EvaluationContext:
         """What workers have to know."""
-        raise NotImplementedError

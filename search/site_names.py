@@ -24,6 +24,11 @@ def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], dict[tuple[
     return kinds, sorted({block for _, block in cells}), cells
 
 
+def is_attention(kind: str) -> bool:
+    """Whether a kind of matrix belongs to the attention of a block; if not, it belongs to the MLP."""
+    return "attn" in kind or "attention" in kind
+
+
 def attention_first(kind: str) -> bool:
     """A key that sorts kinds of matrices."""
-    return "attn" not in kind and "attention" not in kind
+    return not is_attention(kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -133,6 +133,9 @@ def config_of(run: RunDirectory) -> SearchConfig:
     return validated({"kind": run.kind, **run.config})
 
 
-def evaluated(history: Iterable[Mapping[str, Any]]) -> int:
-    """Lines of a history that a new candidate's forward pass stands behind."""
-    return sum("same_as" not in line for line in history)
+def files_of(folder: Path, winner: str) -> Iterator[Path]:
+    """What a finished run leaves for people to take: exports of the winner, plots, the page."""
+    yield from sorted((folder / "export").glob(f"{winner}.*"))
+    yield from sorted((folder / "plots").glob("*.svg"))
+    if (folder / "report.html").exists():
+        yield folder / "report.html"

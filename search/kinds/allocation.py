@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
-from evoprune.search.kinds import Kind
+from evoprune.search.kinds import Kind, files_of
 from evoprune.search.trials_allocation import DESCRIPTORS, AllocationTrials
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from evoprune.search.config_allocation import AllocationSearchConfig
     from evoprune.search.rundir import RunDirectory
     from evoprune.search.search_run import SearchRun
-
-LEVELS = 256
-"""Of a row; the same number as in `evoprune.metrics.ranks`, which needs torch."""
 
 
 class AllocationKind:
@@ -55,10 +53,7 @@ class AllocationKind:
         return finished_allocation_note(result, artifacts)
 
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
-        yield from sorted((folder / "export").glob("allocation.*"))
-        yield from sorted((folder / "plots").glob("*.svg"))
-        if (folder / "report.html").exists():
-            yield folder / "report.html"
+        return files_of(folder, self.winner)
 
     def progress_of(self, run: RunDirectory) -> dict[str, Any]:
         history = list(run.history())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.trial_record import Range
-from evoprune.search.kinds import Kind, evaluated
+from evoprune.search.kinds import Kind, files_of
 from evoprune.search.trials_metric import DESCRIPTORS, MetricTrials
 
 if TYPE_CHECKING:
@@ -67,16 +67,12 @@ class MetricKind:
         picture = formula_picture(f"S = {latex(winner)}", f"S = {to_text(winner)}")
         if picture is not None and (folder / "plots").is_dir():
             write_atomically(folder / "plots" / "formula.svg", picture)
-        yield from sorted((folder / "export").glob("metric.*"))
-        yield from sorted((folder / "plots").glob("*.svg"))
-        if (folder / "report.html").exists():
-            yield folder / "report.html"
+        yield from files_of(folder, self.winner)
 
     def progress_of(self, run: RunDirectory) -> dict[str, Any]:
         history = list(run.history())
         return {
-            # A birth that was answered without an evaluation names the one that it is like, or None.
-            "evaluations": evaluated(history),
+            "evaluations": _evaluated(history),
             "distinct": len({line["signature"] for line in history if line.get("signature")}),
             "best": _best(history),
         }
@@ -96,7 +92,7 @@ class MetricKind:
         if (best := document["best"]) is not None:
             facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
         if history:
-            answered = len(history) - evaluated(history)
+            answered = len(history) - _evaluated(history)
             facts["births"] = f"{len(history)}, {answered} of them answered without a forward pass"
             reached = [len(line.get("rungs") or ()) for line in history]
             rungs = range(len(config.racing.rungs))
@@ -128,6 +124,11 @@ class MetricKind:
         for name in config.searcher.seeds or ():
             _ = CRITERIA[name]
         seeds_from(config.seed_from)
+
+
+def _evaluated(history: Sequence[Mapping[str, Any]]) -> int:
+    """Births that cost a forward pass; one that was answered without names the one that it is like, or None."""
+    return sum("same_as" not in line for line in history)
 
 
 def _best(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

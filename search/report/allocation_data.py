@@ -10,8 +10,8 @@ from typing import Any
 
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import LEVELS
 from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.kinds.allocation import LEVELS
 from evoprune.search.report.run_data import RunData
 from evoprune.search.result import closed_gap
 from evoprune.search.rundir import RunDirectory

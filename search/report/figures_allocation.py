@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evoprune.search.kinds.allocation import LEVELS
+from evoprune.metrics.records import LEVELS
 from evoprune.search.report import canvas
 from evoprune.search.report.allocation_data import AllocationData, Cells
 from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, plain_numbers

@@ -12,7 +12,7 @@ from evoprune.search.report.maps import draw_map, write_cells
 from evoprune.search.report.names import label, shortened
 from evoprune.search.report.numbers import compact
 from evoprune.search.report.run_data import Contender, RunData
-from evoprune.search.site_names import split_site
+from evoprune.search.site_names import attention_first, split_site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def agreement(data: ReportData) -> Figure | None:
     # Wanda first: the file has the names in alphabetical order.
     names = sorted(data.agreement, key=lambda name: name != "wanda")
     kinds = sorted(
-        {split_site(site)[0] for site in data.agreement[names[0]]}, key=lambda kind: ("attn" not in kind, kind)
+        {split_site(site)[0] for site in data.agreement[names[0]]}, key=lambda kind: (attention_first(kind), kind)
     )
     blocks = sorted({split_site(site)[1] for site in data.agreement[names[0]]})
     smallest = min(value for values in data.agreement.values() for value in values.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Contender:
         return 0.0 if self.difference is None else 0.0 - self.difference["loss"]
 
 
-class RunData(Generic[Config]):
+class RunData(ABC, Generic[Config]):
     """A run as a report reads it; each kind of search adds what is its own.
 
     Args:
@@ -65,9 +66,9 @@ class RunData(Generic[Config]):
         self.result: dict[str, Any] | None = run.result
         self.lines: list[dict[str, Any]] = list(run.history())
 
+    @abstractmethod
     def what(self, values: Mapping[str, Any]) -> str:
         """What the winner or a baseline is, from its part of the result; see `Contender`."""
-        raise NotImplementedError
 
     @cached_property
     def contenders(self) -> list[Contender]:
@@ -93,14 +94,14 @@ class RunData(Generic[Config]):
         return self.result["births"] if self.result is not None else len(self.lines)
 
     @property
+    @abstractmethod
     def n_evaluations(self) -> int:
         """Candidates that cost a forward pass."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def n_removed(self) -> int | None:
         """Weights that the winner removes; None where the result does not say."""
-        raise NotImplementedError
 
     def evaluated(self, line: Mapping[str, Any]) -> bool:
         """Whether a birth cost a forward pass."""

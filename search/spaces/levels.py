@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.ranks import GONE, LEVELS
-from evoprune.metrics.records import Site, removed_count
+from evoprune.metrics.ranks import GONE
+from evoprune.metrics.records import LEVELS, Site, removed_count
+from evoprune.search.site_names import is_attention
 from evoprune.search.spaces.ladder import MANY_MOVES, Gene, Genome, LadderSpace
 
 Granularity = Literal["matrix", "block", "kind"]
@@ -108,7 +109,7 @@ class LevelSpace(LadderSpace):
 
 def part_of(site: Site) -> str:
     """The part of a block that a matrix belongs to: ``attention`` or ``mlp``."""
-    return "attention" if "attn" in site.kind or "attention" in site.kind else "mlp"
+    return "attention" if is_attention(site.kind) else "mlp"
 
 
 def _grouped(sites: Sequence[Site], by: Granularity | Droppable) -> dict[str, list[int]]:

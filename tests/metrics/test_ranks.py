@@ -9,8 +9,8 @@ import torch
 
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.mask import mask
-from evoprune.metrics.ranks import LEVELS, rank_bytes
-from evoprune.metrics.records import MaskRule
+from evoprune.metrics.ranks import rank_bytes
+from evoprune.metrics.records import LEVELS, MaskRule
 
 WIDTHS = (1, 2, 3, 5, 7, 16, 31, 100, 127, 192, 255, 256, 257, 300, 511, 512, 513, 1000)
 
