@@ -26,7 +26,7 @@ class MetricWorker(ModelWorker):
 
     Jobs (kind and payload), beside `prepare`:
         evaluate: ``prepared``, ``criterion``, ``thresholds``, ``max_tied``; returns fitness by rung.
-        finals: ``prepared``, ``criterion``; returns losses on all of text B that there is, by window.
+        finals: ``prepared``, ``criterion``, ``windows`` (first and last of text B); returns losses by window.
         heldout: ``prepared``, ``criterion`` (None: the dense model); returns losses on text C, by window.
         agreement: ``prepared``, ``criterion``, ``others``; returns how far masks agree, by site.
     """
@@ -61,7 +61,7 @@ class MetricWorker(ModelWorker):
 
     def _finals(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload["prepared"])
-        windows = self.prepared(payload["prepared"]).final_windows()
+        windows = self.prepared(payload["prepared"]).final_windows()[slice(*payload["windows"])]
         with evaluator.applied(criterion_from(payload["criterion"])):
             losses = window_losses(self.language_model.model, evaluator.head, windows, None)
         return {"nll": losses.nll.tolist()}

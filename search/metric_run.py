@@ -12,6 +12,7 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.files import content_hash
 from evoprune.search.archive import Archive
+from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.metric import KIND
@@ -102,14 +103,23 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
     def comparison(self, prepared: Summary, search: MetricSearch, ask: Ask) -> MetricComparison:
         self.phase("comparing the finalists", " on more of text B")
         entrants = finalists(search)
-        payloads = [{"prepared": prepared.name, "criterion": criterion_json(member.expression)} for member in entrants]
-        jobs = [Job(content_hash([self.identity, "finals", it["criterion"]]), "finals", it) for it in payloads]
-        compared = [
-            Finalist(member, outcome.values["nll"])
-            for member, outcome in zip(entrants, ask(jobs), strict=True)
-            if outcome.status == "ok"
-        ]
+        # Two jobs a finalist, so that few finalists keep more workers busy.
+        searched, available = self.config.racing.rungs[-1], prepared.facts["final_windows"]
+        parts = [(0, searched), (searched, available)] if available > searched else [(0, searched)]
+        outcomes = ask([self._final(prepared, member, part) for member in entrants for part in parts])
+        compared = []
+        for number, member in enumerate(entrants):
+            measured = outcomes[number * len(parts) : (number + 1) * len(parts)]
+            if all(outcome.status == "ok" for outcome in measured):
+                losses = [loss for outcome in measured for loss in outcome.values["nll"]]
+                compared.append(Finalist(member, losses))
         return MetricComparison(self.config, self.identity, prepared.name, search, compared)
+
+    def _final(self, prepared: Summary, member: Candidate, windows: tuple[int, int]) -> Job:
+        """Losses of a finalist on some windows of text B."""
+        criterion = criterion_json(member.expression)
+        payload = {"prepared": prepared.name, "criterion": criterion, "windows": list(windows)}
+        return Job(content_hash([self.identity, "finals", criterion, payload["windows"]]), "finals", payload)
 
 
 def seeds_from(source: str | None) -> dict[str, Expression]:

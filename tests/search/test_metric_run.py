@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 from safetensors.torch import load_file, save_file
 
+from evoprune.fitness.worker import build
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import parse
@@ -66,6 +68,18 @@ def test_the_result_has_what_scripts_rely_on(finished):
     assert "/" not in json.dumps({name: result[name] for name in ("best", "front", "baselines", "dense")}).replace(
         "\\\\", ""
     )
+
+
+def test_finalists_are_compared_on_all_of_the_search_text(finished, world):
+    worker = build(config(world).context().to_json())
+    prepared = worker.handle("prepare", {})["name"]
+    windows = worker.prepared(prepared).final_windows()
+    assert finished.result["final_tokens"] == windows.numel()
+    assert len(windows) > config(world).racing.rungs[-1]
+    for member in finished.result["finalists"]:
+        criterion = {"expression": parse(member["expression"]).to_json()}
+        whole = worker.handle("finals", {"prepared": prepared, "criterion": criterion, "windows": [0, len(windows)]})
+        assert member["loss"] == pytest.approx(math.fsum(whole["nll"]) / len(windows), rel=1e-6)
 
 
 def test_the_winner_is_no_worse_than_any_baseline_on_the_search_text(finished):
