@@ -35,7 +35,7 @@ from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.spaces.levels import LevelSpace
 from tests.models import LAYERS, tiny_model
-from tests.search.whole_runs import history, timeless, tiny_options
+from tests.search.whole_runs import history, installed_breeders, timeless, tiny_options
 
 EVALUATIONS = 48
 OFFSPRING = 8
@@ -199,6 +199,28 @@ def test_a_run_stopped_again_and_again_is_the_same_run(
     logged = [json.loads(line.partition(b" ")[2])["k"] for line in _wal(run)]
     assert max(Counter(logged).values()) == 1
     assert [trial.user_attrs for trial in study(run).trials] == [trial.user_attrs for trial in study(finished).trials]
+
+
+@pytest.mark.parametrize("name", sorted(set(installed_breeders()) - {"evolution"}))
+def test_a_run_of_any_searcher_goes_on_where_it_was_stopped(
+    name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a sampler knows is not stored: it is told again, and goes on to ask what it would have asked."""
+    options = {"searcher.name": name, "searcher.offspring": 4, "evaluations": 18, "window": 3, **FEW}
+    options["searcher.stages"] = [{"windows": 2, "survivors": 2}, {"windows": 4, "survivors": 1}]
+    whole = start_search(config(world, **options), INLINE, run_dir=tmp_path / "whole")
+    path = tmp_path / "stopped"
+    for after in (9, 4, 7):
+        monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, "searching", after))
+        with pytest.raises(Interrupted):
+            if path.exists():
+                resume_search(RunDirectory.open(path), INLINE)
+            else:
+                start_search(config(world, **options), INLINE, run_dir=path)
+    monkeypatch.undo()
+    run = resume_search(RunDirectory.open(path), INLINE)
+    assert history(run) == history(whole)
+    assert timeless(run.result) == timeless(whole.result)
 
 
 def _wal(run: RunDirectory) -> list[bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from importlib.util import find_spec
 
 import pytest
 
@@ -14,13 +13,14 @@ from evoprune.search import breeders
 from evoprune.search.breeders import BREEDERS, BreederPlugin, breeder_of
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
+from tests.search.whole_runs import installed_breeders
 
 SITES = [
     Site(f"layers.{block}.{kind}", kind, block, 8, rows, 256)
     for block in range(8)
     for kind, rows in (("self_attn.q_proj", 64), ("mlp.up_proj", 128))
 ]
-INSTALLED = [name for name in BREEDERS if all(find_spec(package) for package in BREEDERS[name].needs)]
+INSTALLED = installed_breeders()
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from evoprune.search.breeders import BREEDERS
 from evoprune.search.rundir import RunDirectory
 
 
@@ -29,3 +31,8 @@ def timeless(result: dict[str, Any] | None) -> dict[str, Any]:
     """A result without what names the run."""
     assert result is not None
     return {name: value for name, value in result.items() if name != "run"}
+
+
+def installed_breeders() -> list[str]:
+    """Searchers of allocations whose packages are there."""
+    return [name for name in BREEDERS if all(find_spec(package) for package in BREEDERS[name].needs)]
