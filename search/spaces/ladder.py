@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +22,8 @@ Genome = tuple[int, ...]
 MOST_MOVES = 8
 """Moves that may follow a switch to meet the budget again; more would be another mutation."""
 MANY_MOVES = 64
+BESIDE = 0.5
+"""Of switches, how many stay within a block: those leave more of what is remembered of the parent."""
 _ATTEMPTS = 50
 # The part of a gene's ladder that one move may take, so that what a repair has to move is spread.
 _SHARE = 16
@@ -122,11 +124,13 @@ class LadderSpace:
             less = [at for at in down if at != more]
             if not less:
                 break
-            other = rng.choice(less)
+            beside = [at for at in less if self.genes[at].block == self.genes[more].block]
+            other = rng.choice(beside if beside and rng.random() < BESIDE else less)
             freed = self._move(options, more, rng.choice(spans))
             gene = self.genes[other]
             options[other] = gene.nearest(gene.removed[options[other]] - freed)
-        settled = self._settled(options, rng, most=MOST_MOVES)
+        changed = {at for at, (option, before) in enumerate(zip(options, genome, strict=True)) if option != before}
+        settled = self._settled(options, rng, most=MOST_MOVES, first=changed)
         return None if settled == genome else settled
 
     def _move(self, options: list[int], at: int, span: int) -> int:
@@ -138,8 +142,13 @@ class LadderSpace:
             options[at] = next(option for option, removed in enumerate(gene.removed) if removed > before)
         return gene.removed[options[at]] - before
 
-    def _settled(self, options: list[int], rng: random.Random, most: int) -> Genome | None:
-        """Genes moved, at random, until the budget is met; None if `most` moves do not do."""
+    def _settled(self, options: list[int], rng: random.Random, most: int, first: Collection[int] = ()) -> Genome | None:
+        """Genes moved, at random, until the budget is met; None if `most` moves do not do.
+
+        Args:
+            first: places of genes to move as long as they can help: a change of fewer genes leaves more of what is
+                remembered of the parent.
+        """
         residue = self.budget - sum(gene.removed[option] for gene, option in zip(self.genes, options, strict=True))
         for _ in range(most):
             if abs(residue) <= self.tolerance:
@@ -153,7 +162,7 @@ class LadderSpace:
                     helping.append((at, moved, change))
             if not helping:
                 return None
-            at, moved, change = rng.choice(helping)
+            at, moved, change = rng.choice([move for move in helping if move[0] in first] or helping)
             options[at] = moved
             residue -= change
         return tuple(options) if abs(residue) <= self.tolerance else None
