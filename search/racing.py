@@ -39,7 +39,8 @@ class SuccessiveHalving:
         keep: share that goes on.
         uniform: share of candidates that goes on whatever its fitness, drawn at random. They measure how well a rung
             predicts the next (Kendall's tau); where it predicts badly, twice the share goes on.
-        memory: how many recent results count.
+        memory: how many recent results count at the first rung, and half as many at each further one: few get there, so
+            many of them would reach back to a time whose candidates all of today's beat.
         enough: results at a rung from which on their best share decides.
     """
 
@@ -50,7 +51,7 @@ class SuccessiveHalving:
         self._keep = keep
         self._uniform = uniform
         self._enough = enough
-        self._recent: list[deque[float]] = [deque(maxlen=memory) for _ in range(rungs)]
+        self._recent: list[deque[float]] = [deque(maxlen=max(memory >> rung, enough)) for rung in range(rungs)]
         self._pairs: list[list[tuple[float, float]]] = [[] for _ in range(rungs - 1)]
 
     def is_uniform(self, draws: Sequence[float]) -> list[bool]:

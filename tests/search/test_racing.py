@@ -31,6 +31,13 @@ def test_while_few_results_are_in_only_a_new_best_goes_on():
     assert racing.thresholds([0.5, 0.5]) == [0.4, 0.5]
 
 
+def test_further_up_fewer_results_are_remembered():
+    racing = SuccessiveHalving(4, keep=0.25, uniform=0)
+    for value in range(100, 0, -1):
+        racing.observe([value] * 4, [False] * 3)
+    assert racing.thresholds([1, 1, 1]) == [64 / 4, 32 / 4, 16 / 4]
+
+
 def test_some_go_on_whatever_their_fitness_and_give_tau():
     racing = SuccessiveHalving(2, uniform=0.1)
     assert racing.thresholds([0.05]) == [None]
