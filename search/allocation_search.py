@@ -2,8 +2,8 @@
 
 A generation is a number of children of one parent. Each stage measures them on the same windows of text and keeps the
 best few for the next stage, which has more; the parent joins the last one, on equal terms. Windows are drawn anew for
-every generation, so that nobody wins by fitting them. The last parents and the best seed are then compared on one long
-text, the same for all, and the best of them is the result.
+every generation, so that nobody wins by fitting them. Seeds are measured on as much text as the last stage has. The
+last parents and the best seed are then compared on one long text, the same for all, and the best of them is the result.
 Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3; layerwise sparsity allocation, section 5.3a.
 """
 
@@ -79,7 +79,7 @@ class AllocationSearch:
         breeder: makes the children.
         stages: of a generation, each with more windows than the one before and fewer survivors; the last keeps one.
         windows: windows of text B that there are.
-        final_windows: of these, how many the seeds and the finalists are measured on, from the first.
+        final_windows: of these, how many the finalists are measured on, from the first.
         offspring: children of a generation.
         seed: of the run.
         evaluations: candidates to measure in all, seeds included; the first seeds only, where they do not suffice for
@@ -284,8 +284,10 @@ class AllocationSearch:
 
     def _span(self) -> tuple[int, int]:
         """The windows of the present stage."""
-        if self._phase != "generation":
+        if self._phase == "final":
             return 0, self._final_windows
+        if self._phase == "seeds":
+            return 0, self._stages[-1].windows
         windows = self._stages[self._stage].windows
         if not self._breeder.redraw:
             return 0, windows

@@ -64,7 +64,7 @@ class GenerationsConfig(Section):
         ),
         description="each with more text for fewer candidates; the last keeps one, the next parent",
     )
-    windows: int = Field(192, ge=1, description="of text B in all; the seeds and the finalists are measured on all")
+    windows: int = Field(192, ge=1, description="of text B in all, which finalists are measured on")
     seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all")
 
     @model_validator(mode="after")

@@ -137,7 +137,7 @@ class AllocationData(RunData[AllocationSearchConfig]):
 
     @property
     def final_tokens(self) -> int:
-        """Tokens of text B in all; seeds and finalists are measured on all of them."""
+        """Tokens of text B in all, which finalists are measured on."""
         return self.config.searcher.windows * self.config.data.window
 
     # What was found
@@ -256,7 +256,7 @@ class AllocationData(RunData[AllocationSearchConfig]):
 
     @cached_property
     def seeds(self) -> list[Line]:
-        """Allocators that have a fitness, as births on all of text B; equal ones are one birth."""
+        """Allocators that have a fitness, as births on the text of the last stage; equal ones are one birth."""
         return [line for line in self.lines if line["stage"] == "seeds" and line["kl"] is not None]
 
     @cached_property

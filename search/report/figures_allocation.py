@@ -113,7 +113,7 @@ def convergence(data: AllocationData) -> Figure | None:
         s=14,
         color=canvas.MUTED,
         linewidth=0,
-        label="allocators, on all of text B",
+        label="allocators, on the last stage's text",
     )
     last = max([data.n_evaluations, *(x for x, _ in parents)])
     if parents:
