@@ -11,9 +11,10 @@ from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import LEVELS
-from evoprune.search.allocation_search import AllocationSearch, Member
+from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.pooled_search import Member
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
