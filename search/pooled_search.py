@@ -141,6 +141,10 @@ class PooledSearch(ABC, Generic[Space]):
     def _origins(self, member: Member) -> tuple[str, list[int], Genome]:
         """What the history calls a member's origin and parents, and the genome that a worker may start from."""
 
+    @abstractmethod
+    def conclude(self) -> bool:
+        """See `BirthSearch`."""
+
     def next_birth(self) -> Birth | None:
         if not self._waiting:
             return None

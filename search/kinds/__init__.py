@@ -56,7 +56,7 @@ class Kind(Protocol):
     endings: tuple[str, ...]
     descriptors: Mapping[str, Range]
 
-    def session(self) -> type[SearchRun[Any, Any]]:
+    def session(self, config: Any) -> type[SearchRun[Any, Any]]:
         """What runs a session of it."""
 
     def trials(self, config: Any) -> Trials:

@@ -29,13 +29,17 @@ class AllocationKind:
     endings: tuple[str, ...] = (".json", ".txt")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
-    def session(self) -> type[SearchRun[Any, Any]]:
+    def session(self, config: AllocationSearchConfig) -> type[SearchRun[Any, Any]]:
+        if config.target.pareto is not None:
+            from evoprune.search.pareto_run import ParetoRun
+
+            return ParetoRun
         from evoprune.search.allocation_run import AllocationRun
 
         return AllocationRun
 
     def trials(self, config: AllocationSearchConfig) -> AllocationTrials:
-        return AllocationTrials(len(config.searcher.stages))
+        return AllocationTrials(steps_of(config))
 
     def counters(self, search: AllocationSearch, evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
         return {"generation": search.generation, "by stage": " → ".join(map(str, steps))}
@@ -78,7 +82,7 @@ class AllocationKind:
         if (best := document["best"]) is not None:
             facts["from"] = f"generation {best['generation']} ({best['origin']})"
         if history:
-            trials, counts = self.trials(config), [0] * len(config.searcher.stages)
+            trials, counts = self.trials(config), [0] * steps_of(config)
             for line in history:
                 for stage in trials.reached(line):
                     counts[stage] += 1
@@ -101,14 +105,19 @@ class AllocationKind:
     def check_names(self, config: AllocationSearchConfig) -> None:
         from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.metrics.exported import load_metric
-        from evoprune.search.allocation_run import given_allocation
         from evoprune.search.breeders import breeder_of
+        from evoprune.search.level_run import given_allocation
 
         breeder_of(config.searcher.name)
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)
         given_allocation(config)
+
+
+def steps_of(config: AllocationSearchConfig) -> int:
+    """Stages of a generation; a front has one, for its populations must be comparable."""
+    return len(config.searcher.stages) if config.target.pareto is None else 1
 
 
 def span_text(sparsities: Iterable[float]) -> str:

@@ -28,7 +28,7 @@ class MetricKind:
     endings: tuple[str, ...] = (".py", ".json", ".tex")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
-    def session(self) -> type[SearchRun[Any, Any]]:
+    def session(self, config: MetricSearchConfig) -> type[SearchRun[Any, Any]]:
         from evoprune.search.metric_run import MetricRun
 
         return MetricRun
