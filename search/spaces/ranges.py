@@ -6,13 +6,19 @@ import random
 from collections.abc import Sequence
 from copy import copy
 
+from evoprune.metrics.allocation import repair
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.records import Site, removed_count
+from evoprune.metrics.ranks import GONE
+from evoprune.metrics.records import LEVELS, Site, removed_count
 from evoprune.search.spaces.ladder import Genome
-from evoprune.search.spaces.levels import DROP_SHARE, Droppable, Granularity, LevelSpace
+from evoprune.search.spaces.levels import Droppable, Granularity, LevelSpace
 
 # Where whole blocks or kinds share a level, few budgets are met exactly: to this part of all weights will do.
 _NEAR_ENOUGH = 200
+
+# Of mutations: what is good at one budget tells much about the next, and most is to be gained at one budget.
+MOVE_SHARE = 0.3
+UNBALANCED_SHARE = 0.2
 
 
 class RangeSpace(LevelSpace):
@@ -39,6 +45,7 @@ class RangeSpace(LevelSpace):
         *,
         only: bool = False,
     ) -> None:
+        self._only = only
         self._fixed = LevelSpace(sites, sparsities[1], granularity, drop, only=only)
         super().__init__(sites, sum(sparsities) / 2, granularity, drop, only=only)
         self.weights = sum(site.weights for site in self.sites)
@@ -74,12 +81,34 @@ class RangeSpace(LevelSpace):
         return found
 
     def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
-        """A genome after one to three unbalanced switches: a gene loses more, another less, or only one of the two.
+        """A genome after switches at its own budget, or after unbalanced ones, or moved to another budget."""
+        draw = rng.random()
+        if draw < MOVE_SHARE:
+            return self._moved(genome, rng)
+        if draw < MOVE_SHARE + UNBALANCED_SHARE:
+            return self._unbalanced(genome, rng, spans)
+        return super().switched(genome, rng, spans)
 
-        How far each of them moves is drawn by itself, so that what is removed changes.
-        """
-        if self._parts and rng.random() < DROP_SHARE:
-            return self._toggled(genome, rng)
+    def _moved(self, genome: Genome, rng: random.Random) -> Genome | None:
+        """Brought to another budget, drawn from the range: matrices move alike, or some parts go or come back."""
+        sparsity = rng.uniform(self.least, self.most) / self.weights
+        levels = self.levels(genome)
+        asked = [level / LEVELS for level in levels]
+        try:
+            if not self._only:
+                there = [at for at, level in enumerate(levels) if level != GONE]
+                sites = [self.sites[at] for at in there]
+                weights = sum(site.weights for site in sites)
+                share = (sparsity * self.weights - (self.weights - weights)) / max(weights, 1)
+                for at, moved in zip(there, repair([asked[at] for at in there], sites, share), strict=True):
+                    asked[at] = moved
+            found = self.near_budget(asked, sparsity, rng)
+        except InvalidInput:  # what is gone is too much for this budget
+            return None
+        return None if found == genome else found
+
+    def _unbalanced(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
+        """One to three times: a gene loses more, another less, or only one of the two, each by a draw of its own."""
         options = list(genome)
         for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
             for sign in rng.choice(((1, -1), (1,), (-1,))):
