@@ -127,13 +127,6 @@ class GenerationsConfig(Section):
         for first, second in pairwise(stages):
             if second.windows <= first.windows or second.survivors >= first.survivors:
                 raise ValueError("each stage must have more windows and fewer survivors than the one before")
-        if stages[0].survivors > self.offspring:
-            raise ValueError(
-                f"{stages[0].survivors} of {self.offspring} offspring cannot go on: give --population "
-                f"{stages[0].survivors} or more, or stages with fewer survivors"
-            )
-        if stages[-1].windows > self.windows:
-            raise ValueError(f"the last stage wants {stages[-1].windows} windows, and there are {self.windows}")
         return self
 
 
@@ -162,10 +155,18 @@ class AllocationSearchConfig(SearchConfig):
     window: int = Field(64, ge=1, description="candidates that may wait for results; changes no history")
 
     @model_validator(mode="after")
-    def _a_front(self) -> AllocationSearchConfig:
-        if self.target.pareto is None:
-            return self
+    def _fitting(self) -> AllocationSearchConfig:
         searcher = self.searcher
+        if self.target.pareto is None:
+            first, last = searcher.stages[0], searcher.stages[-1]
+            if first.survivors > searcher.offspring:
+                raise ValueError(
+                    f"{first.survivors} of {searcher.offspring} offspring cannot go on: give --population "
+                    f"{first.survivors} or more, or stages with fewer survivors"
+                )
+            if last.windows > searcher.windows:
+                raise ValueError(f"the last stage wants {last.windows} windows, and there are {searcher.windows}")
+            return self
         if searcher.name != "evolution":
             raise ValueError(
                 f"searcher {searcher.name!r} breeds at one budget: a front is bred by NSGA-II, without one"

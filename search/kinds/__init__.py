@@ -15,6 +15,7 @@ from evoprune.search.trials import Trials
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from evoprune.search.config_sections import SearchConfig
     from evoprune.search.rundir import RunDirectory
@@ -83,6 +84,9 @@ class Kind(Protocol):
 
     def words(self, best: Mapping[str, Any]) -> str:
         """A few words of what the best is, given as `show --json` has it."""
+
+    def table(self, result: Mapping[str, Any]) -> Table:
+        """What was found on held-out text, as a table."""
 
     def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         """A finished run for the terminal."""
