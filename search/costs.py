@@ -83,6 +83,8 @@ class MultiplyAdds:
 class Latency:
     """Nanoseconds of a forward pass over one window: those of what always stays, and of every part that is there.
 
+    Sums of parts are a prediction: measure what you choose. Norms before dropped parts count as staying.
+
     Args:
         sites: the matrices, in model order.
         rest: nanoseconds of the embeddings, the norms and the head.

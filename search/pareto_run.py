@@ -7,11 +7,13 @@ import random
 from evoprune.fitness.prepare import Summary
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
-from evoprune.search.costs import Cost, MultiplyAdds, Parameters
+from evoprune.search.costs import Cost, Latency, MultiplyAdds, Parameters, parts_of
+from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import different
 from evoprune.search.level_run import LevelRun
 from evoprune.search.pareto_result import ParetoComparison
 from evoprune.search.pareto_search import ParetoSearch
+from evoprune.search.result import failure
 from evoprune.search.search_run import Ask, Plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.ranges import RangeSpace
@@ -46,7 +48,7 @@ class ParetoRun(LevelRun[ParetoSearch]):
         payload = self.job_payload(prepared)
         return ParetoSearch(
             space,
-            self._cost(sites),
+            self._cost(sites, ask),
             by_genome(self._named),
             target=target.sparsity,
             windows=config.front.windows,
@@ -64,7 +66,17 @@ class ParetoRun(LevelRun[ParetoSearch]):
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
         return ParetoComparison(self.config, self.identity, search, seeds, model_class, distinct)
 
-    def _cost(self, sites: list[Site]) -> Cost:
-        if self.config.target.pareto == "flops":
-            return MultiplyAdds(sites, self.config.data.window)
-        return Parameters(sites)
+    def _cost(self, sites: list[Site], ask: Ask) -> Cost:
+        """The cost that the configuration names; latencies are measured once, and an interrupted run keeps them."""
+        name, window = self.config.target.pareto, self.config.data.window
+        if name == "parameters":
+            return Parameters(sites)
+        if name == "flops":
+            return MultiplyAdds(sites, window)
+        self.phase("measuring how long parts take")
+        parts = parts_of(sites)
+        payload = {"parts": list(parts.values()), "window": window}
+        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        return Latency(sites, outcome.values["rest"], dict(zip(parts, outcome.values["parts"], strict=True)))
