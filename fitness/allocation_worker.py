@@ -12,6 +12,7 @@ from torch import Tensor
 from evoprune.fitness.allocating import allocate_model
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.latency import part_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import LevelDatabase, build_levels
 from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
@@ -46,6 +47,8 @@ class AllocationWorker(ModelWorker):
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
         heldout: ``prepared``, ``criterion``, ``database``, ``levels`` (None: the dense model); returns losses on
             text C, by window.
+        latency: ``parts`` (places of the sites of each), ``window``; returns nanoseconds, of every one of the ``parts``
+            and of the ``rest``. A measurement: the only answer that the job alone does not determine.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
@@ -62,6 +65,7 @@ class AllocationWorker(ModelWorker):
             "allocate": self._allocate,
             "levels": self._levels,
             "heldout": self._heldout,
+            "latency": self._latency,
         }
 
     def _allocate(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +133,11 @@ class AllocationWorker(ModelWorker):
         else:
             evaluator.apply(self._by_name(payload["levels"]))
         return heldout_answer(window_losses(self.language_model.model, evaluator.head, windows, teacher), windows)
+
+    def _latency(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        rest, parts = part_latencies(self.language_model, payload["parts"], payload["window"])
+        return {"rest": rest, "parts": parts}
 
     def _by_name(self, levels: Sequence[int]) -> dict[str, int]:
         sites = (bound.site.name for bound in self.language_model.sites)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from evoprune.metrics.allocation import Allocation, SiteSparsity
-from evoprune.metrics.allocation_file import read_allocation, write_allocation
-from evoprune.metrics.errors import EvopruneError, InvalidInput
-from evoprune.metrics.files import content_hash
-from evoprune.metrics.records import LEVELS
-from evoprune.search.allocation_search import AllocationSearch, Member
+from evoprune.metrics.allocation_file import write_allocation
+from evoprune.metrics.errors import InvalidInput
+from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.level_result import allocation_of_row, heldout_jobs, run_facts, sparsities_of, write_whole
+from evoprune.search.pooled_search import Member
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
@@ -57,13 +55,7 @@ class AllocationComparison:
 
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text."""
-        jobs = []
-        for genome in self._entrants.values():
-            levels = None if genome is None else self._search.space.levels(genome)
-            payload = {**self._search.payload, "levels": levels}
-            key = content_hash([self._identity, "heldout", payload["criterion"], levels])
-            jobs.append(Job(key, "heldout", payload))
-        return jobs
+        return heldout_jobs(self._identity, self._search, self._entrants.values())
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """The content of ``result.json``, from the outcomes of `jobs`.
@@ -79,37 +71,14 @@ class AllocationComparison:
                 raise failure(outcome)
         config, search, best = self._config, self._search, self._best
         return {
-            "run": run_id,
-            "kind": "allocation",
-            "model": config.model.name,
-            "target": f"{config.target.sparsity:g}",
-            "metric": config.target.metric,
-            "granularity": config.target.granularity,
-            "drop": config.target.drop,
-            "drop_only": config.target.drop_only,
-            "objective": config.objective,
-            "seed": config.seed,
-            "evaluations": evaluations,
-            "births": search.births,
-            "distinct": self._distinct,
-            "generations": search.last_generation,
-            "reasons": dict(sorted(search.reasons.items())),
+            **run_facts(config, search, run_id, evaluations, self._distinct),
             "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
-            "final_tokens": config.searcher.windows * config.data.window,
-            "window": config.data.window,
-            "data": config.data.source,
-            "calibration": {
-                "text": config.data.calibration or config.data.source,
-                "sequences": config.data.calibration_sequences,
-                "window": config.data.calibration_window,
-            },
-            "prunable": sum(site.weights for site in search.space.sites),
             "dense": {"heldout": summary(losses["dense"])},
             "baselines": [
                 {
                     "name": name,
                     "fitness": self._fitness.get(genome),
-                    "allocation": self._sparsities(genome),
+                    "allocation": sparsities_of(search.space, genome),
                     "heldout": summary(losses[name]),
                     "winner_minus_this": paired_difference(losses["winner"], losses[name]),
                 }
@@ -122,7 +91,7 @@ class AllocationComparison:
                 "origin": best.origin,
                 "fitness": best.kl,
                 "stderr": best.stderr,
-                "allocation": self._sparsities(best.genome),
+                "allocation": sparsities_of(search.space, best.genome),
                 "removed": search.space.removed(best.genome),
                 "heldout": summary(losses["winner"]),
             },
@@ -137,25 +106,10 @@ class AllocationComparison:
         """
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
-        sparsities = result["best"]["allocation"]
-        allocation = Allocation(
-            self._model_class,
-            self._config.target.sparsity,
-            tuple(
-                SiteSparsity(site.name, (site.out_features, site.in_features), sparsities[site.name])
-                for site in self._search.space.sites
-            ),
-            "evolution",
-            {"run": result["run"], "metric": result["metric"], "seed": result["seed"]},
-        )
-        if self._config.target.drop_only:  # parts go as a whole, so the budget is what came nearest to the target
-            allocation = replace(allocation, sparsity=allocation.removed / allocation.weights)
-        allocation.check_budget()
-        for ending in ("json", "txt"):
-            write_allocation(allocation, folder / f"allocation.{ending}")
-        if read_allocation(folder / "allocation.json") != allocation:
-            raise EvopruneError(f"{folder / 'allocation.json'} does not give the winner back")
-
-    def _sparsities(self, genome: Genome) -> dict[str, float]:
+        # Where parts go as a whole, the budget is what came nearest to the target.
+        budget = None if self._config.target.drop_only else self._config.target.sparsity
+        parameters = {name: result[name] for name in ("run", "metric", "seed")}
         space = self._search.space
-        return {site.name: level / LEVELS for site, level in zip(space.sites, space.levels(genome), strict=True)}
+        winner = allocation_of_row(result["best"], space, self._model_class, budget, "evolution", parameters)
+        write_whole(winner, folder / "allocation.json")
+        write_allocation(winner, folder / "allocation.txt")

@@ -1,52 +1,27 @@
-"""An allocation search from configuration to result."""
+"""A search for one allocation, from configuration to result."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
-from typing import Any
 
 from evoprune.fitness.prepare import Summary
-from evoprune.metrics.allocation import Allocation, repair
-from evoprune.metrics.allocation_file import read_allocation, to_json
-from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
-from evoprune.metrics.errors import EvopruneError, InvalidInput
-from evoprune.metrics.exported import load_metric
-from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
 from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.breeders import breeder_of
-from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.engine.executor import Job
-from evoprune.search.kinds.allocation import KIND, different
-from evoprune.search.result import failure
-from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Ask, Plan, SearchRun
-from evoprune.search.spaces.ladder import Genome
+from evoprune.search.kinds.allocation import different
+from evoprune.search.level_run import LevelRun
+from evoprune.search.search_run import Ask, Plan
+from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.levels import LevelSpace
 
-GIVEN = "given"
-"""Name of the seed that ``seed_from`` brings."""
 
+class AllocationRun(LevelRun[AllocationSearch]):
+    """One session of a search for an allocation."""
 
-class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
-    """One session of an allocation search."""
-
-    kind = KIND
-    worker_factory = "evoprune.fitness.allocation_worker:build"
-    pure_jobs = ("allocate", "levels", "heldout")
-
-    def seeds_identity(self) -> dict[str, Any]:
-        given = given_allocation(self.config)
-        return {"allocators": list(self.config.seeds), "given": None if given is None else to_json(given)}
-
-    def prepare_payload(self) -> dict[str, Any]:
-        return {"criterion": self._criterion()}
-
-    @property
-    def counted_by_loop(self) -> bool:
-        return False
+    def place(self, space: LevelSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
+        return space.near(sparsities, rng)
 
     def plan(self) -> Plan:
         searcher, window = self.config.searcher, self.config.data.window
@@ -71,15 +46,11 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
         target = config.target
         space = LevelSpace(sites, target.sparsity, target.granularity, target.drop, only=target.drop_only)
         self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
-        database = self.prepared_values["database"]
-        self._named = self._seeds(space, prepared, ask)
-        distinct: dict[Genome, str] = {}
-        for name, genome in self._named.items():
-            distinct.setdefault(genome, name)
-        payload = {"prepared": prepared.name, "criterion": self._criterion(), "database": database}
+        self._named = self.start_genomes(space, prepared, ask)
+        payload = self.job_payload(prepared)
         return AllocationSearch(
             space,
-            {name: genome for genome, name in distinct.items()},
+            by_genome(self._named),
             breeder_of(config.searcher.name).make(space, config.seed),
             [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
             windows=config.searcher.windows,
@@ -94,89 +65,3 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
     def comparison(self, prepared: Summary, search: AllocationSearch, ask: Ask) -> AllocationComparison:
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
         return AllocationComparison(self.config, self.identity, search, self._named, model_class, distinct)
-
-    def _seeds(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
-        """Genomes to start from, by name: what the allocators ask for, and what is given.
-
-        Raises:
-            InvalidInput: what is given is of another model.
-        """
-        config = self.config
-        # What cannot be is refused before anybody works for it.
-        given = self._given(space, prepared)
-        self._genome(space, "uniform", [config.target.sparsity] * len(space.sites))
-        self.phase("asking the allocators")
-        seeds: dict[str, Genome] = {}
-        jobs = []
-        for name in config.seeds:
-            asked = {"criterion": self._criterion(), "allocator": name, "target": config.target.sparsity}
-            key = content_hash([self.identity, "allocate", asked])
-            jobs.append(Job(key, "allocate", {"prepared": prepared.name, **asked}))
-        for name, outcome in zip(config.seeds, ask(jobs, limited=False), strict=True):
-            try:
-                if outcome.status != "ok":
-                    raise failure(outcome)
-                seeds[name] = self._genome(space, name, outcome.values["sparsities"])
-            except EvopruneError as error:
-                if name == "uniform":
-                    raise
-                self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
-        # A budget too small for all seeds is spent on the first of them.
-        first = {} if given is None else {"uniform": seeds["uniform"], GIVEN: given}
-        return {**first, **seeds}
-
-    def _given(self, space: LevelSpace, prepared: Summary) -> Genome | None:
-        """The genome nearest to what `seed_from` names, at this run's budget."""
-        allocation = given_allocation(self.config)
-        if allocation is None:
-            return None
-        try:
-            allocation.check(prepared.facts["model_class"], space.sites)
-        except InvalidInput as error:
-            raise InvalidInput(f"{self.config.seed_from}: {error}") from None
-        # Counted in whole columns, as the file means it, for `near` rounds what lies between two of them.
-        asked = [site.removed / site.weights for site in allocation.sites]
-        if abs(allocation.removed - space.budget) > min(site.out_features for site in space.sites):
-            asked = [*repair(asked, space.sites, self.config.target.sparsity)]
-        return self._genome(space, GIVEN, asked)
-
-    def _genome(self, space: LevelSpace, name: str, sparsities: list[float]) -> Genome:
-        return space.near(sparsities, random.Random(derived_seed(self.config.seed, f"seed-{name}", 0)))
-
-    def _criterion(self) -> dict[str, Any]:
-        return criterion_json(self.config.target.metric, load_metric(self.config.target.metric))
-
-
-def criterion_json(given: str, criterion: Criterion) -> dict[str, Any]:
-    """A criterion as jobs spell it.
-
-    Args:
-        given: its name, or its text.
-    """
-    if given in CRITERIA or not isinstance(criterion, Metric):
-        return {"name": given}
-    return {"expression": criterion.expression.to_json()}
-
-
-def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
-    """What ``seed_from`` names: a file, or the winner of another run.
-
-    Raises:
-        InvalidInput: neither, or the run is not finished.
-    """
-    source = config.seed_from
-    if source is None:
-        return None
-    path = Path(source)
-    if path.suffix in (".json", ".txt") and not path.is_dir():
-        if path.suffix == ".txt":
-            raise InvalidInput(f"{source} is no .json: EvoPress's text says neither its budget nor its model")
-        return read_allocation(path)
-    run = RunDirectory.open(source)
-    if run.kind != KIND.name:
-        raise InvalidInput(
-            f"run {source} searched {run.kind}s: a run that searched allocations is needed to start from"
-        )
-    if run.result is None:
-        raise InvalidInput(f"run {source} is not finished: resume it first")
-    return read_allocation(run.path / "export" / "allocation.json")

@@ -8,11 +8,12 @@ from typing import Any
 
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
-from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.candidate import Candidate
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
+from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
+from evoprune.search.tables_front import HEAD, front_caption, front_rows, span
 
 
 def searching_note(
@@ -87,7 +88,7 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
 
 
 def searching_allocation_note(
-    config: AllocationSearchConfig, search: AllocationSearch, evaluations: int, stage_counts: Sequence[int]
+    config: AllocationSearchConfig, search: PooledSearch[Any], evaluations: int, stage_counts: Sequence[int]
 ) -> str:
     """How far an allocation search is.
 
@@ -129,6 +130,24 @@ def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[st
             "among the study's artifacts.",
             "",
             *_picture("convergence.svg", "best so far by evaluations", artifacts),
+        ]
+    )
+
+
+def finished_front_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
+    """What a search for a front has found: its members on held-out text; arguments as in `finished_note`."""
+    return "\n".join(
+        [
+            f"## Front: {result['model']}, {target_text(result)}",
+            "",
+            *_picture("front.svg", "held-out loss against cost", artifacts),
+            *_table(HEAD, [cells for _, *cells in front_rows(result)]),
+            "",
+            front_caption(result),
+            "",
+            f"{len(result['front'])} allocations {span(result)}, found in {result['evaluations']:,} evaluations, "
+            f"seed {result['seed']}. The one nearest to a sparsity of {result['target']} and the report are among the "
+            "study's artifacts.",
         ]
     )
 

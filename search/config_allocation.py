@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,12 +13,25 @@ from evoprune.metrics.exported import load_metric
 from evoprune.search.config_sections import SearchConfig, Section
 
 DEFAULT_SPARSITY = 0.6
+DEFAULT_RANGE = (0.4, 0.7)
+# Where whole parts go, a model is soon ruined.
+DEFAULT_DROP_RANGE = (0.1, 0.5)
 
 
 class AllocationTarget(Section):
     """How much of all prunable weights goes, and by which scores."""
 
-    sparsity: float = Field(DEFAULT_SPARSITY, description="fraction of all prunable weights to remove, in (0, 1)")
+    sparsity: float = Field(
+        DEFAULT_SPARSITY,
+        description="fraction of all prunable weights to remove, in (0, 1); of a front, which member is exported as "
+        "the allocation: the middle of its range unless given",
+    )
+    pareto: Literal["parameters", "flops", "latency"] | None = Field(
+        None, description="search a front of quality against this cost, in place of one allocation"
+    )
+    sparsity_range: tuple[float, float] | None = Field(
+        None, description="of a front, the least and the most that goes; 0.4 and 0.7, or 0.1 and 0.5 with drop_only"
+    )
     metric: str = Field("wanda", description="the criterion inside: a name, an expression, or an exported file")
     granularity: Literal["matrix", "block", "kind"] = Field(
         "matrix", description="what has a level of its own: every matrix, every block, or every kind of matrix"
@@ -27,6 +40,28 @@ class AllocationTarget(Section):
         "none", description="what may go as a whole: the attention or the MLP of a block, or whole blocks"
     )
     drop_only: bool = Field(False, description="drop parts or blocks, and prune nothing else")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, values: Any) -> Any:
+        """The defaults of a front are written out, so that a resolved configuration says what is removed."""
+        if not isinstance(values, dict) or values.get("pareto") is None:
+            return values
+        ends = values.get("sparsity_range") or (DEFAULT_DROP_RANGE if values.get("drop_only") else DEFAULT_RANGE)
+        middle = {}
+        if "sparsity" not in values and all(isinstance(end, (int, float)) for end in ends):
+            middle = {"sparsity": round(sum(ends) / len(ends), 6)}
+        return {**values, "sparsity_range": ends, **middle}
+
+    @field_validator("sparsity_range")
+    @classmethod
+    def _ordered(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and not 0 < ends[0] < ends[1] < 1:
+            raise ValueError(
+                f"{ends[0]:g} to {ends[1]:g} is no range of sparsities: give two different ones between 0 and 1, the "
+                "lower first, such as 0.4 0.7"
+            )
+        return ends
 
     @field_validator("sparsity")
     @classmethod
@@ -41,6 +76,23 @@ class AllocationTarget(Section):
             raise ValueError("drop_only needs something to drop: give --drop parts or --drop blocks")
         if self.drop != "none" and not self.drop_only and self.granularity != "matrix":
             raise ValueError("parts can be dropped beside levels of matrices only: leave the granularity at matrix")
+        if self.sparsity_range is None:
+            return self
+        if self.pareto is None:
+            raise ValueError(
+                "a range of sparsities is that of a front: add --pareto parameters, or give one --sparsity"
+            )
+        low, high = self.sparsity_range
+        if not low <= self.sparsity <= high:
+            raise ValueError(
+                f"sparsity {self.sparsity:g} is outside the range {low:g} to {high:g}: it says which of the front is "
+                "exported as the allocation"
+            )
+        if self.pareto == "latency" and self.drop == "none":
+            raise ValueError(
+                "zeros make nothing faster, so masks have no latency: add --drop parts or --drop blocks, or choose "
+                "--pareto parameters or flops"
+            )
         return self
 
 
@@ -75,14 +127,16 @@ class GenerationsConfig(Section):
         for first, second in pairwise(stages):
             if second.windows <= first.windows or second.survivors >= first.survivors:
                 raise ValueError("each stage must have more windows and fewer survivors than the one before")
-        if stages[0].survivors > self.offspring:
-            raise ValueError(
-                f"{stages[0].survivors} of {self.offspring} offspring cannot go on: give --population "
-                f"{stages[0].survivors} or more, or stages with fewer survivors"
-            )
-        if stages[-1].windows > self.windows:
-            raise ValueError(f"the last stage wants {stages[-1].windows} windows, and there are {self.windows}")
         return self
+
+
+class FrontConfig(Section):
+    """How a front is searched; read where the target is one."""
+
+    windows: int = Field(16, ge=1, description="of text B that candidates are measured on, the same in all generations")
+    budgets: int = Field(3, ge=2, description="sparsities, spread over the range, that allocators are asked for")
+    crossover: float = Field(0.5, ge=0, le=1, description="share of children that have two parents")
+    members: int = Field(12, ge=2, description="of the front, at most, that are measured on held-out text")
 
 
 class AllocationSearchConfig(SearchConfig):
@@ -91,6 +145,7 @@ class AllocationSearchConfig(SearchConfig):
     kind: Literal["allocation"] = "allocation"
     target: AllocationTarget = AllocationTarget()
     searcher: GenerationsConfig = GenerationsConfig()
+    front: FrontConfig = FrontConfig()
     objective: Literal["kl"] = Field("kl", description="what candidates are compared by")
     evaluations: int | None = Field(
         500,
@@ -98,6 +153,43 @@ class AllocationSearchConfig(SearchConfig):
         description="candidates with a forward pass, at most; none leaves it to the minutes, and is the default then",
     )
     window: int = Field(64, ge=1, description="candidates that may wait for results; changes no history")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> AllocationSearchConfig:
+        searcher = self.searcher
+        if self.target.pareto is None:
+            first, last = searcher.stages[0], searcher.stages[-1]
+            if first.survivors > searcher.offspring:
+                raise ValueError(
+                    f"{first.survivors} of {searcher.offspring} offspring cannot go on: give --population "
+                    f"{first.survivors} or more, or stages with fewer survivors"
+                )
+            if last.windows > searcher.windows:
+                raise ValueError(f"the last stage wants {last.windows} windows, and there are {searcher.windows}")
+            return self
+        if searcher.name != "evolution":
+            raise ValueError(
+                f"searcher {searcher.name!r} breeds at one budget: a front is bred by NSGA-II, without one"
+            )
+        if searcher.offspring % 4:
+            raise ValueError(f"NSGA-II draws parents by fours: give --population {-(-searcher.offspring // 4) * 4}")
+        if self.front.windows > searcher.windows:
+            raise ValueError(f"candidates of a front want {self.front.windows} windows, there are {searcher.windows}")
+        return self
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Sparsities that allocators are asked for: the target's, or those spread over the range of a front."""
+        if self.target.sparsity_range is None:
+            return (self.target.sparsity,)
+        low, high = self.target.sparsity_range
+        count = self.front.budgets
+        return tuple(round(low + (high - low) * at / (count - 1), 6) for at in range(count))
+
+    @property
+    def first_windows(self) -> int:
+        """Windows of text B that every candidate is measured on."""
+        return self.searcher.stages[0].windows if self.target.pareto is None else self.front.windows
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -109,7 +201,6 @@ class AllocationSearchConfig(SearchConfig):
         """What workers have to know."""
         criterion = load_metric(self.target.metric)
         needs = criterion.needs.union(*(configured(name).needs for name in self.seeds))
-        stages = self.searcher.stages
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,
@@ -119,7 +210,7 @@ class AllocationSearchConfig(SearchConfig):
             data=self.data.source,
             seed=self.seed,
             window=self.data.window,
-            rungs=tuple(sorted({stages[0].windows, self.searcher.windows})),
+            rungs=tuple(sorted({self.first_windows, self.searcher.windows})),
             heldout_windows=self.data.heldout_windows,
             calibration=self.data.calibration or self.data.source,
             calibration_sequences=self.data.calibration_sequences,

@@ -71,7 +71,7 @@ def _session(run: RunDirectory, config: SearchConfig, resources: Resources, stre
         Progress(config.evaluations, config.minutes, stream, title=title, done=done, elapsed=run.seconds) as progress,
     ):
         try:
-            kind_of(run.kind).session()(run, config, resources, progress).execute(stopping)
+            kind_of(run.kind).session(config)(run, config, resources, progress).execute(stopping)
         except (Interrupted, NoCapacity, KeyboardInterrupt) as reason:
             run.events("info", "interrupted", reason=str(reason) or "stopped at once")
             raise

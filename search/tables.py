@@ -290,6 +290,10 @@ def _cell(value: Any) -> str:
 def target_text(result: Mapping[str, Any]) -> str:
     """Such as ``60% sparsity per row`` or ``2:4``."""
     target = result["target"]
+    if (front := result.get("pareto")) is not None:
+        low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
+        inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {result['metric']}"
+        return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "allocation":
         if result.get("drop_only"):
             return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"

@@ -41,7 +41,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     shown = [Padding(heldout_table(result), (1, 0, 1, 0))]
     if (table := map_table(best["allocation"])) is not None:
         shown.append(Padding(table, (0, 0, 1, 0)))
-    return [*shown, winner, Text(), *_ways_on(result, run)]
+    return [*shown, winner, Text(), *ways_on(result, run)]
 
 
 def map_table(allocation: Mapping[str, float]) -> Table | None:
@@ -62,7 +62,7 @@ def map_table(allocation: Mapping[str, float]) -> Table | None:
     return table
 
 
-def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
+def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     """Where the files are, and commands to copy; one line each, however long."""
     quoted, file, page = shlex.quote(str(run)), run / "export" / "allocation.json", run / "report.html"
     ways = {

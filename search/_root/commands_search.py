@@ -205,6 +205,20 @@ def search_allocation(
     drop_only: Annotated[
         bool, typer.Option("--drop-only", help="drop parts or blocks, prune nothing else", rich_help_panel=TARGET)
     ] = False,
+    pareto: Annotated[
+        Literal["parameters", "flops", "latency"] | None,
+        option("--pareto", help="search a front of quality against this cost, by NSGA-II", panel=TARGET),
+    ] = None,
+    sparsity_range: Annotated[
+        tuple[float, float] | None,
+        option(
+            "--sparsity-range",
+            metavar="LOW HIGH",
+            help="of a front; --sparsity then says which of it is exported as the allocation",
+            panel=TARGET,
+            default="0.4 0.7",
+        ),
+    ] = None,
     evaluations: Annotated[
         int | None,
         option(

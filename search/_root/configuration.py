@@ -49,6 +49,8 @@ ALLOCATION_KEYS = {
     "granularity": "target.granularity",
     "drop": "target.drop",
     "drop_only": "target.drop_only",
+    "pareto": "target.pareto",
+    "sparsity_range": "target.sparsity_range",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])

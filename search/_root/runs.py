@@ -89,7 +89,9 @@ class Run:
     def front(self) -> list[dict[str, Any]]:
         """Metrics that none beats in both fitness and complexity, simplest first; empty until the run is finished.
 
-        An allocation search has none: all its candidates are of one budget.
+        Of an allocation search for a front (`pareto`), the allocations that none beats in both fitness and cost, the
+        dearest first: `saved` (per cent of the dense cost), `cost`, `sparsity`, `allocation`, `fitness`, `heldout`, and
+        `uniform` at the same cost. Without it all candidates are of one budget, and there is none.
         """
         return self.summary["front"]
 
@@ -111,14 +113,12 @@ class Run:
         return self.directory.history()
 
     def table(self) -> Table:
-        """Winner, dense model and baselines on held-out text, as a rich table, which a notebook shows as such.
+        """Winner, dense model and baselines on held-out text, or the front, as a rich table, which a notebook shows.
 
         Raises:
             InvalidInput: the run is not finished.
         """
-        from evoprune.search.tables import heldout_table
-
-        return heldout_table(self._finished())
+        return kind_of(self.kind).table(self._finished())
 
     def export(self, path: str | Path) -> Path:
         """Write the winner as a file of its own.

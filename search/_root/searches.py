@@ -108,6 +108,8 @@ def search_allocation(
     granularity: Literal["matrix", "block", "kind"] | None = None,
     drop: Literal["none", "parts", "blocks"] | None = None,
     drop_only: bool | None = None,
+    pareto: Literal["parameters", "flops", "latency"] | None = None,
+    sparsity_range: tuple[float, float] | None = None,
     evaluations: int | None = None,
     minutes: float | None = None,
     population: int | None = None,
@@ -146,6 +148,10 @@ def search_allocation(
         granularity: what has a sparsity of its own: every ``matrix``, every ``block``, or every ``kind`` of matrix.
         drop: what may go as a whole: ``none``, the attention and MLP ``parts`` of blocks, or ``blocks``.
         drop_only: drop parts or blocks, and prune nothing else.
+        pareto: search a front of quality against this cost, in `Run.front`: ``parameters`` kept, multiply-adds
+            (``flops``), or ``latency`` on this machine, which needs something to drop. `sparsity` then says which
+            member of the front is the winner.
+        sparsity_range: least and most that goes in such a front; 0.4 and 0.7 unless given.
         evaluations: candidates with a forward pass, at most; the allocators that the search starts from are among them.
         minutes: time for the search, at most; how far it gets then depends on the machine.
         population: children of a generation.
@@ -162,11 +168,11 @@ def search_allocation(
     """
     options = {
         "model": model, "sparsity": sparsity, "metric": _text(metric), "granularity": granularity, "drop": drop,
-        "drop_only": drop_only, "evaluations": evaluations, "minutes": minutes, "population": population, "seed": seed,
-        "data": data, "calibration": calibration, "calibration_sequences": calibration_sequences,
-        "calibration_window": calibration_window, "searcher": searcher, "seed_from": _text(seed_from),
-        "window": window, "threads": threads, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code,
+        "drop_only": drop_only, "pareto": pareto, "sparsity_range": sparsity_range, "evaluations": evaluations,
+        "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
+        "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
+        "searcher": searcher, "seed_from": _text(seed_from), "window": window, "threads": threads, "dtype": dtype,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     resolved = allocation_config(options, files=_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)

@@ -10,8 +10,8 @@ from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
 
 _FROM_RESULT = ("best", "dense", "front", "evaluations", "distinct")
-# Of a baseline; `result.json` says more.
-_BASELINE = ("name", "fitness", "heldout")
+# Of a baseline; `result.json` says more. Beside a front, one allocator is there once for each budget.
+_BASELINE = ("name", "sparsity", "cost", "fitness", "heldout")
 # Of a best candidate: its fitness, and what it is, by the name that its kind of search gives it.
 _GENOMES = ("fitness", "expression", "allocation")
 
@@ -33,7 +33,7 @@ def run_document(run: RunDirectory) -> dict[str, Any]:
     }
     result = run.result
     if result is not None:
-        baselines = [{name: row[name] for name in _BASELINE} for row in result["baselines"]]
+        baselines = [{name: row[name] for name in _BASELINE if name in row} for row in result["baselines"]]
         return document | {name: result[name] for name in _FROM_RESULT} | {"baselines": baselines}
     return document | kind_of(run.kind).progress_of(run)
 

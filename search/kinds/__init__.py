@@ -15,6 +15,7 @@ from evoprune.search.trials import Trials
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from evoprune.search.config_sections import SearchConfig
     from evoprune.search.rundir import RunDirectory
@@ -56,7 +57,7 @@ class Kind(Protocol):
     endings: tuple[str, ...]
     descriptors: Mapping[str, Range]
 
-    def session(self) -> type[SearchRun[Any, Any]]:
+    def session(self, config: Any) -> type[SearchRun[Any, Any]]:
         """What runs a session of it."""
 
     def trials(self, config: Any) -> Trials:
@@ -83,6 +84,9 @@ class Kind(Protocol):
 
     def words(self, best: Mapping[str, Any]) -> str:
         """A few words of what the best is, given as `show --json` has it."""
+
+    def table(self, result: Mapping[str, Any]) -> Table:
+        """What was found on held-out text, as a table."""
 
     def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         """A finished run for the terminal."""

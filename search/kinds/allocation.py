@@ -14,9 +14,10 @@ from evoprune.search.trials_allocation import DESCRIPTORS, AllocationTrials
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
-    from evoprune.search.allocation_search import AllocationSearch
     from evoprune.search.config_allocation import AllocationSearchConfig
+    from evoprune.search.pooled_search import PooledSearch
     from evoprune.search.rundir import RunDirectory
     from evoprune.search.search_run import SearchRun
 
@@ -29,27 +30,33 @@ class AllocationKind:
     endings: tuple[str, ...] = (".json", ".txt")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
-    def session(self) -> type[SearchRun[Any, Any]]:
+    def session(self, config: AllocationSearchConfig) -> type[SearchRun[Any, Any]]:
+        if config.target.pareto is not None:
+            from evoprune.search.pareto_run import ParetoRun
+
+            return ParetoRun
         from evoprune.search.allocation_run import AllocationRun
 
         return AllocationRun
 
     def trials(self, config: AllocationSearchConfig) -> AllocationTrials:
-        return AllocationTrials(len(config.searcher.stages))
+        return AllocationTrials(steps_of(config))
 
-    def counters(self, search: AllocationSearch, evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
+    def counters(self, search: PooledSearch[Any], evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
         return {"generation": search.generation, "by stage": " → ".join(map(str, steps))}
 
     def searching_note(
-        self, config: AllocationSearchConfig, search: AllocationSearch, evaluations: int, steps: Sequence[int]
+        self, config: AllocationSearchConfig, search: PooledSearch[Any], evaluations: int, steps: Sequence[int]
     ) -> str:
         from evoprune.search.board_note import searching_allocation_note
 
         return searching_allocation_note(config, search, evaluations, steps)
 
     def finished_note(self, result: Mapping[str, Any], artifacts: Sequence[str]) -> str:
-        from evoprune.search.board_note import finished_allocation_note
+        from evoprune.search.board_note import finished_allocation_note, finished_front_note
 
+        if result.get("pareto") is not None:
+            return finished_front_note(result, artifacts)
         return finished_allocation_note(result, artifacts)
 
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
@@ -66,10 +73,17 @@ class AllocationKind:
     def words(self, best: Mapping[str, Any]) -> str:
         return span_text(best["allocation"].values())
 
-    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
-        from evoprune.search.tables_allocation import result_view
+    def table(self, result: Mapping[str, Any]) -> Table:
+        from evoprune.search.tables import heldout_table
+        from evoprune.search.tables_front import front_table
 
-        return result_view(result, run)
+        return heldout_table(result) if result.get("pareto") is None else front_table(result)
+
+    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+        from evoprune.search import tables_allocation, tables_front
+
+        shown = tables_allocation if result.get("pareto") is None else tables_front
+        return shown.result_view(result, run)
 
     def unfinished_facts(
         self, config: AllocationSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
@@ -78,7 +92,7 @@ class AllocationKind:
         if (best := document["best"]) is not None:
             facts["from"] = f"generation {best['generation']} ({best['origin']})"
         if history:
-            trials, counts = self.trials(config), [0] * len(config.searcher.stages)
+            trials, counts = self.trials(config), [0] * steps_of(config)
             for line in history:
                 for stage in trials.reached(line):
                     counts[stage] += 1
@@ -94,21 +108,27 @@ class AllocationKind:
             raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
 
     def write_report(self, run: RunDirectory) -> Path:
-        from evoprune.search.report.allocation_page import write_page
+        from evoprune.search.report import allocation_page, front_page
 
-        return write_page(run)
+        page = allocation_page if run.config["target"].get("pareto") is None else front_page
+        return page.write_page(run)
 
     def check_names(self, config: AllocationSearchConfig) -> None:
         from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.metrics.exported import load_metric
-        from evoprune.search.allocation_run import given_allocation
         from evoprune.search.breeders import breeder_of
+        from evoprune.search.level_run import given_allocation
 
         breeder_of(config.searcher.name)
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)
         given_allocation(config)
+
+
+def steps_of(config: AllocationSearchConfig) -> int:
+    """Stages of a generation; a front has one, for its populations must be comparable."""
+    return len(config.searcher.stages) if config.target.pareto is None else 1
 
 
 def span_text(sparsities: Iterable[float]) -> str:

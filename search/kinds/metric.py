@@ -13,6 +13,7 @@ from evoprune.search.trials_metric import DESCRIPTORS, MetricTrials
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from evoprune.search.config_metric import MetricSearchConfig
     from evoprune.search.metric_search import MetricSearch
@@ -28,7 +29,7 @@ class MetricKind:
     endings: tuple[str, ...] = (".py", ".json", ".tex")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
-    def session(self) -> type[SearchRun[Any, Any]]:
+    def session(self, config: MetricSearchConfig) -> type[SearchRun[Any, Any]]:
         from evoprune.search.metric_run import MetricRun
 
         return MetricRun
@@ -79,6 +80,11 @@ class MetricKind:
 
     def words(self, best: Mapping[str, Any]) -> str:
         return str(best["expression"])
+
+    def table(self, result: Mapping[str, Any]) -> Table:
+        from evoprune.search.tables import heldout_table
+
+        return heldout_table(result)
 
     def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         from evoprune.search.tables import result_view

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -134,12 +134,17 @@ class LadderSpace:
         return None if settled == genome else settled
 
     def _move(self, options: list[int], at: int, span: int) -> int:
-        """Move a gene up so many options, or to its end; the weights that this removes beyond what it did."""
+        """Move a gene by so many options, or to its end; the weights that this removes beyond what it did.
+
+        Args:
+            span: not 0; below 0 the gene gets weights back.
+        """
         gene = self.genes[at]
         before = gene.removed[options[at]]
-        options[at] = gene.nearest(gene.removed[min(options[at] + span, len(gene.removed) - 1)])
-        if gene.removed[options[at]] == before:  # steps too small to remove another weight
-            options[at] = next(option for option, removed in enumerate(gene.removed) if removed > before)
+        options[at] = gene.nearest(gene.removed[min(max(options[at] + span, 0), len(gene.removed) - 1)])
+        if gene.removed[options[at]] == before:  # steps too small to change a weight
+            beyond = [removed for removed in gene.removed if (removed > before if span > 0 else removed < before)]
+            options[at] = gene.nearest(min(beyond) if span > 0 else max(beyond))
         return gene.removed[options[at]] - before
 
     def _settled(self, options: list[int], rng: random.Random, most: int, first: Collection[int] = ()) -> Genome | None:
@@ -166,3 +171,11 @@ class LadderSpace:
             options[at] = moved
             residue -= change
         return tuple(options) if abs(residue) <= self.tolerance else None
+
+
+def by_genome(named: Mapping[str, Genome]) -> dict[str, Genome]:
+    """Each genome once, under the first of its names."""
+    distinct: dict[Genome, str] = {}
+    for name, genome in named.items():
+        distinct.setdefault(genome, name)
+    return {name: genome for genome, name in distinct.items()}

@@ -99,7 +99,7 @@ class LevelSpace(LadderSpace):
         options = list(genome)
         part = rng.choice(self._parts)
         gone = all(self._levels[options[at]] == GONE for at in part)
-        mean = self.budget / sum(gene.removed[-1] for gene in self.genes)
+        mean = self.removed(genome) / sum(gene.removed[-1] for gene in self.genes)
         for at in part:
             gene = self.genes[at]
             options[at] = gene.nearest(mean * gene.removed[-1]) if gone else len(gene.removed) - 1

@@ -24,11 +24,11 @@ from evoprune.metrics.errors import Interrupted, InvalidCandidate, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import canonical_json
 from evoprune.metrics.records import Site
-from evoprune.search.allocation_run import criterion_json
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.level_run import criterion_json
 from evoprune.search.loop import Budget
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Resources

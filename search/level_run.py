@@ -1,0 +1,182 @@
+"""What sessions of searches over level vectors share: the criterion inside, and the genomes that they start from."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, TypeVar
+
+from evoprune.fitness.prepare import Summary
+from evoprune.metrics.allocation import Allocation, repair
+from evoprune.metrics.allocation_file import read_allocation, to_json
+from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.exported import load_metric
+from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.records import removed_count
+from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.engine.executor import Job
+from evoprune.search.kinds.allocation import KIND
+from evoprune.search.pooled_search import PooledSearch
+from evoprune.search.result import failure
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import Ask, SearchRun
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import LevelSpace
+
+GIVEN = "given"
+"""Name of the seed that ``seed_from`` brings."""
+
+Search = TypeVar("Search", bound=PooledSearch[Any])
+
+
+class LevelRun(SearchRun[AllocationSearchConfig, Search]):
+    """One session of a search over level vectors."""
+
+    kind = KIND
+    worker_factory = "evoprune.fitness.allocation_worker:build"
+    pure_jobs = ("allocate", "levels", "heldout")
+
+    @abstractmethod
+    def place(self, space: Any, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
+        """The genome nearest to sparsities of every matrix that removes `budget` of all weights.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+
+    def seeds_identity(self) -> dict[str, Any]:
+        given = given_allocation(self.config)
+        return {"allocators": list(self.config.seeds), "given": None if given is None else to_json(given)}
+
+    def prepare_payload(self) -> dict[str, Any]:
+        return {"criterion": self.criterion()}
+
+    @property
+    def counted_by_loop(self) -> bool:
+        return False
+
+    def criterion(self) -> dict[str, Any]:
+        """The criterion inside, as jobs spell it."""
+        return criterion_json(self.config.target.metric, load_metric(self.config.target.metric))
+
+    def job_payload(self, prepared: Summary) -> dict[str, Any]:
+        """What every measurement of levels has to know."""
+        return {
+            "prepared": prepared.name,
+            "criterion": self.criterion(),
+            "database": self.prepared_values["database"],
+        }
+
+    def start_genomes(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
+        """Genomes to start from, by name: what the allocators ask for at every budget, and what is given.
+
+        Raises:
+            InvalidInput: what is given is of another model, or no budget can be met.
+        """
+        # What cannot be is refused before anybody works for it.
+        given = self._given(space, prepared)
+        budgets = self._possible(space)
+        self.phase("asking the allocators")
+        asked = [(name, budget) for name in self.config.seeds for budget in budgets]
+        jobs = []
+        for name, budget in asked:
+            payload = {"criterion": self.criterion(), "allocator": name, "target": budget}
+            key = content_hash([self.identity, "allocate", payload])
+            jobs.append(Job(key, "allocate", {"prepared": prepared.name, **payload}))
+        uniform: dict[str, Genome] = {}
+        others: dict[str, Genome] = {}
+        for (name, budget), outcome in zip(asked, ask(jobs, limited=False), strict=True):
+            seed = self._seed_name(name, budget)
+            try:
+                if outcome.status != "ok":
+                    raise failure(outcome)
+                genome = self._placed(space, seed, outcome.values["sparsities"], budget)
+            except EvopruneError as error:
+                if name == "uniform":
+                    raise
+                self.progress.line(f"warning: no seed by {seed}: {str(error).strip().splitlines()[-1]}")
+                continue
+            (uniform if name == "uniform" else others)[seed] = genome
+        # A budget of evaluations too small for all seeds is spent on the first of them.
+        return {**uniform, **({} if given is None else {GIVEN: given}), **others}
+
+    def _possible(self, space: LevelSpace) -> list[float]:
+        """The budgets that uniform sparsity can be brought to.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+        found, refused = [], []
+        for budget in self.config.budgets:
+            try:
+                self._placed(space, self._seed_name("uniform", budget), [budget] * len(space.sites), budget)
+                found.append(budget)
+            except InvalidInput as error:
+                refused.append((budget, error))
+        if not found:
+            raise refused[0][1]
+        for budget, reason in refused:
+            self.progress.line(f"warning: no seeds at a sparsity of {budget:g}: {reason}")
+        return found
+
+    def _seed_name(self, name: str, budget: float) -> str:
+        return name if len(self.config.budgets) == 1 else f"{name}@{budget:g}"
+
+    def _given(self, space: LevelSpace, prepared: Summary) -> Genome | None:
+        """The genome nearest to what `seed_from` names, at a budget of this run."""
+        allocation = given_allocation(self.config)
+        if allocation is None:
+            return None
+        try:
+            allocation.check(prepared.facts["model_class"], space.sites)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.config.seed_from}: {error}") from None
+        # Counted in whole columns, as the file means it, for `near` rounds what lies between two of them.
+        asked = [site.removed / site.weights for site in allocation.sites]
+        low, high = self.config.budgets[0], self.config.budgets[-1]
+        budget = min(max(allocation.removed / allocation.weights, low), high)
+        wanted = removed_count(budget, allocation.weights)
+        if abs(allocation.removed - wanted) > min(site.out_features for site in space.sites):
+            asked = [*repair(asked, space.sites, budget)]
+        return self._placed(space, GIVEN, asked, budget)
+
+    def _placed(self, space: LevelSpace, seed: str, sparsities: list[float], budget: float) -> Genome:
+        rng = random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
+        return self.place(space, sparsities, budget, rng)
+
+
+def criterion_json(given: str, criterion: Criterion) -> dict[str, Any]:
+    """A criterion as jobs spell it.
+
+    Args:
+        given: its name, or its text.
+    """
+    if given in CRITERIA or not isinstance(criterion, Metric):
+        return {"name": given}
+    return {"expression": criterion.expression.to_json()}
+
+
+def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
+    """What ``seed_from`` names: a file, or the winner of another run.
+
+    Raises:
+        InvalidInput: neither, or the run is not finished.
+    """
+    source = config.seed_from
+    if source is None:
+        return None
+    path = Path(source)
+    if path.suffix in (".json", ".txt") and not path.is_dir():
+        if path.suffix == ".txt":
+            raise InvalidInput(f"{source} is no .json: EvoPress's text says neither its budget nor its model")
+        return read_allocation(path)
+    run = RunDirectory.open(source)
+    if run.kind != KIND.name:
+        raise InvalidInput(
+            f"run {source} searched {run.kind}s: a run that searched allocations is needed to start from"
+        )
+    if run.result is None:
+        raise InvalidInput(f"run {source} is not finished: resume it first")
+    return read_allocation(run.path / "export" / "allocation.json")

@@ -1,0 +1,199 @@
+"""What a search for a front found: its members on held-out text beside uniform sparsity at the same costs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.allocation_file import write_allocation
+from evoprune.metrics.errors import InvalidInput
+from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.costs import Cost, saved_percent
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.front import Point
+from evoprune.search.level_result import allocation_of_row, heldout_jobs, run_facts, sparsities_of, write_whole
+from evoprune.search.pareto_search import ParetoSearch
+from evoprune.search.result import failure, paired_difference, summary
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.ranges import RangeSpace
+
+ALLOCATOR = "nsga2"
+"""Who made the exported allocations."""
+
+# Halvings of the range of sparsities in search of uniform sparsity at a member's cost.
+_HALVINGS = 12
+
+
+class ParetoComparison:
+    """The front of a search beside the allocators that it started from, and beside uniform sparsity at its own costs.
+
+    Args:
+        config: of the run.
+        identity: hash of everything that an evaluation depends on beside its candidate.
+        search: at its end.
+        seeds: name and genome of what allocators ask for, once for every budget.
+        model_class: what the allocations are of.
+        distinct: different genomes among all births.
+
+    Raises:
+        InvalidInput: no candidate has a fitness.
+    """
+
+    def __init__(
+        self,
+        config: AllocationSearchConfig,
+        identity: str,
+        search: ParetoSearch,
+        seeds: Sequence[tuple[str, Genome]],
+        model_class: str,
+        distinct: int,
+    ) -> None:
+        if search.best is None:
+            raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
+        self._config = config
+        self._identity = identity
+        self._search = search
+        self._seeds = seeds
+        self._model_class = model_class
+        self._distinct = distinct
+        self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
+        places = [point.member.genome for point in search.front]
+        self._best = places.index(search.best.genome)
+        chosen = spread(len(search.front), config.front.members, self._best)
+        self._uniform = {
+            at: uniform
+            for at in chosen
+            if (uniform := uniform_at(search.space, search.cost, search.front[at])) is not None
+        }
+        self._entrants: dict[tuple[str, Any], Genome | None] = {("dense", None): None}
+        self._entrants |= {("front", at): places[at] for at in chosen}
+        self._entrants |= {("uniform", at): genome for at, genome in self._uniform.items()}
+        self._entrants |= {("seed", at): genome for at, (_, genome) in enumerate(seeds)}
+
+    def jobs(self) -> list[Job]:
+        """Every entrant on held-out text."""
+        return heldout_jobs(self._identity, self._search, self._entrants.values())
+
+    def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """The content of ``result.json``, from the outcomes of `jobs`.
+
+        Raises:
+            EvopruneError: the dense model or the best could not be measured.
+        """
+        losses = {}
+        for entrant, outcome in zip(self._entrants, outcomes, strict=True):
+            if outcome.status == "ok":
+                losses[entrant] = outcome.values
+            elif entrant in (("dense", None), ("front", self._best)):
+                raise failure(outcome)
+        config, search = self._config, self._search
+        front = [self._row(at, point, losses) for at, point in enumerate(search.front)]
+        return {
+            **run_facts(config, search, run_id, evaluations, self._distinct),
+            "stage_tokens": [config.front.windows * config.data.window],
+            "pareto": {
+                "cost": search.cost.name,
+                "unit": search.cost.unit,
+                "dense": search.cost.dense,
+                "range": list(config.target.sparsity_range or ()),
+            },
+            "dense": {"heldout": summary(losses["dense", None])},
+            "baselines": [
+                {
+                    "name": name,
+                    "sparsity": search.space.sparsity(genome),
+                    "cost": search.cost.of(search.space.levels(genome)),
+                    "fitness": self._fitness.get(genome),
+                    "allocation": sparsities_of(search.space, genome),
+                    "heldout": summary(losses["seed", at]),
+                }
+                for at, (name, genome) in enumerate(self._seeds)
+                if ("seed", at) in losses
+            ],
+            "best": front[self._best],
+            "front": front,
+        }
+
+    def _row(self, at: int, point: Point, losses: Mapping[tuple[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
+        space, cost, member = self._search.space, self._search.cost, point.member
+        measured = losses.get(("front", at))
+        row = {
+            "saved": saved_percent(point.cost, cost.dense),
+            "cost": point.cost,
+            "sparsity": space.sparsity(member.genome),
+            "removed": space.removed(member.genome),
+            "birth": member.birth,
+            "generation": member.generation,
+            "origin": member.origin,
+            "fitness": member.kl,
+            "stderr": member.stderr,
+            "allocation": sparsities_of(space, member.genome),
+            "heldout": None if measured is None else summary(measured),
+            "uniform": None,
+        }
+        if measured is not None and ("uniform", at) in losses:
+            genome, beside = self._uniform[at], losses["uniform", at]
+            row["uniform"] = {
+                "cost": cost.of(space.levels(genome)),
+                "sparsity": space.sparsity(genome),
+                "heldout": summary(beside),
+                "member_minus_this": paired_difference(measured, beside),
+            }
+        return row
+
+    def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
+        """Write every member as ``front/SAVED.json``, the best as ``allocation.json`` and ``.txt``, and read them back.
+
+        Raises:
+            EvopruneError: a file does not give its member back.
+        """
+        folder = run.path / "export"
+        (folder / "front").mkdir(parents=True, exist_ok=True)
+        parameters = {name: result[name] for name in ("run", "metric", "seed")}
+
+        def allocation(row: Mapping[str, Any]) -> Any:
+            return allocation_of_row(row, self._search.space, self._model_class, None, ALLOCATOR, parameters)
+
+        for row in result["front"]:
+            write_whole(allocation(row), folder / "front" / f"{row['saved']}.json")
+        best = allocation(result["best"])
+        write_whole(best, folder / "allocation.json")
+        write_allocation(best, folder / "allocation.txt")
+
+
+def spread(count: int, most: int, always: int) -> list[int]:
+    """At most so many of `count` places, evenly spread from the first to the last, `always` among them."""
+    if count <= most:
+        return list(range(count))
+    chosen = [(at * (count - 1) + (most - 1) // 2) // (most - 1) for at in range(most)]
+    if always not in chosen:
+        inner = chosen[1:-1] or chosen
+        chosen[chosen.index(min(inner, key=lambda place: abs(place - always)))] = always
+    return sorted(chosen)
+
+
+def uniform_at(space: RangeSpace, cost: Cost, point: Point) -> Genome | None:
+    """Uniform sparsity at about the cost of a member; None where there is none to within a hundredth of the dense cost.
+
+    Where only whole parts go, uniform means that chance decides which.
+    """
+    low, high = space.least / space.weights, space.most / space.weights
+    best: tuple[int, Genome] | None = None
+    sparsity = space.sparsity(point.member.genome)
+    for _ in range(_HALVINGS):
+        try:
+            found = space.near_budget([sparsity] * len(space.sites), sparsity, random.Random(0))
+        except InvalidInput:
+            break
+        beyond = cost.of(space.levels(found)) - point.cost
+        if best is None or abs(beyond) < best[0]:
+            best = abs(beyond), found
+        if beyond == 0:
+            break
+        low, high = (sparsity, high) if beyond > 0 else (low, sparsity)
+        sparsity = (low + high) / 2
+    if best is None or 100 * best[0] > cost.dense:
+        return None
+    return best[1]

@@ -1,0 +1,82 @@
+"""A search for a front of allocations, from configuration to result."""
+
+from __future__ import annotations
+
+import random
+
+from evoprune.fitness.prepare import Summary
+from evoprune.metrics.files import content_hash
+from evoprune.metrics.records import Site
+from evoprune.search.costs import Cost, Latency, MultiplyAdds, Parameters, parts_of
+from evoprune.search.engine.executor import Job
+from evoprune.search.kinds.allocation import different
+from evoprune.search.level_run import LevelRun
+from evoprune.search.pareto_result import ParetoComparison
+from evoprune.search.pareto_search import ParetoSearch
+from evoprune.search.result import failure
+from evoprune.search.search_run import Ask, Plan
+from evoprune.search.spaces.ladder import Genome, by_genome
+from evoprune.search.spaces.ranges import RangeSpace
+
+
+class ParetoRun(LevelRun[ParetoSearch]):
+    """One session of a search for a front."""
+
+    def place(self, space: RangeSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
+        return space.near_budget(sparsities, budget, rng)
+
+    def plan(self) -> Plan:
+        searcher, tokens = self.config.searcher, self.config.front.windows * self.config.data.window
+        return Plan(
+            [tokens],
+            "stage",
+            tokens,
+            searcher.offspring,
+            lambda workers: (
+                f"{searcher.offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy "
+                "(it is part of the run's identity)"
+            ),
+        )
+
+    def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch:
+        config, target = self.config, self.config.target
+        assert target.sparsity_range is not None
+        sites = [Site(**site) for site in prepared.facts["sites"]]
+        space = RangeSpace(sites, target.sparsity_range, target.granularity, target.drop, only=target.drop_only)
+        self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
+        self._named = self.start_genomes(space, prepared, ask)
+        payload = self.job_payload(prepared)
+        return ParetoSearch(
+            space,
+            self._cost(sites, ask),
+            by_genome(self._named),
+            target=target.sparsity,
+            windows=config.front.windows,
+            final_windows=config.searcher.windows,
+            population=config.searcher.offspring,
+            crossover=config.front.crossover,
+            seed=config.seed,
+            evaluations=config.evaluations,
+            identity=content_hash([self.identity, payload["criterion"]]),
+            payload=payload,
+        )
+
+    def comparison(self, prepared: Summary, search: ParetoSearch, ask: Ask) -> ParetoComparison:
+        seeds = [(name.partition("@")[0], genome) for name, genome in self._named.items()]
+        model_class, distinct = self._run.identity["model_class"], different(self._run.history())
+        return ParetoComparison(self.config, self.identity, search, seeds, model_class, distinct)
+
+    def _cost(self, sites: list[Site], ask: Ask) -> Cost:
+        """The cost that the configuration names; latencies are measured once, and an interrupted run keeps them."""
+        name, window = self.config.target.pareto, self.config.data.window
+        if name == "parameters":
+            return Parameters(sites)
+        if name == "flops":
+            return MultiplyAdds(sites, window)
+        self.phase("measuring how long parts take")
+        parts = parts_of(sites)
+        payload = {"parts": list(parts.values()), "window": window}
+        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        return Latency(sites, outcome.values["rest"], dict(zip(parts, outcome.values["parts"], strict=True)))

@@ -1,0 +1,261 @@
+"""What searches over level vectors share: a pool of members, measured on the same windows of text, then what follows.
+
+A pool is the barrier of these algorithms: nothing is decided before all of it is measured, so the history depends
+neither on the number of workers nor on who finishes first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from evoprune.metrics.files import content_hash
+from evoprune.metrics.ranks import GONE
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.kinds.allocation import span_text
+from evoprune.search.loop import Birth
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import LevelSpace
+
+Space = TypeVar("Space", bound=LevelSpace)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A candidate of the present pool.
+
+    Attributes:
+        genome: its options.
+        origin: ``seed:NAME``, or as whoever bred it says.
+        birth: number of the birth that measured it last; None before.
+        kl: what was measured then, in nats per token; None where it has no fitness.
+        stderr: of `kl`, over windows.
+        generation: in which it was bred; 0 for seeds.
+        parents: births that measured what it was bred from.
+    """
+
+    genome: Genome
+    origin: str
+    birth: int | None = None
+    kl: float | None = None
+    stderr: float = 0.0
+    generation: int = 0
+    parents: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them back."""
+        return {**asdict(self), "genome": list(self.genome), "parents": list(self.parents)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Member:
+        """The member that `to_json` wrote."""
+        return cls(**{**values, "genome": tuple(values["genome"]), "parents": tuple(values["parents"])})
+
+
+class PooledSearch(ABC, Generic[Space]):
+    """Births of level vectors, pool by pool; each search says what a pool is and what comes after it.
+
+    Args:
+        space: what genomes are made of.
+        seeds: genomes to start from, by name.
+        seed: of the run.
+        evaluations: candidates to measure in all, seeds included; the first seeds only, where they do not suffice for
+            all. None for no limit.
+        identity: hash of everything that an evaluation depends on beside the genome and the windows.
+        payload: what every job says beside these.
+
+    Attributes:
+        seed_fitness: KL of the seeds that have one, by name.
+        best: the best so far.
+        generation: the present one; 0 while seeds are measured.
+        reasons: how many births ended without a fitness, by reason code.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        seeds: Mapping[str, Genome],
+        *,
+        seed: int,
+        evaluations: int | None,
+        identity: str,
+        payload: Mapping[str, Any],
+    ) -> None:
+        self.space = space
+        self.seed_fitness: dict[str, float] = {}
+        self.best: Member | None = None
+        self.generation = 0
+        self.reasons: Counter[str] = Counter()
+        self.seeds = dict(seeds)
+        self.payload = dict(payload)
+        self._seed = seed
+        self._evaluations = evaluations
+        self._identity = identity
+        self._births = 0
+        self._counted = 0
+        self._phase = "seeds"
+        self._known: set[str] = set()
+        self._measured: list[Member] = []
+        self._pool: list[Member] = []
+        self._waiting: deque[int] = deque()
+        self._concluded = False
+        self._enter([Member(genome, f"seed:{name}") for name, genome in [*seeds.items()][:evaluations]])
+
+    @property
+    def births(self) -> int:
+        """Births so far."""
+        return self._births
+
+    @property
+    def last_generation(self) -> int:
+        """The last one that had children; the finals bear the next number."""
+        return self.generation - (self._phase == "final")
+
+    @property
+    def leader(self) -> tuple[float, str] | None:
+        """Fitness of the best so far, and the range of its sparsities."""
+        if self.best is None or self.best.kl is None:
+            return None
+        return self.best.kl, span_text(level / GONE for level in self.space.levels(self.best.genome))
+
+    @abstractmethod
+    def _span(self) -> tuple[int, int]:
+        """The windows of text B that the present pool is measured on: the first, and the one after the last."""
+
+    @abstractmethod
+    def _stage_name(self) -> int | str:
+        """What the history calls the present pool."""
+
+    @abstractmethod
+    def _counts(self) -> bool:
+        """Whether members of the present pool are measured for the first time; only these are in the budget."""
+
+    @abstractmethod
+    def _advance(self) -> None:
+        """All of the pool are measured: choose who goes on, and what comes next."""
+
+    @abstractmethod
+    def _origins(self, member: Member) -> tuple[str, list[int], Genome]:
+        """What the history calls a member's origin and parents, and the genome that a worker may start from."""
+
+    @abstractmethod
+    def conclude(self) -> bool:
+        """See `BirthSearch`."""
+
+    def next_birth(self) -> Birth | None:
+        if not self._waiting:
+            return None
+        member = self._pool[self._waiting.popleft()]
+        number = self._births
+        self._births += 1
+        first, last = self._span()
+        counted = self._counts()
+        self._counted += counted
+        origin, parents, start = self._origins(member)
+        record = {
+            "member": member.to_json(),
+            "generation": self.generation,
+            "stage": self._stage_name(),
+            "origin": origin,
+            "parents": parents,
+        }
+        payload = {
+            **self.payload,
+            "levels": self.space.levels(member.genome),
+            "parent": self.space.levels(start),
+            "first": first,
+            "last": last,
+        }
+        # The parent only says from where a worker may start: it changes no number.
+        key = content_hash([self._identity, payload["levels"], first, last])
+        return Birth(number, record, Job(key, "levels", payload), counted)
+
+    def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
+        assert outcome is not None and birth.job is not None  # every birth has a job
+        member = Member.from_json(birth.record["member"])
+        line: dict[str, Any] = {
+            "birth": birth.number,
+            "origin": birth.record["origin"],
+            "parents": birth.record["parents"],
+            "generation": birth.record["generation"],
+            "stage": birth.record["stage"],
+            "windows": [birth.job.payload["first"], birth.job.payload["last"]],
+            "genome": self.space.gene_levels(member.genome),
+            "counted": birth.counted,
+            "kl": None,
+            "reason": outcome.reason,
+        }
+        if outcome.status == "ok":
+            line |= {name: outcome.values[name] for name in ("kl", "stderr")}
+        if line["reason"] is not None:
+            self.reasons[line["reason"]] += 1
+        measured = replace(member, birth=birth.number, kl=line["kl"], stderr=line.get("stderr", 0.0))
+        line |= self._take_in(measured, birth)
+        self._measured.append(measured)
+        if len(self._measured) == len(self._pool):
+            self._advance()
+        return line
+
+    def _take_in(self, member: Member, birth: Birth) -> dict[str, Any]:
+        """Learn from one measurement, in the order of births; what the history adds."""
+        return {}
+
+    def _ranked(self, members: Sequence[Member]) -> list[Member]:
+        """Those with a fitness, the best first; of equals the one that removes more, then by content."""
+        return sorted(
+            (member for member in members if member.kl is not None),
+            key=lambda member: (member.kl, -self.space.removed(member.genome), content_hash(list(member.genome))),
+        )
+
+    def _seeds_measured(self) -> None:
+        """Note what the seeds are worth."""
+        self.seed_fitness = {
+            member.origin.removeprefix("seed:"): member.kl
+            for member in self._ranked(self._measured)
+            if member.kl is not None
+        }
+
+    def _enter(self, pool: Sequence[Member]) -> None:
+        self._pool = list(pool)
+        self._measured = []
+        self._waiting = deque(range(len(self._pool)))
+
+    def _break_off(self) -> bool:
+        """Measure nobody of the pool who has not been begun; whether all others are measured already."""
+        self._pool = [member for at, member in enumerate(self._pool) if at not in self._waiting]
+        self._waiting.clear()
+        return len(self._measured) == len(self._pool)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "births": self._births,
+            "counted": self._counted,
+            "phase": self._phase,
+            "generation": self.generation,
+            "best": None if self.best is None else self.best.to_json(),
+            "levels": None if self.best is None else self.space.levels(self.best.genome),
+            "known": sorted(self._known),
+            "measured": [member.to_json() for member in self._measured],
+            "pool": [member.to_json() for member in self._pool],
+            "waiting": list(self._waiting),
+            "seed_fitness": self.seed_fitness,
+            "reasons": dict(self.reasons),
+            "concluded": self._concluded,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._births = state["births"]
+        self._counted = state["counted"]
+        self._phase = state["phase"]
+        self.generation = state["generation"]
+        self.best = None if state["best"] is None else Member.from_json(state["best"])
+        self._known = set(state["known"])
+        self._measured = [Member.from_json(values) for values in state["measured"]]
+        self._pool = [Member.from_json(values) for values in state["pool"]]
+        self._waiting = deque(state["waiting"])
+        self.seed_fitness = dict(state["seed_fitness"])
+        self.reasons = Counter(state["reasons"])
+        self._concluded = state["concluded"]

@@ -1,0 +1,156 @@
+"""What the report of a search for a front says, read from the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from evoprune.search.report.allocation_data import AllocationData, Cells, Found, Line, by_cell
+from evoprune.search.report.run_data import Contender
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point of a figure: per cent of the dense cost that is saved, and a loss or KL with its standard error."""
+
+    saved: float
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A member of the front.
+
+    Attributes:
+        saved: per cent of the dense cost, rounded; names its file.
+        place: with the held-out loss; None where it was not measured on held-out text.
+        uniform: the same for uniform sparsity at the same cost.
+        difference: held-out loss minus that of uniform sparsity, and its paired standard error.
+        values: its part of the result.
+    """
+
+    saved: int
+    place: Place | None
+    uniform: Place | None
+    difference: Place | None
+    values: Mapping[str, Any]
+
+
+class FrontData(AllocationData):
+    """A run that searches a front, as a report reads it.
+
+    Args:
+        run: finished or not.
+
+    Raises:
+        InvalidInput: not an allocation search, or its files are damaged.
+    """
+
+    @property
+    def contenders(self) -> list[Contender]:  # type: ignore[override]
+        """Nobody: there is no winner that all are compared with."""
+        return []
+
+    @property
+    def dense(self) -> Mapping[str, float] | None:
+        """The dense model on held-out text."""
+        return None if self.result is None else self.result["dense"]["heldout"]
+
+    @property
+    def stage_tokens(self) -> list[int]:
+        return [self.config.front.windows * self.config.data.window]
+
+    @cached_property
+    def n_generations(self) -> int:
+        """Generations that had children."""
+        return max((line["generation"] for line in self.lines if line["stage"] == 0), default=0)
+
+    @cached_property
+    def best(self) -> Found | None:  # type: ignore[override]
+        if self.result is not None or not self.archive:
+            return super().best if self.result is not None else None
+        target = 100 * self.config.target.sparsity
+        line = min(self.archive, key=lambda line: abs(self.mean(self._decoded(line)) - target))
+        return Found(
+            line["birth"],
+            line["generation"],
+            line["origin"],
+            line["kl"],
+            line["stderr"],
+            self.stage_tokens[0],
+            self._decoded(line),
+        )
+
+    def mean(self, cells: Cells) -> float:
+        """Mean sparsity of matrices, in per cent."""
+        return 100 * sum(cells.values()) / len(cells)
+
+    @cached_property
+    def measured(self) -> list[Line]:
+        """Candidates that have a fitness, as births on the windows that all are measured on."""
+        return [line for line in self.lines if line["counted"] and line["kl"] is not None]
+
+    @cached_property
+    def archive(self) -> list[Line]:
+        """Of these, whom no other beats in both KL and cost, the dearest first."""
+        found: list[Line] = []
+        for line in sorted(self.measured, key=lambda line: (line["cost"], line["kl"])):
+            if not found or line["kl"] < found[-1]["kl"]:
+                found.append(line)
+        return found[::-1]
+
+    @cached_property
+    def dense_cost(self) -> float:
+        """Cost of the model before pruning; in an unfinished run that of its dearest candidate."""
+        if self.result is not None:
+            return float(self.result["pareto"]["dense"])
+        return max((line["cost"] for line in self.measured), default=1)
+
+    def saved(self, cost: float) -> float:
+        """Per cent of the dense cost that is saved."""
+        return 100 * (1 - cost / self.dense_cost)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The front, the dearest first; empty before the run is finished."""
+        found = []
+        for values in self.result["front"] if self.result is not None else ():
+            beside = values["uniform"]
+            here = self.saved(values["cost"])
+            difference = None if beside is None else beside["member_minus_this"]
+            found.append(
+                Row(
+                    values["saved"],
+                    self._place(values),
+                    None if beside is None else self._place(beside),
+                    None if difference is None else Place(here, difference["loss"], difference["stderr"]),
+                    values,
+                )
+            )
+        return found
+
+    @cached_property
+    def allocators(self) -> list[tuple[str, Place]]:
+        """What allocators ask for beside uniform sparsity, by name, on held-out text, once for every budget."""
+        rows = self.result["baselines"] if self.result is not None else ()
+        places = ((row["name"], self._place(row)) for row in rows if row["name"] != "uniform")
+        return [(name, place) for name, place in places if place is not None]
+
+    @cached_property
+    def kinds_along(self) -> dict[str, list[tuple[float, float]]]:
+        """Mean sparsity of every kind of matrix along the front, in per cent, by what is saved."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        if self.shared_by != "matrix" or self.result is None:
+            return found
+        for values in self.result["front"]:
+            cells = by_cell(values["allocation"])
+            for kind, mean in self.means(cells, 0).items():
+                found.setdefault(kind, []).append((self.saved(values["cost"]), 100 * mean))
+        return {kind: found[kind] for kind in self.axes[0]}
+
+    def _place(self, values: Mapping[str, Any]) -> Place | None:
+        heldout = values["heldout"]
+        return None if heldout is None else Place(self.saved(values["cost"]), heldout["loss"], heldout["stderr"])

@@ -1,0 +1,100 @@
+"""The page of a search for a front: its figures and its words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evoprune.search.report import document, figures_allocation, figures_front, numbers
+from evoprune.search.report.allocation_data import range_text
+from evoprune.search.report.allocation_page import origin_text
+from evoprune.search.report.front_data import FrontData
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.tables_front import WHAT_IS_SAVED
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from matplotlib.figure import Figure
+
+FIGURES: dict[str, Callable[[FrontData], Figure | None]] = {
+    "front": figures_front.front,
+    "kinds": figures_front.kinds,
+    "allocation": figures_allocation.allocation,
+    "candidates": figures_front.candidates,
+}
+
+
+def write_page(run: RunDirectory) -> Path:
+    """See `evoprune.search.report.write_report`."""
+    data = FrontData(run)
+    drawn = document.draw(FIGURES, data)
+    return document.write_files(run.path, FIGURES, drawn, render(data, drawn))
+
+
+def render(data: FrontData, drawn: dict[str, str]) -> str:
+    """The page with these figures inlined."""
+    low, high = data.config.target.sparsity_range or (0.0, 0.0)
+    best = data.best
+    return document.fill(
+        _environment(),
+        "front_page.html.jinja",
+        data,
+        drawn,
+        f"{100 * low:g} to {100 * high:g} % of all prunable weights",
+        "Allocation",
+        best=best,
+        span=None if best is None or not best.cells else range_text(best.cells),
+        cost=str(data.config.target.pareto),
+        what_is_saved=WHAT_IS_SAVED[str(data.config.target.pareto)],
+        verdict=verdict(data),
+        commands=commands(data),
+    )
+
+
+@cache
+def _environment() -> Environment:
+    environment = document.new_environment()
+    environment.filters |= {"origin": origin_text}
+    return environment
+
+
+def verdict(data: FrontData) -> str:
+    """What was found, on held-out text, as a sentence; empty before the run is finished."""
+    differences = [row.difference for row in data.rows if row.difference is not None]
+    if not differences:
+        return ""
+    below = [place for place in differences if place.value < -place.error]
+    above = [place for place in differences if place.value > place.error]
+    least = min(differences, key=lambda place: place.value)
+    found = (
+        f"{len(below)} of {len(differences)} members of the front have a held-out loss below that of uniform sparsity"
+    )
+    found += f" at the same cost{f', {len(above)} above' if above else ''} (by more than a standard error)"
+    if least.value < 0:
+        found += (
+            f"; the most at {least.saved:.0f} % saved, by {numbers.nats(-least.value)} ± {numbers.nats(least.error)} "
+            "nats per token"
+        )
+    return found
+
+
+def commands(data: FrontData) -> dict[str, str]:
+    """Command lines to go on from here, by what they do."""
+    model, metric = shlex.quote(data.config.model.name), shlex.quote(data.config.target.metric)
+    export = data.run.path / "export"
+    found = {}
+    if data.result is not None:
+        member = shlex.quote(str(export / "front" / f"{data.result['best']['saved']}.json"))
+        prune = f"evoprune prune {model} --metric {metric} --allocation"
+        found = {
+            "Prune the model with a member of the front": f"{prune} {member} --out pruned",
+            **document.search_on(data),
+            "Search on at one sparsity, from the member nearest to it": (
+                f"evoprune search allocation {model} --metric {metric} --sparsity {data.config.target.sparsity:g} "
+                f"--seed-from {member}"
+            ),
+        }
+    return document.commands(data, found)
