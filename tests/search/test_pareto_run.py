@@ -201,7 +201,10 @@ def test_a_resumed_run_keeps_the_latencies_that_it_began_with(
     assert next(calls) == 1
     assert history(run) == history(first)
     assert timeless(run.result) == timeless(first.result)
-    assert result_of(run)["pareto"]["dense"] == 100 + 10 + 11 + 12 + 13
+    told = result_of(run)["pareto"]
+    assert (told["dense"], told["rest"], told["unit"]) == (100 + 10 + 11 + 12 + 13, 100, "ns")
+    names = [f"block {block} {part}" for block in (0, 1) for part in ("attention", "mlp")]
+    assert told["parts"] == dict(zip(names, (10, 11, 12, 13), strict=True))
 
 
 @pytest.mark.parametrize(
