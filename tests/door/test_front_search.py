@@ -77,6 +77,7 @@ def test_the_table_fits(
     assert max(len(line.rstrip()) for line in table.splitlines()) <= width
     assert "…" not in table and "from 10% to 50% dropped as parts" in " ".join(table.split())
     assert "dense kernels save none for single zeros" in " ".join(table.split())
+    assert "minus that of parts dropped at random at the same cost" in " ".join(table.split())
 
 
 def test_a_front_in_python(tiny: Path, front_config: Path, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
