@@ -48,15 +48,15 @@ class AllocationTarget(Section):
         if not isinstance(values, dict) or values.get("pareto") is None:
             return values
         ends = values.get("sparsity_range") or (DEFAULT_DROP_RANGE if values.get("drop_only") else DEFAULT_RANGE)
-        middle = {}
-        if "sparsity" not in values and all(isinstance(end, (int, float)) for end in ends):
-            middle = {"sparsity": round(sum(ends) / len(ends), 6)}
-        return {**values, "sparsity_range": ends, **middle}
+        written = {**values, "sparsity_range": ends}
+        if "sparsity" not in values and _is_range(ends):
+            written["sparsity"] = round(sum(ends) / 2, 6)
+        return written
 
     @field_validator("sparsity_range")
     @classmethod
     def _ordered(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
-        if ends is not None and not 0 < ends[0] < ends[1] < 1:
+        if ends is not None and not _is_range(ends):
             raise ValueError(
                 f"{ends[0]:g} to {ends[1]:g} is no range of sparsities: give two different ones between 0 and 1, the "
                 "lower first, such as 0.4 0.7"
@@ -94,6 +94,12 @@ class AllocationTarget(Section):
                 "--pareto parameters or flops"
             )
         return self
+
+
+def _is_range(ends: Any) -> bool:
+    """Whether these are two different fractions, the lower first."""
+    pair = isinstance(ends, (list, tuple)) and len(ends) == 2
+    return pair and all(isinstance(end, (int, float)) for end in ends) and 0 < ends[0] < ends[1] < 1
 
 
 class StageConfig(Section):

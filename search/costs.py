@@ -8,7 +8,7 @@ Source: layerwise sparsity allocation, sections 5.2 and 5.8.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.ranks import GONE
@@ -35,6 +35,9 @@ class Cost(Protocol):
     def of(self, levels: Sequence[int]) -> int:
         """The cost of a model at these levels, one a site, in model order."""
 
+    def to_json(self) -> dict[str, Any]:
+        """``cost``, ``unit`` and ``dense``, and what it was made from, if that was measured."""
+
 
 class Parameters:
     """Weights kept of all prunable ones. Embeddings, norms and biases are nobody's choice and are not counted."""
@@ -48,6 +51,9 @@ class Parameters:
 
     def of(self, levels: Sequence[int]) -> int:
         return sum(kept_weights(site, level) for site, level in zip(self._sites, levels, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return _named(self)
 
 
 class MultiplyAdds:
@@ -79,6 +85,9 @@ class MultiplyAdds:
         products = sum(count for part, count in self._products.items() if not is_gone(self._parts[part], levels))
         return self._weights.of(levels) * self._window + products
 
+    def to_json(self) -> dict[str, Any]:
+        return _named(self)
+
 
 class Latency:
     """Nanoseconds of a forward pass over one window: those of what always stays, and of every part that is there.
@@ -108,6 +117,14 @@ class Latency:
     def of(self, levels: Sequence[int]) -> int:
         there = (self._parts[part] for part, places in self._places.items() if not is_gone(places, levels))
         return self._rest + sum(there)
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {f"block {block} {part}": taken for (block, part), taken in self._parts.items()}
+        return {**_named(self), "rest": self._rest, "parts": parts}
+
+
+def _named(cost: Cost) -> dict[str, Any]:
+    return {"cost": cost.name, "unit": cost.unit, "dense": cost.dense}
 
 
 def parts_of(sites: Sequence[Site]) -> dict[Part, list[int]]:

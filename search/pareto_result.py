@@ -93,12 +93,7 @@ class ParetoComparison:
         return {
             **run_facts(config, search, run_id, evaluations, self._distinct),
             "stage_tokens": [config.front.windows * config.data.window],
-            "pareto": {
-                "cost": search.cost.name,
-                "unit": search.cost.unit,
-                "dense": search.cost.dense,
-                "range": list(config.target.sparsity_range or ()),
-            },
+            "pareto": {**search.cost.to_json(), "range": list(config.target.sparsity_range or ())},
             "dense": {"heldout": summary(losses["dense", None])},
             "baselines": [
                 {
@@ -190,7 +185,7 @@ def uniform_at(space: RangeSpace, cost: Cost, point: Point) -> Genome | None:
         beyond = cost.of(space.levels(found)) - point.cost
         if best is None or abs(beyond) < best[0]:
             best = abs(beyond), found
-        if beyond == 0:
+        if 1000 * abs(beyond) <= cost.dense:
             break
         low, high = (sparsity, high) if beyond > 0 else (low, sparsity)
         sparsity = (low + high) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 from evoprune.fitness.prepare import Summary
@@ -26,15 +27,19 @@ class ParetoRun(LevelRun[ParetoSearch]):
         return space.near_budget(sparsities, budget, rng)
 
     def plan(self) -> Plan:
-        searcher, tokens = self.config.searcher, self.config.front.windows * self.config.data.window
+        config, window = self.config, self.config.data.window
+        tokens, offspring = config.front.windows * window, config.searcher.offspring
+        low, high = config.budgets[0], config.budgets[-1]
+        # The archive at the end, one for each hundredth, is a good part of the work.
+        finals = 100 * (high - low) * config.searcher.windows * window / (config.evaluations or math.inf)
         return Plan(
             [tokens],
             "stage",
-            tokens,
-            searcher.offspring,
+            tokens + finals,
+            offspring,
             lambda workers: (
-                f"{searcher.offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy "
-                "(it is part of the run's identity)"
+                f"{offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy (it is "
+                "part of the run's identity)"
             ),
         )
 

@@ -68,7 +68,8 @@ def front_caption(result: Mapping[str, Any]) -> str:
         f"Saved: {WHAT_IS_SAVED[result['pareto']['cost']]}. "
         f"{result['dense']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), windows of "
         f"{result['window']}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
-        f"The last column is the loss minus that of uniform sparsity at the same cost, ± paired standard error.{others}"
+        f"The last column is the loss minus that of {beside(result['drop_only'])} at the same cost, ± paired standard "
+        f"error.{others}"
     )
 
 
@@ -88,6 +89,11 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         (f"{'files':<10}", "dim"), str(run / "export" / "front" / f"{best['saved']}.json"), " and so on"
     )
     return [Padding(front_table(result), (1, 0, 1, 0)), facts_table(facts), Text(), files, *ways_on(result, run)]
+
+
+def beside(drop_only: bool) -> str:
+    """What members of a front are compared with: where parts go as a whole, there is no uniform sparsity."""
+    return "parts dropped at random" if drop_only else "uniform sparsity"
 
 
 def span(result: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ class AllocationTrials(Trials):
                 "parents": line["parents"],
                 "generation": line["generation"],
                 "reason": line["reason"],
+                **({"cost": line["cost"]} if "cost" in line else {}),
             },
             descriptors={
                 "generation": line["generation"],
@@ -85,6 +86,7 @@ class AllocationTrials(Trials):
                 "highest level": max(line["genome"]),
                 "spread of levels": statistics.pstdev(line["genome"]),
             },
+            front=finished and bool(line.get("front")),
             started=candidate.telemetry.get("started"),
             finished=candidate.telemetry.get("finished"),
         )

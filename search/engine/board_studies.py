@@ -39,10 +39,16 @@ class Studies:
         name: of the main study; the front's is `<name>/front`.
         descriptors: name and range of every descriptor.
         artifacts: folder of the artifacts; made by the first.
+        price: what the front's second value is called.
     """
 
     def __init__(
-        self, storage: BaseStorage, name: str, descriptors: Mapping[str, Range], artifacts: Path | None = None
+        self,
+        storage: BaseStorage,
+        name: str,
+        descriptors: Mapping[str, Range],
+        artifacts: Path | None = None,
+        price: str = "complexity",
     ) -> None:
         import optuna
 
@@ -53,7 +59,7 @@ class Studies:
         self._distributions = {descriptor: _distribution(allowed) for descriptor, allowed in descriptors.items()}
         self._artifacts = artifacts
         self._main = _study(storage, name, ["fitness"])
-        self._front = _study(storage, front_name(name), ["fitness", "complexity"])
+        self._front = _study(storage, front_name(name), ["fitness", price])
         self._known = {
             study.study_name: [_gist(trial) for trial in study.get_trials(deepcopy=False)]
             for study in (self._main, self._front)
@@ -69,7 +75,7 @@ class Studies:
             value = record.final_value
             self._add(self._main, number, self._trial(record, None if value is None else [value]))
             if record.enters_front and value is not None:
-                self._add(self._front, point, self._trial(record, [value, float(record.attributes["complexity"])]))
+                self._add(self._front, point, self._trial(record, [value, float(record.price)]))
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes of the main study."""

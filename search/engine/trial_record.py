@@ -24,7 +24,8 @@ class TrialRecord:
         descriptors: what the dashboard should correlate with the fitness (height, nodes, ...), by the names and
             within the ranges that the board was made with; what is outside is left out.
         constraints: how far each of the candidate's limits is exceeded; feasible when none is above 0.
-        front: it entered the front of fitness against complexity when it was applied; `complexity` is then needed.
+        front: it entered the front of fitness against its price when it was applied; `cost` or `complexity` is then
+            needed.
         started: Unix time, when known; for the timeline only.
         finished: the same.
     """
@@ -51,9 +52,14 @@ class TrialRecord:
         return float(self.value) if known and self.value is not None else None
 
     @property
+    def price(self) -> Any:
+        """What fitness is bought with on the front: the attribute `cost` where there is one, else `complexity`."""
+        return self.attributes.get("cost", self.attributes.get("complexity"))
+
+    @property
     def enters_front(self) -> bool:
-        """Whether it is a point of the front: complete, with a complexity."""
-        return self.front and self.final_value is not None and is_number(self.attributes.get("complexity"))
+        """Whether it is a point of the front: complete, with a price."""
+        return self.front and self.final_value is not None and is_number(self.price)
 
 
 def is_number(value: Any) -> bool:

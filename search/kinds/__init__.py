@@ -60,6 +60,9 @@ class Kind(Protocol):
     def session(self, config: Any) -> type[SearchRun[Any, Any]]:
         """What runs a session of it."""
 
+    def price(self, config: Any) -> str:
+        """What fitness is bought with on its front."""
+
     def trials(self, config: Any) -> Trials:
         """What makes trials of its history."""
 

@@ -39,6 +39,9 @@ class AllocationKind:
 
         return AllocationRun
 
+    def price(self, config: AllocationSearchConfig) -> str:
+        return config.target.pareto or "complexity"
+
     def trials(self, config: AllocationSearchConfig) -> AllocationTrials:
         return AllocationTrials(steps_of(config))
 

@@ -34,6 +34,9 @@ class MetricKind:
 
         return MetricRun
 
+    def price(self, config: MetricSearchConfig) -> str:
+        return "complexity"
+
     def trials(self, config: MetricSearchConfig) -> MetricTrials:
         return MetricTrials(len(config.racing.rungs))
 

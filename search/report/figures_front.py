@@ -44,10 +44,11 @@ def front(data: FrontData) -> Figure | None:
     values = [place.value for place in (*ours, *uniform, *rivals)]
     beyond = limit(axes, min(data.dense["loss"], *values), ceiling(values, keep=kept), values)
     high = axes.get_ylim()[1]
+    other = "at random" if data.config.target.drop_only else "uniform"
     axes.axhline(data.dense["loss"], color=canvas.INK, linewidth=1, linestyle=(0, (1, 1.5)), label="dense")
     shown = [(name, place) for name, place in data.allocators if place.value <= high]
     _bars(axes, [place for _, place in shown], "allocators", color=canvas.MUTED, fmt="o", markersize=3.5, alpha=0.7)
-    _bars(axes, uniform, "uniform, at the same costs", color=canvas.POWER, fmt="s", markersize=4, linestyle=_DASHES)
+    _bars(axes, uniform, f"{other}, at the same costs", color=canvas.POWER, fmt="s", markersize=4, linestyle=_DASHES)
     _bars(axes, ours, "front", color=canvas.WINNER, fmt="D", markersize=4.5, linestyle="-", zorder=3)
     axes.set_ylabel("loss on text C, nats per token")
     plain_numbers(axes.yaxis)
@@ -56,7 +57,7 @@ def front(data: FrontData) -> Figure | None:
         lower = panels[1]
         lower.axhline(0, color=canvas.POWER, linewidth=1, linestyle=_DASHES)
         _bars(lower, differences, "", color=canvas.WINNER, fmt="D", markersize=4.5)
-        lower.set_ylabel("minus uniform's")
+        lower.set_ylabel(f"minus {other}")
         plain_numbers(lower.yaxis)
     panels[-1].set_xlabel(SAVED[str(data.config.target.pareto)])
     plain_numbers(panels[-1].xaxis)

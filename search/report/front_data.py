@@ -50,7 +50,7 @@ class FrontData(AllocationData):
     """
 
     @property
-    def contenders(self) -> list[Contender]:  # type: ignore[override]
+    def contenders(self) -> list[Contender]:
         """Nobody: there is no winner that all are compared with."""
         return []
 
@@ -69,7 +69,7 @@ class FrontData(AllocationData):
         return max((line["generation"] for line in self.lines if line["stage"] == 0), default=0)
 
     @cached_property
-    def best(self) -> Found | None:  # type: ignore[override]
+    def best(self) -> Found | None:
         if self.result is not None or not self.archive:
             return super().best if self.result is not None else None
         target = 100 * self.config.target.sparsity

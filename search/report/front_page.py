@@ -13,7 +13,7 @@ from evoprune.search.report.allocation_data import range_text
 from evoprune.search.report.allocation_page import origin_text
 from evoprune.search.report.front_data import FrontData
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.tables_front import WHAT_IS_SAVED
+from evoprune.search.tables_front import WHAT_IS_SAVED, beside
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -49,6 +49,7 @@ def render(data: FrontData, drawn: dict[str, str]) -> str:
         span=None if best is None or not best.cells else range_text(best.cells),
         cost=str(data.config.target.pareto),
         what_is_saved=WHAT_IS_SAVED[str(data.config.target.pareto)],
+        beside=beside(data.config.target.drop_only),
         verdict=verdict(data),
         commands=commands(data),
     )

@@ -215,7 +215,7 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document == yaml.safe_load(first.out)
     assert document["kind"] == "allocation" and document["evaluations"] == 500
     target = {"sparsity": 0.6, "metric": "wanda", "granularity": "block", "drop": "none", "drop_only": False}
-    assert document["target"] == target
+    assert document["target"] == {**target, "pareto": None, "sparsity_range": None}
     timed = run("search", "allocation", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
     assert {path.name for path in place.iterdir()} == {"resolved.yaml"}
@@ -227,18 +227,21 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.55, "metric": "ria", "population": 24,
         "granularity": "kind", "drop": "parts", "evaluations": 11, "minutes": 2.5, "seed": 5, "window": 9,
-        "threads": 2, "searcher": "random", "seed_from": "a.json",
+        "threads": 2, "searcher": "evolution", "seed_from": "a.json", "pareto": "flops",
     }  # fmt: skip
-    flags = {"trust_remote_code": True, "drop_only": True}
+    flags = {"trust_remote_code": True, "drop_only": True, "sparsity_range": [0.35, 0.65]}
     assert given.keys() | flags.keys() | {"model"} == ALLOCATION_KEYS.keys()
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
-    words += ["--trust-remote-code", "--drop-only"]
+    words += ["--trust-remote-code", "--drop-only", "--sparsity-range", 0.35, 0.65]
     plain = run("search", "allocation", "some/model", *words, "--dry-run", "--json").json
     for name, value in (given | flags | {"model": "some/model"}).items():
         found: Any = plain
         for part in ALLOCATION_KEYS[name].split("."):
             found = found[part]
         assert found == value, name
+    assert (
+        run("search", "allocation", "--searcher", "random", "--dry-run", "--json").json["searcher"]["name"] == "random"
+    )
 
 
 def test_the_defaults_in_the_help_are_true(run: Run) -> None:
