@@ -8,8 +8,7 @@ from typing import Literal
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.ranks import GONE
-from evoprune.metrics.records import LEVELS, Site, removed_count
-from evoprune.search.site_names import is_attention
+from evoprune.metrics.records import LEVELS, Site, is_attention, removed_count
 from evoprune.search.spaces.ladder import MANY_MOVES, Gene, Genome, LadderSpace
 
 Granularity = Literal["matrix", "block", "kind"]
