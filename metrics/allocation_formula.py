@@ -51,7 +51,9 @@ class AllocationFormula:
     def __post_init__(self) -> None:
         for node in self.expression.walk():
             if node.args and node.head not in FUNCTIONS:
-                raise InvalidExpression(f"{node.head[:40]} is no operator of allocation formulas: {', '.join(FUNCTIONS)}")
+                raise InvalidExpression(
+                    f"{node.head[:40]} is no operator of allocation formulas: {', '.join(FUNCTIONS)}"
+                )
             if not node.args and node.head != CONSTANT and node.head not in SITE_TERMINALS:
                 raise UnknownName("terminal", node.head, SITE_TERMINALS)
         if not 0 <= self.spread <= MAX_SPREAD:  # a NaN is refused too

@@ -1,7 +1,7 @@
 """From the scores of an allocation formula to sparsities that meet a budget.
 
-Exports of formulas carry these functions word for word: they use nothing but `math`, `bisect`, `LEVELS` and each
-other. `spread` belongs to the formula as its constants do; it is searched with them, for how far matrices may be from
+Exports of formulas carry these functions word for word: they use nothing but `LEVELS`, each other and the
+three imports below. `spread` belongs to the formula as its constants do; it is searched with them, for how far matrices may be from
 the mean decides as much as which of them are on which side.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from itertools import pairwise
 
 LEVELS = 256
 
@@ -65,7 +66,7 @@ def levels_at_budget(requested: list[float], sizes: list[tuple[int, int]], budge
         if 2 * residue >= steps[at]:
             places[at] += 1
             residue -= steps[at]
-    smallest = min((high - low for ladder in ladders for low, high in zip(ladder, ladder[1:], strict=False)), default=0)
+    smallest = min((high - low for ladder in ladders for low, high in pairwise(ladder)), default=0)
     residue = settle(places, ladders, residue, smallest // 2)
     if abs(residue) > smallest // 2:
         raise ValueError(f"the levels of these matrices do not add up to {budget} weights: {residue} are left")
@@ -99,7 +100,9 @@ def settle(places: list[int], ladders: list[list[int]], residue: int, tolerance:
             for sign in (1, -1)
             if 0 <= place + sign < len(ladders[at])
         ]
-        pairs = ([*one, *other] for at, one in enumerate(moves) for other in moves[at + 1 :] if one[0][1] != other[0][1])
+        pairs = (
+            [*one, *other] for at, one in enumerate(moves) for other in moves[at + 1 :] if one[0][1] != other[0][1]
+        )
         for choices in (moves, pairs):
             made = min(choices, key=lambda made: abs(residue - sum(move[0] for move in made)), default=[])
             if abs(residue - sum(move[0] for move in made)) < abs(residue):

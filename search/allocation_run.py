@@ -9,6 +9,7 @@ from typing import Any
 from evoprune.fitness.prepare import Summary
 from evoprune.metrics.allocation import Allocation, repair
 from evoprune.metrics.allocation_file import read_allocation, to_json
+from evoprune.metrics.allocation_formula import Statistics
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.exported import load_metric
@@ -16,7 +17,7 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
 from evoprune.search.allocation_search import AllocationSearch, Stage
-from evoprune.search.breeders import breeder_of
+from evoprune.search.breeders import Breeder, breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import KIND, different
@@ -35,7 +36,8 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
 
     kind = KIND
     worker_factory = "evoprune.fitness.allocation_worker:build"
-    pure_jobs = ("allocate", "levels", "heldout")
+    _statistics: Statistics | None = None
+    pure_jobs = ("allocate", "describe", "levels", "heldout")
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_allocation(self.config)
@@ -80,7 +82,7 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
         return AllocationSearch(
             space,
             {name: genome for genome, name in distinct.items()},
-            breeder_of(config.searcher.name).make(space, config.seed),
+            self._breeder(space, prepared, ask),
             [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
             windows=config.searcher.windows,
             final_windows=config.searcher.windows,
@@ -93,7 +95,26 @@ class AllocationRun(SearchRun[AllocationSearchConfig, AllocationSearch]):
 
     def comparison(self, prepared: Summary, search: AllocationSearch, ask: Ask) -> AllocationComparison:
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
-        return AllocationComparison(self.config, self.identity, search, self._named, model_class, distinct)
+        return AllocationComparison(
+            self.config, self.identity, search, self._named, model_class, distinct, self._statistics
+        )
+
+    def _breeder(self, space: LevelSpace, prepared: Summary, ask: Ask) -> Breeder:
+        """Who breeds, told of the matrices what it can make use of."""
+        config = self.config
+        plugin, terminals = breeder_of(config.searcher.name), config.terminals
+        if not terminals:
+            return plugin.make(space, config.seed)
+        self.phase("measuring the matrices")
+        asked = {"criterion": self._criterion(), "terminals": terminals, "target": config.target.sparsity}
+        key = content_hash([self.identity, "describe", asked])
+        (outcome,) = ask([Job(key, "describe", {"prepared": prepared.name, **asked})], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        self._statistics = outcome.values["statistics"]
+        for name, fault in outcome.values["faults"].items():
+            self.progress.line(f"warning: no formula reads {name}: {fault}")
+        return plugin.make(space, config.seed, self._statistics)
 
     def _seeds(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: what the allocators ask for, and what is given.

@@ -106,6 +106,7 @@ class AllocationSearch:
         self.space = space
         self.seed_fitness: dict[str, float] = {}
         self.best: Member | None = None
+        self.finals: list[Member] = []
         self.generation = 0
         self.reasons: Counter[str] = Counter()
         self._breeder = breeder
@@ -195,6 +196,7 @@ class AllocationSearch:
             line |= {name: outcome.values[name] for name in ("kl", "stderr")}
         if line["reason"] is not None:
             self.reasons[line["reason"]] += 1
+        line |= self.note(member.genome)
         if birth.counted and isinstance(line["stage"], int):
             self._breeder.tell(member.genome, line["kl"])
         self._measured.append(replace(member, birth=birth.number, kl=line["kl"], stderr=line.get("stderr", 0.0)))
@@ -212,6 +214,7 @@ class AllocationSearch:
             self._follow(ranked[:1])
         elif self._phase == "final":
             self.best = ranked[0] if ranked else None
+            self.finals = ranked
             self._enter([])
         elif self._concluded and self._stage + 1 < len(self._stages):
             self._finish()
@@ -252,11 +255,17 @@ class AllocationSearch:
             self._finish()
 
     def _finish(self) -> None:
-        """The finals: the last parents and the best seed on one long text."""
+        """The finals: the last parents, the best seed and whom the breeder names, on one long text."""
         self._phase = "final"
         seen: dict[Genome, Member] = {member.genome: member for member in self._parents[:1]}
         seen |= {member.genome: member for member in self._parents[-FINALISTS:]}
+        for genome, generation in self._breeder.finalists().items():
+            seen.setdefault(genome, Member(genome, self._breeder.origin, generation=generation))
         self._enter(list(seen.values()))
+
+    def note(self, genome: Genome) -> Mapping[str, Any]:
+        """What the breeder says of a candidate beside its genome."""
+        return self._breeder.note(genome)
 
     def _children(self, count: int) -> list[Member]:
         assert self._parent is not None
@@ -316,6 +325,7 @@ class AllocationSearch:
             "parent": None if self._parent is None else self._parent.to_json(),
             "parents": [member.to_json() for member in self._parents],
             "best": None if self.best is None else self.best.to_json(),
+            "finals": [member.to_json() for member in self.finals],
             "levels": None if self.best is None else self.space.levels(self.best.genome),
             "known": sorted(self._known),
             "measured": [member.to_json() for member in self._measured],
@@ -336,6 +346,7 @@ class AllocationSearch:
         self._parent = None if state["parent"] is None else Member.from_json(state["parent"])
         self._parents = [Member.from_json(values) for values in state["parents"]]
         self.best = None if state["best"] is None else Member.from_json(state["best"])
+        self.finals = [Member.from_json(values) for values in state["finals"]]
         self._known = set(state["known"])
         self._measured = [Member.from_json(values) for values in state["measured"]]
         self._pool = [Member.from_json(values) for values in state["pool"]]

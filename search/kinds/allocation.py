@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import Kind, files_of
@@ -101,10 +101,20 @@ class AllocationKind:
     def check_names(self, config: AllocationSearchConfig) -> None:
         from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.metrics.exported import load_metric
+        from evoprune.metrics.site_terminals import SITE_TERMINALS
         from evoprune.search.allocation_run import given_allocation
         from evoprune.search.breeders import breeder_of
 
-        breeder_of(config.searcher.name)
+        breeder, target = breeder_of(config.searcher.name), config.target
+        if breeder.reads and (target.granularity != "matrix" or target.drop != "none"):
+            raise InvalidInput("a formula gives each matrix a level: leave --granularity at matrix and --drop at none")
+        for name in config.searcher.terminals or ():
+            if name not in SITE_TERMINALS:
+                raise UnknownName("terminal", name, SITE_TERMINALS)
+        if breeder.reads and not config.terminals:
+            raise InvalidInput(
+                "formulas that may read nothing say nothing: name some of searcher.terminals, or leave it out"
+            )
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)

@@ -44,6 +44,7 @@ class LevelSpace(LadderSpace):
         if only and drop == "none":
             raise InvalidInput("nothing may be dropped, and nothing else may be done: say what may be dropped")
         self.sites = tuple(sites)
+        self.sparsity = sparsity
         parts = _grouped(self.sites, drop) if drop != "none" else {}
         groups = parts if only else _grouped(self.sites, granularity)
         if parts and not only and granularity != "matrix":
