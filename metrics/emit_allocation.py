@@ -24,6 +24,8 @@ _RULE: tuple[Callable[..., Any], ...] = (
     formula_rule.levels_at_budget,
     formula_rule.shifted,
     formula_rule.settle,
+    formula_rule.moves_within,
+    formula_rule.nearest_pair,
     removed_count,
 )
 
@@ -49,7 +51,7 @@ def allocation_source(
         [
             f'"""{_plain(title)}\n\n{_plain(formula.text)}\n\n{_meanings(formula)}\n"""\n',
             "from __future__ import annotations\n",
-            "import json\nimport math\nfrom bisect import bisect_right\nfrom itertools import pairwise\n",
+            "import json\nimport math\nfrom bisect import bisect_left, bisect_right\nfrom itertools import pairwise\n",
             f"LEVELS = {LEVELS}\nBOUND = {BOUND!r}\nTINY = {TINY!r}\nSPREAD = {formula.spread!r}",
             f"SPARSITY = {sparsity!r}",
             f"NAMES = {_listed([site.name for site in sites])}",

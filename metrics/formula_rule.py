@@ -1,14 +1,14 @@
 """From the scores of an allocation formula to sparsities that meet a budget.
 
-Exports of formulas carry these functions word for word: they use nothing but `LEVELS`, each other and the
-three imports below. `spread` belongs to the formula as its constants do; it is searched with them, for how far matrices may be from
+Exports of formulas carry these functions word for word: they use nothing but `LEVELS`, each other and what is imported
+below. `spread` belongs to the formula as its constants do; it is searched with them, for how far matrices may be from
 the mean decides as much as which of them are on which side.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from itertools import pairwise
 
 LEVELS = 256
@@ -42,15 +42,19 @@ def levels_at_budget(requested: list[float], sizes: list[tuple[int, int]], budge
         budget: weights to remove in all.
 
     Returns:
-        0 to LEVELS - 1 for each matrix. The sum misses the budget by half of the smallest step at most.
+        0 to LEVELS - 1 for each matrix. The sum misses the budget by half of the smallest step at most; by more only
+        where the matrices are so few, or so many at their ends, that their steps do not add up.
 
     Raises:
-        ValueError: the steps do not add up to the budget, or it is beyond the highest levels.
+        ValueError: the budget is beyond the highest levels.
     """
     ladders = [
         [outputs * lost for lost in sorted({level * inputs // LEVELS for level in range(LEVELS)})]
         for outputs, inputs in sizes
     ]
+    most = sum(ladder[-1] for ladder in ladders)
+    if budget > most:
+        raise ValueError(f"{budget} weights are to go, and the matrices can lose {most}")
     wanted = shifted(
         [share * outputs * inputs for share, (outputs, inputs) in zip(requested, sizes, strict=True)],
         [outputs * inputs for outputs, inputs in sizes],
@@ -67,9 +71,7 @@ def levels_at_budget(requested: list[float], sizes: list[tuple[int, int]], budge
             places[at] += 1
             residue -= steps[at]
     smallest = min((high - low for ladder in ladders for low, high in pairwise(ladder)), default=0)
-    residue = settle(places, ladders, residue, smallest // 2)
-    if abs(residue) > smallest // 2:
-        raise ValueError(f"the levels of these matrices do not add up to {budget} weights: {residue} are left")
+    settle(places, ladders, residue, smallest // 2)
     return [
         -(-LEVELS * (ladder[place] // outputs) // inputs)
         for ladder, place, (outputs, inputs) in zip(ladders, places, sizes, strict=True)
@@ -88,28 +90,41 @@ def shifted(wanted: list[float], weights: list[int], tops: list[int], budget: in
     return [min(max(count + high * size, 0.0), top) for count, size, top in zip(wanted, weights, tops, strict=True)]
 
 
-def settle(places: list[int], ladders: list[list[int]], residue: int, tolerance: int) -> int:
-    """Move places by a step, one or two at a time, until the residue is within the tolerance; what is left of it.
+def settle(places: list[int], ladders: list[list[int]], residue: int, tolerance: int) -> None:
+    """Move places until the residue is within the tolerance, or until nothing helps.
 
-    The first of the moves that help most is made, single ones before pairs; none that does not help.
+    One matrix by a step where that helps, the first of the best; else two matrices by up to 16 steps.
     """
     while abs(residue) > tolerance:
-        moves = [
-            [(ladders[at][place + sign] - ladders[at][place], at, sign)]
-            for at, place in enumerate(places)
-            for sign in (1, -1)
-            if 0 <= place + sign < len(ladders[at])
-        ]
-        pairs = (
-            [*one, *other] for at, one in enumerate(moves) for other in moves[at + 1 :] if one[0][1] != other[0][1]
-        )
-        for choices in (moves, pairs):
-            made = min(choices, key=lambda made: abs(residue - sum(move[0] for move in made)), default=[])
-            if abs(residue - sum(move[0] for move in made)) < abs(residue):
-                break
-        else:
-            return residue
-        for change, at, sign in made:
-            places[at] += sign
-            residue -= change
-    return residue
+        made = [min(moves_within(1, places, ladders), key=lambda move: abs(residue - move[0]), default=(0, 0, 0))]
+        if abs(residue - made[0][0]) >= abs(residue):
+            made = nearest_pair(moves_within(16, places, ladders), residue)
+        change = sum(move[0] for move in made)
+        if abs(residue - change) >= abs(residue):
+            break
+        for _, at, span in made:
+            places[at] += span
+        residue -= change
+
+
+def moves_within(most: int, places: list[int], ladders: list[list[int]]) -> list[tuple[int, int, int]]:
+    """(weights removed by it, matrix, steps) of every move by up to so many steps, in order."""
+    return [
+        (ladders[at][place + span] - ladders[at][place], at, span)
+        for at, place in enumerate(places)
+        for span in range(-most, most + 1)
+        if span and 0 <= place + span < len(ladders[at])
+    ]
+
+
+def nearest_pair(moves: list[tuple[int, int, int]], residue: int) -> list[tuple[int, int, int]]:
+    """Two moves of different matrices that together remove most nearly the residue, with the fewest steps of these."""
+    moves = sorted(moves)
+    best, pair = (abs(residue), 0), []
+    for one in moves:
+        at = bisect_left(moves, (residue - one[0],))
+        for other in moves[max(at - 2, 0) : at + 2]:
+            found = (abs(residue - one[0] - other[0]), abs(one[2]) + abs(other[2]))
+            if other[1] != one[1] and found < best:
+                best, pair = found, [one, other]
+    return pair

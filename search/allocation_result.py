@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.card import public_name
 from evoprune.metrics.allocation import Allocation, SiteSparsity
 from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.allocation_formula import AllocationFormula, Statistics, formula_document, read_formula
 from evoprune.metrics.emit_allocation import allocation_source
 from evoprune.metrics.errors import EvopruneError, InvalidInput
-from evoprune.metrics.files import content_hash, write_atomically
+from evoprune.metrics.files import content_hash, file_hash, write_atomically
 from evoprune.metrics.records import LEVELS
 from evoprune.search.allocation_search import AllocationSearch, Member
 from evoprune.search.config_allocation import AllocationSearchConfig
@@ -203,12 +204,14 @@ class AllocationComparison:
         assert self._statistics is not None
         found, sites, sparsity = result["formula"], self._search.space.sites, self._config.target.sparsity
         formula = AllocationFormula.from_text(found["expression"], found["spread"])
-        provenance = {name: result[name] for name in ("run", "model", "metric", "target", "seed")}
-        document = formula_document(formula, {**provenance, "kl": found["fitness"]})
-        write_atomically(folder / "formula.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        title = f"How much each matrix loses, found by evoprune for {result['model']} at {sparsity:g}."
+        model = public_name(result["model"])
+        provenance = {name: result[name] for name in ("run", "metric", "target", "seed")}
+        title = f"How much each matrix loses, found by evoprune for {model} at a sparsity of {sparsity:g}."
         source = allocation_source(formula, self._statistics, sites, sparsity, title=title)
         write_atomically(folder / "allocation.py", source)
+        provenance |= {"model": model, "kl": found["fitness"], "allocation.py": file_hash(folder / "allocation.py")}
+        document = formula_document(formula, provenance)
+        write_atomically(folder / "formula.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
         read = read_formula(folder / "formula.json")
         names = [site.name for site in sites]
         if (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ class AllocationKind:
 
     name = "allocation"
     winner = "allocation"
-    endings: tuple[str, ...] = (".json", ".txt")
+    endings: tuple[str, ...] = (".json", ".txt", ".py")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
     def session(self) -> type[SearchRun[Any, Any]]:
@@ -53,7 +54,8 @@ class AllocationKind:
         return finished_allocation_note(result, artifacts)
 
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
-        return files_of(folder, self.winner)
+        yield from files_of(folder, self.winner)
+        yield from (folder / "export").glob("formula.json")
 
     def progress_of(self, run: RunDirectory) -> dict[str, Any]:
         history = list(run.history())
@@ -87,7 +89,15 @@ class AllocationKind:
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
         from evoprune.metrics.allocation_file import read_allocation, to_evopress
+        from evoprune.metrics.files import file_hash
 
+        if file.suffix == ".py":
+            if not file.exists():
+                raise InvalidInput("this run leaves no .py: only a search of formulas does, see --searcher formula")
+            document = json.loads(file.with_name("formula.json").read_text(encoding="utf-8"))
+            if document["provenance"]["allocation.py"] != file_hash(file):
+                raise InvalidInput(f"{file} does not hold the run's formula: it was changed")
+            return
         allocation = read_allocation(file.with_suffix(".json"))
         changed = allocation.by_name() != result["best"]["allocation"]
         if changed or (file.suffix == ".txt" and file.read_text() != to_evopress(allocation)):

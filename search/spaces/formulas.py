@@ -91,12 +91,12 @@ class FormulaSpace:
         return f"{genome.expression.text} {genome.spread!r}"
 
     def born(self, genome: AllocationFormula) -> AllocationFormula | None:
-        """The formula in its normal form, without what standardising its scores undoes anyway.
+        """The formula in its normal form, constants rounded, without what standardising its scores undoes anyway.
 
         None if it is too large or reads nothing.
         """
         try:
-            expression = within_limits(_unscaled(normal(within_limits(genome.expression))))
+            expression = within_limits(_shortened(_unscaled(normal(within_limits(genome.expression)))))
             born = AllocationFormula(expression, genome.spread)
         except InvalidExpression:
             return None
@@ -146,11 +146,23 @@ def _unscaled(root: Expression) -> Expression:
     if head in ("mul", "add", "sub") and len(fixed) == 1:
         (inner,) = (arg for arg in args if arg.head != CONSTANT)
         falls = not fixed[0].positive if head == "mul" else head == "sub" and args[1] is inner
-        return call("neg", _unscaled(inner)) if falls else _unscaled(inner)
+        return _negated(_unscaled(inner)) if falls else _unscaled(inner)
     if head == "neg":
-        inner = _unscaled(args[0])
-        return inner.args[0] if inner.head == "neg" else call("neg", inner)
+        return _negated(_unscaled(args[0]))
     return root
+
+
+def _shortened(root: Expression) -> Expression:
+    """`root` with constants of three digits: more would be noise that nobody wants to read."""
+    if root.head == CONSTANT:
+        return constant(float(f"{root.value:.3g}"))
+    return Expression(root.head, tuple(map(_shortened, root.args)), root.value)
+
+
+def _negated(term: Expression) -> Expression:
+    if term.head == "neg":
+        return term.args[0]
+    return call("sub", *reversed(term.args)) if term.head == "sub" else call("neg", term)
 
 
 def _share(rng: random.Random) -> float:
