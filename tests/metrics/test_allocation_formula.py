@@ -157,13 +157,13 @@ def test_every_formula_meets_the_budget() -> None:
         # Half of the smallest step: a column, or as many as the smallest difference of two levels.
         step = min(rows * max(columns // LEVELS, 1) for rows, columns in sizes)
         residue = abs(removed(levels, sizes) - budget)
-        assert residue <= min(rows for rows, _ in sizes)
+        assert residue <= max(step // 2, *(rows for rows, _ in sizes))
         missed += residue > step // 2
         assert all(0 <= level < LEVELS for level in levels)
         # The lowest of the levels that remove as much.
         for level, (_, columns) in zip(levels, sizes, strict=True):
             assert level == 0 or (level - 1) * columns // 256 < level * columns // 256
-    assert missed <= 2  # where few matrices have room
+    assert missed <= 8  # where few matrices have room
 
 
 def test_levels_stay_near_to_what_is_asked_for() -> None:
