@@ -53,7 +53,8 @@ class BreederPlugin:
 
     Attributes:
         what: one line for people.
-        make: called with the space and the run's seed and, if it `reads` something, what is known of the matrices.
+        make: called with the space and the run's seed and, if it `reads` something, what is known of the matrices and
+            the formula to start from, if there is one.
         needs: packages beside those that evoprune itself needs.
         reads: terminals of `evoprune.metrics.site_terminals` that it can make use of.
     """

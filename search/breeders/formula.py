@@ -60,12 +60,22 @@ class Formulas:
         space: of levels, one for each matrix.
         seed: of the run; draws come from the generation's own generator.
         statistics: what formulas may read, by name of a terminal.
+        given: a formula to start from beside the published ones.
+
+    Raises:
+        InvalidInput: the given one reads what is not known of the matrices.
     """
 
     origin = "formula"
     redraw = False
 
-    def __init__(self, space: LevelSpace, seed: int, statistics: Statistics | None = None) -> None:
+    def __init__(
+        self,
+        space: LevelSpace,
+        seed: int,
+        statistics: Statistics | None = None,
+        given: AllocationFormula | None = None,
+    ) -> None:
         assert len(space.genes) == len(space.sites)  # options are levels of matrices then
         self.statistics = structure(space.sites) if statistics is None else dict(statistics)
         self._levels = space
@@ -76,6 +86,9 @@ class Formulas:
             for name, entry in FORMULAS.items()
             if set(entry.formula.reads) <= self.statistics.keys()
         )
+        if given is not None:
+            given.scores(self.statistics)
+            self._queue.appendleft(("given", given))
         self._generation = 0
         self._known: dict[str, Known] = {}
 

@@ -196,6 +196,25 @@ def test_report_and_terminal_show_the_formula(finished: RunDirectory) -> None:
     assert "no formula won" in console.export_text()
 
 
+@pytest.mark.parametrize("source", ["run", "run/export/formula.json"])
+def test_a_search_may_start_from_a_formula(source: str, finished: RunDirectory, world: Path, tmp_path: Path) -> None:
+    run = start_search(config(world, evaluations=11, seed_from=str(world / source)), INLINE, run_dir=tmp_path / "run")
+    first = next(line for line in lines_of(run) if line["stage"] == 0)
+    found = result_of(finished)["formula"]
+    assert first["formula"] == {"expression": found["expression"], "spread": found["spread"], "how": "given"} or (
+        # Where it is the parent already, it is no child.
+        source == "run" and found["wins"]
+    )
+
+
+def test_a_formula_is_nothing_for_other_searchers_to_start_from(
+    finished: RunDirectory, world: Path, tmp_path: Path
+) -> None:
+    changes = {"seed_from": str(finished.path / "export" / "formula.json"), "searcher.name": "evolution"}
+    with pytest.raises(InvalidInput, match="add --searcher formula"):
+        start_search(config(world, **changes), INLINE, run_dir=tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
