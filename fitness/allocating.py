@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.adapters import SiteModule
-from evoprune.fitness.allocators import Allocator, parameters_of
+from evoprune.fitness.allocators import Allocator, Use, parameters_of
 from evoprune.fitness.component_budgets import search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
@@ -21,8 +21,10 @@ from evoprune.fitness.hidden_states import block_influence, without_block
 from evoprune.fitness.models import LanguageModel, Prunable
 from evoprune.fitness.pruning import site_scores
 from evoprune.fitness.samples import Batch, Calibration, Samples, forward_batches, n_sequences, text_loss
+from evoprune.fitness.site_statistics import SiteStatistics, measure_sites
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, repair
+from evoprune.metrics.allocation_formula import AllocationFormula
 from evoprune.metrics.allocation_groups import rest_sparsity, site_groups
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import EvopruneError, InvalidCandidate, InvalidInput
@@ -34,10 +36,20 @@ from evoprune.metrics.terminals import STATISTICS
 _LOST = float("inf")
 
 
-def statistics_needed(allocator: Allocator, criterion: Criterion) -> frozenset[str]:
-    """Names of the statistics without which `allocate_model` cannot run; often none."""
-    inside = criterion.needs & STATISTICS if "scores" in allocator.uses else frozenset()
-    return allocator.needs | inside
+class Reader(Protocol):
+    """What says what it reads: an `Allocator`, or the `Reading` of a formula."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def uses(self) -> frozenset[Use]: ...
+
+
+def statistics_needed(reader: Reader, criterion: Criterion) -> frozenset[str]:
+    """Names of the statistics without which `allocate_model` or `allocate_by_formula` cannot run; often none."""
+    inside = criterion.needs & STATISTICS if "scores" in reader.uses else frozenset()
+    return reader.needs | inside
 
 
 @torch.no_grad()
@@ -159,6 +171,51 @@ def searched_budgets(
         return evidence.loss_at([site.sparsity for site in found.sites])
 
     return search_budgets(sites, target, loss_of, lambda tried: progress("trying budgets of components", tried, 0))
+
+
+@torch.no_grad()
+def describe_model(
+    language_model: Prunable,
+    terminals: Iterable[str],
+    target: float,
+    *,
+    criterion: Criterion,
+    statistics: Statistics | None = None,
+    calibration: Calibration | None = None,
+    search: Calibration | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> SiteStatistics:
+    """Terminals of allocation formulas, measured on a model; see `measure_sites`. Arguments as in `allocate_model`."""
+    evidence = ModelEvidence(language_model, target, criterion, statistics, calibration, search, progress)
+    return measure_sites(evidence, terminals)
+
+
+def allocate_by_formula(
+    language_model: Prunable, formula: AllocationFormula, target: float, *, criterion: Criterion, **given: Any
+) -> Allocation:
+    """What a formula makes of a model: its terminals are measured here, wherever it was found.
+
+    Arguments as in `allocate_model`. Levels are multiples of 1/256 of a row, as in searches, and meet the budget to
+    half of the smallest step; so the model that a formula was searched on gets the allocation that was measured.
+
+    Raises:
+        InvalidInput: a terminal that it reads is no finite number here, or the budget cannot be met.
+    """
+    found = describe_model(language_model, formula.reads, target, criterion=criterion, **given)
+    for name, fault in found.faults.items():
+        raise InvalidInput(f"the formula reads {name}, which this model does not have: {fault}")
+    sites = [bound.site for bound in language_model.sites]
+    sparsities = formula.sparsities(found.values, sites, target)
+    return Allocation(
+        model=type(language_model.model).__name__,
+        sparsity=target,
+        sites=tuple(
+            SiteSparsity(site.name, (site.out_features, site.in_features), share)
+            for site, share in zip(sites, sparsities, strict=True)
+        ),
+        allocator="formula",
+        parameters={"expression": formula.expression.text, "spread": formula.spread},
+    )
 
 
 class ModelEvidence:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from evoprune.fitness.allocating import allocate_model
-from evoprune.fitness.allocators import ALLOCATORS
+from evoprune.fitness.allocating import allocate_model, describe_model
+from evoprune.fitness.allocators import ALLOCATORS, Use
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency import part_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import LevelDatabase, build_levels
 from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
 from evoprune.fitness.parcels import deliver
-from evoprune.fitness.prepare import calibration_windows
+from evoprune.fitness.prepare import Prepared, calibration_windows
+from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.teacher import window_losses
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json
@@ -43,6 +44,8 @@ class AllocationWorker(ModelWorker):
     Jobs (kind and payload):
         prepare: ``criterion``; returns what that of `ModelWorker` does, and the name of the level ``database``.
         allocate: ``prepared``, ``criterion``, ``allocator``, ``target``; returns ``sparsities``, one per site.
+        describe: ``prepared``, ``criterion``, ``terminals``, ``target``; returns ``statistics``, one number per site
+            for each terminal, and ``faults``, why others are not known.
         levels: ``prepared``, ``criterion``, ``database``, ``levels``, ``parent`` (levels too), ``first``, ``last``;
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
         heldout: ``prepared``, ``criterion``, ``database``, ``levels`` (None: the dense model); returns losses on
@@ -63,6 +66,7 @@ class AllocationWorker(ModelWorker):
         return {
             **super().jobs,
             "allocate": self._allocate,
+            "describe": self._describe,
             "levels": self._levels,
             "heldout": self._heldout,
             "latency": self._latency,
@@ -79,10 +83,32 @@ class AllocationWorker(ModelWorker):
             payload["target"],
             criterion=criterion_from(payload["criterion"]),
             statistics=prepared.statistics(),
-            calibration=self._calibration if allocator.uses & {"outputs", "hidden"} else None,
-            search=prepared.text("search")[0][:LOSS_WINDOWS] if "loss" in allocator.uses else None,
+            **self._texts(prepared, allocator.uses),
         )
         return {"sparsities": [site.sparsity for site in allocation.sites]}
+
+    def _describe(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        prepared = self.prepared(payload["prepared"])
+        found = describe_model(
+            self.language_model,
+            payload["terminals"],
+            payload["target"],
+            criterion=criterion_from(payload["criterion"]),
+            statistics=prepared.statistics(),
+            **self._texts(prepared, reading(payload["terminals"]).uses),
+        )
+        return {
+            "statistics": {name: list(values) for name, values in found.values.items()},
+            "faults": dict(found.faults),
+        }
+
+    def _texts(self, prepared: Prepared, uses: Set[Use]) -> dict[str, Any]:
+        """The texts that these uses need, as `allocate_model` takes them."""
+        return {
+            "calibration": self._calibration if uses & {"outputs", "hidden"} else None,
+            "search": prepared.text("search")[0][:LOSS_WINDOWS] if "loss" in uses else None,
+        }
 
     @cached_property
     def _calibration(self) -> Tensor:

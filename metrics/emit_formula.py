@@ -12,7 +12,7 @@ from functools import reduce
 from itertools import pairwise
 
 from evoprune.metrics.expression import CONSTANT, Expression
-from evoprune.metrics.terminals import TERMINALS
+from evoprune.metrics.site_terminals import ALL_TERMINALS
 
 
 class Level(IntEnum):
@@ -37,6 +37,8 @@ _LATEX_TERMINAL_LEVELS = {
     "X_var": Level.PREFIX,
     "n_in": Level.PREFIX,
     "n_out": Level.PREFIX,
+    "fan_in": Level.PREFIX,
+    "fan_out": Level.PREFIX,
 }
 _TEXT_TERMINALS: dict[str, Formula] = {
     "X_ss": ("‖X‖₂²", Level.FACTOR),
@@ -148,7 +150,7 @@ class _Latex:
         return digits, Level.ATOM if value >= 0 else Level.SUM
 
     def terminal(self, name: str) -> Formula:
-        return TERMINALS[name].latex, _LATEX_TERMINAL_LEVELS.get(name, Level.ATOM)
+        return ALL_TERMINALS[name].latex, _LATEX_TERMINAL_LEVELS.get(name, Level.ATOM)
 
     def parentheses(self, text: str) -> str:
         return f"\\left({text}\\right)" if "\\frac" in text else f"({text})"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from evoprune.metrics.errors import InvalidExpression, UnknownName
 from evoprune.metrics.operators import OPERATORS, Operator
-from evoprune.metrics.terminals import TERMINALS, Cost
+from evoprune.metrics.site_terminals import ALL_TERMINALS
+from evoprune.metrics.terminals import TERMINALS, Cost, Terminal
 from evoprune.metrics.types import NONNEGATIVE, POSITIVE, ZERO, Sign, Type
 
 CONSTANT = "const"
@@ -71,7 +72,7 @@ class Expression:
         if self.head == CONSTANT:
             return Type.SCAL
         if not self.args:
-            return TERMINALS[self.head].type
+            return ALL_TERMINALS[self.head].type
         kind = self.operator.kind
         if kind in ("elementwise", "power"):
             joined = self.args[0].type
@@ -92,7 +93,7 @@ class Expression:
             assert self.value is not None
             return ZERO if self.value == 0 else frozenset({1 if self.value > 0 else -1})
         if not self.args:
-            return TERMINALS[self.head].sign
+            return ALL_TERMINALS[self.head].sign
         return self.operator.sign(*(arg.sign for arg in self.args))
 
     @property
@@ -130,12 +131,12 @@ class Expression:
     @cached_property
     def statistics(self) -> frozenset[str]:
         """Names of the terminals that have to be collected from data."""
-        return frozenset(name for name in self.terminals if TERMINALS[name].cost != "none")
+        return frozenset(name for name in self.terminals if ALL_TERMINALS[name].cost != "none")
 
     @cached_property
     def costs(self) -> frozenset[Cost]:
         """The passes over data that its statistics need."""
-        return frozenset(TERMINALS[name].cost for name in self.statistics)
+        return frozenset(ALL_TERMINALS[name].cost for name in self.statistics)
 
     @cached_property
     def complexity(self) -> int:
@@ -159,14 +160,14 @@ class Expression:
         return [self.head, *(arg.to_json() for arg in self.args), *exponent]
 
 
-def terminal(name: str) -> Expression:
-    """The leaf `name`.
+def terminal(name: str, terminals: Mapping[str, Terminal] = TERMINALS) -> Expression:
+    """The leaf `name`, one of `terminals`.
 
     Raises:
         UnknownName: no such terminal.
     """
-    if name not in TERMINALS:
-        raise UnknownName("terminal", name, TERMINALS)
+    if name not in terminals:
+        raise UnknownName("terminal", name, terminals)
     return Expression(name)
 
 
@@ -197,8 +198,11 @@ def call(name: str, *args: Expression, exponent: float | None = None) -> Express
     return Expression(name, args, None if exponent is None else _checked_number(exponent))
 
 
-def parse(text: str) -> Expression:
+def parse(text: str, terminals: Mapping[str, Terminal] = TERMINALS) -> Expression:
     """The expression that `text` spells.
+
+    Args:
+        terminals: the leaves that there are: those of metrics, or those of allocation formulas.
 
     Raises:
         InvalidExpression: too long, too deep, not of the grammar, or wrong arguments.
@@ -210,20 +214,20 @@ def parse(text: str) -> Expression:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(text.strip(), mode="eval")
-        return within_limits(_from_syntax(tree.body))
+        return within_limits(_from_syntax(tree.body, terminals))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise InvalidExpression(f"cannot read {text[:60]!r} as an expression; an example is mul(abs(W),X_l2)") from None
 
 
-def from_json(value: Any) -> Expression:
-    """The expression that nested lists spell; see `Expression.to_json`.
+def from_json(value: Any, terminals: Mapping[str, Terminal] = TERMINALS) -> Expression:
+    """The expression that nested lists spell; see `Expression.to_json` and, for `terminals`, `parse`.
 
     Raises:
         InvalidExpression: not of that form, too deep, too large, or wrong arguments.
         UnknownName: a name that is no terminal and no operator.
     """
     try:
-        return within_limits(_from_lists(value, 0))
+        return within_limits(_from_lists(value, 0, terminals))
     except (RecursionError, ValueError):
         # Only from printing what is wrong: lists nested thousands deep, numbers of thousands of digits.
         raise InvalidExpression('not of the language: write ["mul", ["abs", "W"], "X_l2"], names and numbers') from None
@@ -276,27 +280,27 @@ def _exponent(node: ast.expr) -> float:
     return value
 
 
-def _from_syntax(node: ast.expr) -> Expression:
+def _from_syntax(node: ast.expr, terminals: Mapping[str, Terminal]) -> Expression:
     value = _literal(node)
     if value is not None:
         return constant(value)
     if isinstance(node, ast.Name):
-        return terminal(node.id)
+        return terminal(node.id, terminals)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         name = node.func.id
         if name in OPERATORS and OPERATORS[name].kind == "power" and len(node.args) == 2:
-            return call(name, _from_syntax(node.args[0]), exponent=_exponent(node.args[1]))
-        return call(name, *(_from_syntax(arg) for arg in node.args))
+            return call(name, _from_syntax(node.args[0], terminals), exponent=_exponent(node.args[1]))
+        return call(name, *(_from_syntax(arg, terminals) for arg in node.args))
     raise InvalidExpression(
         f"{ast.unparse(node)[:40]!r} is not of the language: only names, numbers and calls such as mul(abs(W),X_l2)"
     )
 
 
-def _from_lists(value: Any, depth: int) -> Expression:
+def _from_lists(value: Any, depth: int, terminals: Mapping[str, Terminal]) -> Expression:
     if depth > MAX_HEIGHT:
         raise InvalidExpression(f"expression nested deeper than {MAX_HEIGHT}")
     if isinstance(value, str):
-        return terminal(value)
+        return terminal(value, terminals)
     if isinstance(value, (int, float)):
         return constant(value)
     if isinstance(value, list) and value and isinstance(value[0], str) and len(value) <= 4:
@@ -306,7 +310,7 @@ def _from_lists(value: Any, depth: int) -> Expression:
             exponent = rest.pop()
             if list(exponent) != ["e"]:
                 raise InvalidExpression('an exponent is written {"e": number}')
-        args = [_from_lists(arg, depth + 1) for arg in rest]
+        args = [_from_lists(arg, depth + 1, terminals) for arg in rest]
         return call(name, *args, exponent=None if exponent is None else exponent["e"])
     raise InvalidExpression(
         f'{str(value)[:40]!r} is not of the language: write ["mul", ["abs", "W"], "X_l2"], names and numbers'

@@ -53,6 +53,11 @@ class Site:
         return self.out_features * self.in_features
 
 
+def is_attention(kind: str) -> bool:
+    """Whether a kind of matrix belongs to the attention of a block; if not, it belongs to the MLP."""
+    return "attn" in kind or "attention" in kind
+
+
 @dataclass(frozen=True, slots=True)
 class MaskRule:
     """How many weights go, and what they are compared with.

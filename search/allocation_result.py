@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.card import public_name
 from evoprune.metrics.allocation_file import write_allocation
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.allocation_formula import AllocationFormula, Statistics, formula_document, read_formula
+from evoprune.metrics.emit_allocation import allocation_source
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.files import file_hash, write_atomically
 from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
@@ -27,6 +33,7 @@ class AllocationComparison:
         seeds: what allocators ask for, by name; equal ones are one candidate of the search.
         model_class: what the allocation is of.
         distinct: different genomes among all births.
+        statistics: what formulas read of the matrices, where formulas were searched.
 
     Raises:
         InvalidInput: no candidate has a fitness.
@@ -40,6 +47,7 @@ class AllocationComparison:
         seeds: Mapping[str, Genome],
         model_class: str,
         distinct: int,
+        statistics: Statistics | None = None,
     ) -> None:
         if search.best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
@@ -52,6 +60,11 @@ class AllocationComparison:
         self._distinct = distinct
         self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
         self._entrants: dict[str, Genome | None] = {"dense": None, "winner": self._best.genome, **seeds}
+        self._statistics = statistics
+        # The best of the finals that a formula gives, though an allocator may have won them.
+        self._formula = next((member for member in search.finals if search.note(member.genome)), None)
+        if self._formula is not None:
+            self._entrants["formula"] = self._formula.genome
 
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text."""
@@ -67,7 +80,7 @@ class AllocationComparison:
         for name, outcome in zip(self._entrants, outcomes, strict=True):
             if outcome.status == "ok":
                 losses[name] = outcome.values
-            elif name in ("dense", "winner"):
+            elif name in ("dense", "winner", "formula"):
                 raise failure(outcome)
         config, search, best = self._config, self._search, self._best
         return {
@@ -96,6 +109,31 @@ class AllocationComparison:
                 "heldout": summary(losses["winner"]),
             },
             "front": [],
+            **self._found_formula(losses),
+        }
+
+    def _found_formula(self, losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The best formula, as ``formula`` of the result; nothing where none was searched or none has a fitness."""
+        if self._formula is None:
+            return {}
+        known = self._search.note(self._formula.genome)["formula"]
+        formula = AllocationFormula.from_text(known["expression"], known["spread"])
+        return {
+            "formula": {
+                "expression": formula.expression.text,
+                "spread": formula.spread,
+                "text": formula.text,
+                "latex": formula.latex,
+                "reads": formula.meanings(),
+                "how": known["how"],
+                "generation": self._formula.generation,
+                "wins": self._formula.genome == self._best.genome,
+                "fitness": self._formula.kl,
+                "stderr": self._formula.stderr,
+                "allocation": sparsities_of(self._search.space, self._formula.genome),
+                "heldout": summary(losses["formula"]),
+                "winner_minus_this": paired_difference(losses["winner"], losses["formula"]),
+            }
         }
 
     def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
@@ -113,3 +151,30 @@ class AllocationComparison:
         winner = allocation_of_row(result["best"], space, self._model_class, budget, "evolution", parameters)
         write_whole(winner, folder / "allocation.json")
         write_allocation(winner, folder / "allocation.txt")
+        if "formula" in result:
+            self._export_formula(folder, result)
+
+    def _export_formula(self, folder: Path, result: Mapping[str, Any]) -> None:
+        """Write the best formula as ``formula.json`` and ``allocation.py``, and read the first back.
+
+        Raises:
+            EvopruneError: it does not give the formula's allocation back.
+        """
+        assert self._statistics is not None
+        found, sites, sparsity = result["formula"], self._search.space.sites, self._config.target.sparsity
+        formula = AllocationFormula.from_text(found["expression"], found["spread"])
+        model = public_name(result["model"])
+        provenance = {name: result[name] for name in ("run", "metric", "target", "seed")}
+        title = f"How much each matrix loses, found by evoprune for {model} at a sparsity of {sparsity:g}."
+        source = allocation_source(formula, self._statistics, sites, sparsity, title=title)
+        write_atomically(folder / "allocation.py", source)
+        provenance |= {"model": model, "kl": found["fitness"], "allocation.py": file_hash(folder / "allocation.py")}
+        document = formula_document(formula, provenance)
+        write_atomically(folder / "formula.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        read = read_formula(folder / "formula.json")
+        names = [site.name for site in sites]
+        if (
+            read is None
+            or dict(zip(names, read.sparsities(self._statistics, sites, sparsity), strict=True)) != found["allocation"]
+        ):
+            raise EvopruneError(f"{folder / 'formula.json'} does not give its allocation back")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 
 from evoprune.fitness.prepare import Summary
+from evoprune.metrics.allocation_formula import Statistics
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
 from evoprune.search.allocation_search import AllocationSearch, Stage
-from evoprune.search.breeders import breeder_of
+from evoprune.search.breeders import Breeder, breeder_of
+from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import different
-from evoprune.search.level_run import LevelRun
+from evoprune.search.level_run import LevelRun, given_formula
+from evoprune.search.result import failure
 from evoprune.search.search_run import Ask, Plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.levels import LevelSpace
@@ -19,6 +22,9 @@ from evoprune.search.spaces.levels import LevelSpace
 
 class AllocationRun(LevelRun[AllocationSearch]):
     """One session of a search for an allocation."""
+
+    pure_jobs = (*LevelRun.pure_jobs, "describe")
+    _statistics: Statistics | None = None
 
     def place(self, space: LevelSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
         return space.near(sparsities, rng)
@@ -51,7 +57,7 @@ class AllocationRun(LevelRun[AllocationSearch]):
         return AllocationSearch(
             space,
             by_genome(self._named),
-            breeder_of(config.searcher.name).make(space, config.seed),
+            self._breeder(space, prepared, ask),
             [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
             windows=config.searcher.windows,
             final_windows=config.searcher.windows,
@@ -64,4 +70,23 @@ class AllocationRun(LevelRun[AllocationSearch]):
 
     def comparison(self, prepared: Summary, search: AllocationSearch, ask: Ask) -> AllocationComparison:
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
-        return AllocationComparison(self.config, self.identity, search, self._named, model_class, distinct)
+        return AllocationComparison(
+            self.config, self.identity, search, self._named, model_class, distinct, self._statistics
+        )
+
+    def _breeder(self, space: LevelSpace, prepared: Summary, ask: Ask) -> Breeder:
+        """Who breeds, told of the matrices what it can make use of."""
+        config = self.config
+        plugin, terminals = breeder_of(config.searcher.name), config.terminals
+        if not terminals:
+            return plugin.make(space, config.seed)
+        self.phase("measuring the matrices")
+        asked = {"criterion": self.criterion(), "terminals": terminals, "target": config.target.sparsity}
+        key = content_hash([self.identity, "describe", asked])
+        (outcome,) = ask([Job(key, "describe", {"prepared": prepared.name, **asked})], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        self._statistics = outcome.values["statistics"]
+        for name, fault in outcome.values["faults"].items():
+            self.progress.line(f"warning: no formula reads {name}: {fault}")
+        return plugin.make(space, config.seed, self._statistics, given_formula(config))

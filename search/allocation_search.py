@@ -72,6 +72,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         self._stage = 0
         self._parent: Member | None = None
         self._parents: list[Member] = []
+        self.finals: list[Member] = []
         super().__init__(space, seeds, seed=seed, evaluations=evaluations, identity=identity, payload=payload)
 
     def _counts(self) -> bool:
@@ -86,9 +87,14 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         return origin, [parent.birth] if bred and self._stage == 0 else [], parent.genome
 
     def _take_in(self, member: Member, birth: Birth) -> dict[str, Any]:
+        note = dict(self.note(member.genome))
         if birth.counted and isinstance(birth.record["stage"], int):
             self._breeder.tell(member.genome, member.kl)
-        return {}
+        return note
+
+    def note(self, genome: Genome) -> Mapping[str, Any]:
+        """What the breeder says of a candidate beside its genome."""
+        return self._breeder.note(genome)
 
     def _advance(self) -> None:
         ranked = self._ranked(self._measured)
@@ -97,6 +103,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             self._follow(ranked[:1])
         elif self._phase == "final":
             self.best = ranked[0] if ranked else None
+            self.finals = ranked
             self._enter([])
         elif self._concluded and self._stage + 1 < len(self._stages):
             self._finish()
@@ -137,10 +144,12 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             self._finish()
 
     def _finish(self) -> None:
-        """The finals: the last parents and the best seed on one long text."""
+        """The finals: the last parents, the best seed and whom the breeder names, on one long text."""
         self._phase = "final"
         seen: dict[Genome, Member] = {member.genome: member for member in self._parents[:1]}
         seen |= {member.genome: member for member in self._parents[-FINALISTS:]}
+        for genome, generation in self._breeder.finalists().items():
+            seen.setdefault(genome, Member(genome, self._breeder.origin, generation=generation))
         self._enter(list(seen.values()))
 
     def _children(self, count: int) -> list[Member]:
@@ -184,6 +193,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             "stage": self._stage,
             "parent": None if self._parent is None else self._parent.to_json(),
             "parents": [member.to_json() for member in self._parents],
+            "finals": [member.to_json() for member in self.finals],
             "breeder": self._breeder.state(),
         }
 
@@ -192,4 +202,5 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         self._stage = state["stage"]
         self._parent = None if state["parent"] is None else Member.from_json(state["parent"])
         self._parents = [Member.from_json(values) for values in state["parents"]]
+        self.finals = [Member.from_json(values) for values in state["finals"]]
         self._breeder.restore(state["breeder"])

@@ -9,7 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from evoprune.fitness.allocators import ALLOCATORS, configured
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.exported import load_metric
+from evoprune.search.breeders import breeder_of
 from evoprune.search.config_sections import SearchConfig, Section
 
 DEFAULT_SPARSITY = 0.6
@@ -124,6 +126,9 @@ class GenerationsConfig(Section):
     )
     windows: int = Field(192, ge=1, description="of text B in all, which finalists are measured on")
     seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all")
+    terminals: tuple[str, ...] | None = Field(
+        None, description="what formulas may read of a matrix (`evoprune list terminals`); none takes all"
+    )
 
     @model_validator(mode="after")
     def _narrowing(self) -> GenerationsConfig:
@@ -203,10 +208,16 @@ class AllocationSearchConfig(SearchConfig):
         names = self.searcher.seeds if self.searcher.seeds is not None else tuple(ALLOCATORS)
         return ("uniform", *(name for name in sorted(names) if name != "uniform"))
 
+    @property
+    def terminals(self) -> tuple[str, ...]:
+        """What is measured of each matrix for whoever breeds; nothing for most."""
+        reads, chosen = breeder_of(self.searcher.name).reads, self.searcher.terminals
+        return tuple(name for name in reads if chosen is None or name in chosen)
+
     def context(self) -> EvaluationContext:
         """What workers have to know."""
         criterion = load_metric(self.target.metric)
-        needs = criterion.needs.union(*(configured(name).needs for name in self.seeds))
+        needs = criterion.needs.union(*(configured(name).needs for name in self.seeds), reading(self.terminals).needs)
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,

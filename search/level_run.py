@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from evoprune.fitness.prepare import Summary
 from evoprune.metrics.allocation import Allocation, repair
 from evoprune.metrics.allocation_file import read_allocation, to_json
+from evoprune.metrics.allocation_formula import AllocationFormula, read_formula
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.records import removed_count
+from evoprune.search.breeders import breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import KIND
@@ -36,7 +38,7 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
 
     kind = KIND
     worker_factory = "evoprune.fitness.allocation_worker:build"
-    pure_jobs = ("allocate", "levels", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = ("allocate", "levels", "heldout")
 
     @abstractmethod
     def place(self, space: Any, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
@@ -48,7 +50,12 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_allocation(self.config)
-        return {"allocators": list(self.config.seeds), "given": None if given is None else to_json(given)}
+        formula = given_formula(self.config)
+        return {
+            "allocators": list(self.config.seeds),
+            "given": None if given is None else to_json(given),
+            "formula": None if formula is None else formula.to_json(),
+        }
 
     def prepare_payload(self) -> dict[str, Any]:
         return {"criterion": self.criterion()}
@@ -158,8 +165,19 @@ def criterion_json(given: str, criterion: Criterion) -> dict[str, Any]:
     return {"expression": criterion.expression.to_json()}
 
 
+def given_formula(config: AllocationSearchConfig) -> AllocationFormula | None:
+    """The formula that ``seed_from`` names, where formulas are searched: a file, or the best one of another run."""
+    source = config.seed_from
+    if source is None or not breeder_of(config.searcher.name).reads:
+        return None
+    path = Path(source)
+    if path.suffix == ".json" and not path.is_dir():
+        return read_formula(path)
+    return read_formula(RunDirectory.open(source).path / "export" / "formula.json")
+
+
 def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
-    """What ``seed_from`` names: a file, or the winner of another run.
+    """The allocation that ``seed_from`` names: a file, or the winner of another run; None too if it is a formula.
 
     Raises:
         InvalidInput: neither, or the run is not finished.
@@ -171,7 +189,13 @@ def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
     if path.suffix in (".json", ".txt") and not path.is_dir():
         if path.suffix == ".txt":
             raise InvalidInput(f"{source} is no .json: EvoPress's text says neither its budget nor its model")
-        return read_allocation(path)
+        if read_formula(path) is None:
+            return read_allocation(path)
+        if not breeder_of(config.searcher.name).reads:
+            raise InvalidInput(
+                f"{source} holds a formula, which only a search of formulas can start from: add --searcher formula"
+            )
+        return None
     run = RunDirectory.open(source)
     if run.kind != KIND.name:
         raise InvalidInput(

@@ -98,7 +98,7 @@ class ParetoComparison:
             "baselines": [
                 {
                     "name": name,
-                    "sparsity": search.space.sparsity(genome),
+                    "sparsity": search.space.sparsity_of(genome),
                     "cost": search.cost.of(search.space.levels(genome)),
                     "fitness": self._fitness.get(genome),
                     "allocation": sparsities_of(search.space, genome),
@@ -117,7 +117,7 @@ class ParetoComparison:
         row = {
             "saved": saved_percent(point.cost, cost.dense),
             "cost": point.cost,
-            "sparsity": space.sparsity(member.genome),
+            "sparsity": space.sparsity_of(member.genome),
             "removed": space.removed(member.genome),
             "birth": member.birth,
             "generation": member.generation,
@@ -132,7 +132,7 @@ class ParetoComparison:
             genome, beside = self._uniform[at], losses["uniform", at]
             row["uniform"] = {
                 "cost": cost.of(space.levels(genome)),
-                "sparsity": space.sparsity(genome),
+                "sparsity": space.sparsity_of(genome),
                 "heldout": summary(beside),
                 "member_minus_this": paired_difference(measured, beside),
             }
@@ -176,7 +176,7 @@ def uniform_at(space: RangeSpace, cost: Cost, point: Point) -> Genome | None:
     """
     low, high = space.least / space.weights, space.most / space.weights
     best: tuple[int, Genome] | None = None
-    sparsity = space.sparsity(point.member.genome)
+    sparsity = space.sparsity_of(point.member.genome)
     for _ in range(_HALVINGS):
         try:
             found = space.near_budget([sparsity] * len(space.sites), sparsity, random.Random(0))

@@ -74,10 +74,10 @@ class ParetoSearch(PooledSearch[RangeSpace]):
         if self.best is None or self.best.kl is None:
             return None
         front = nondominated(self._archive.points)
-        low, high = (self.space.sparsity(front[at].member.genome) for at in (0, -1))
+        low, high = (self.space.sparsity_of(front[at].member.genome) for at in (0, -1))
         return (
             self.best.kl,
-            f"{self.space.sparsity(self.best.genome):.1%} of a front of {len(front)}, {low:.0%}–{high:.0%}",
+            f"{self.space.sparsity_of(self.best.genome):.1%} of a front of {len(front)}, {low:.0%}–{high:.0%}",
         )
 
     def _span(self) -> tuple[int, int]:
@@ -170,7 +170,7 @@ class ParetoSearch(PooledSearch[RangeSpace]):
         """The member of a front that is nearest to the target, the better of two that are as near."""
 
         def distance(point: Point) -> tuple[float, float]:
-            return abs(self.space.sparsity(point.member.genome) - self._target), point.kl
+            return abs(self.space.sparsity_of(point.member.genome) - self._target), point.kl
 
         nearest = min(front, key=distance, default=None)
         return None if nearest is None else nearest.member

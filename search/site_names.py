@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from evoprune.metrics.records import is_attention
+
 
 def split_site(name: str) -> tuple[str, int]:
     """(kind, block) of a site's name: ``model.layers.3.mlp.down_proj`` is ``mlp.down_proj`` of block 3."""
@@ -22,11 +24,6 @@ def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], dict[tuple[
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     kinds.sort(key=attention_first)
     return kinds, sorted({block for _, block in cells}), cells
-
-
-def is_attention(kind: str) -> bool:
-    """Whether a kind of matrix belongs to the attention of a block; if not, it belongs to the MLP."""
-    return "attn" in kind or "attention" in kind
 
 
 def attention_first(kind: str) -> bool:

@@ -35,6 +35,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "found": f"generation {best['generation']} of {result['generations']} ({best['origin']})",
             "search": f"{result['evaluations']} evaluations, seed {result['seed']}",
             **gap,
+            **_formula(result),
             **numerics,
         }
     )
@@ -42,6 +43,21 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     if (table := map_table(best["allocation"])) is not None:
         shown.append(Padding(table, (0, 0, 1, 0)))
     return [*shown, winner, Text(), *ways_on(result, run)]
+
+
+def _formula(result: Mapping[str, Any]) -> dict[str, str]:
+    """What is said of the best formula, where formulas were searched."""
+    found = result.get("formula")
+    if found is None:
+        return {}
+    said = {"formula": found["text"], **{f"  {name}": what for name, what in found["reads"].items()}}
+    if not found["wins"]:
+        behind = found["winner_minus_this"]
+        said["beside"] = (
+            f"no formula won: the best one has KL {found['fitness']:.5f} on the same text, and a held-out loss of "
+            f"{found['heldout']['loss']:.4f}, {-behind['loss']:+.4f} ± {behind['stderr']:.4f} to the winner's"
+        )
+    return said
 
 
 def map_table(allocation: Mapping[str, float]) -> Table | None:
@@ -73,6 +89,13 @@ def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(result['metric'])} "
         f"--allocation {shlex.quote(str(file))} --out DIR{_calibration(result)}",
     }
+    if "formula" in result:
+        formula = file.with_name("formula.json")
+        ways["python"] = str(file.with_suffix(".py"))
+        ways["elsewhere"] = (
+            f"evoprune prune OTHER_MODEL --metric {shlex.quote(result['metric'])} --allocation "
+            f"{shlex.quote(str(formula))} --sparsity {result['target']} --out DIR"
+        )
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,14 +19,22 @@ from evoprune.calibration import (
     silent,
     token_choice,
 )
-from evoprune.fitness.allocating import allocate_model, searched_budgets, statistics_needed
-from evoprune.fitness.allocators import ALLOCATORS, configured
+from evoprune.fitness.allocating import (
+    Reader,
+    allocate_by_formula,
+    allocate_model,
+    searched_budgets,
+    statistics_needed,
+)
+from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
 from evoprune.fitness.samples import Calibration
+from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
+from evoprune.metrics.allocation_formula import AllocationFormula, read_formula
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
@@ -38,7 +47,7 @@ SEARCHED = "searched"
 
 def allocate(
     model: str | LanguageModel = "reference",
-    allocator: str = "owl",
+    allocator: str | AllocationFormula = "owl",
     sparsity: float | None = None,
     *,
     parameters: Mapping[str, Any] | None = None,
@@ -57,7 +66,8 @@ def allocate(
 
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is.
-        allocator: a name of `evoprune list allocators`.
+        allocator: a name of `evoprune list allocators`, or a formula, as `read_formula` of
+            `evoprune.metrics.allocation_formula` reads it from a run's ``export/formula.json``.
         sparsity: fraction of all prunable weights to remove, in [0, 1); 0.5 unless `budgets` is given. Beside budgets
             it says what all lose together: the matrices in no group lose the rest. Without it they stay dense.
         parameters: of the allocator, by name; `evoprune list allocators` shows them with their defaults.
@@ -79,7 +89,11 @@ def allocate(
     Raises:
         InvalidInput: something of the above does not exist or does not fit, or the budget cannot be reached.
     """
-    chosen = configured(allocator, parameters)
+    formula = allocator if isinstance(allocator, AllocationFormula) else None
+    if formula is not None and (parameters or budgets):
+        raise InvalidInput("a formula has neither parameters nor budgets of groups: give a sparsity alone")
+    chosen = configured(str(allocator), parameters) if formula is None else None
+    reads: Reader = reading(formula.reads) if formula is not None else cast(Allocator, chosen)
     criterion = load_metric(metric) if isinstance(metric, str) else metric
     searched = budgets == SEARCHED
     target = DEFAULT_SPARSITY if sparsity is None and (searched or not budgets) else sparsity
@@ -89,7 +103,7 @@ def allocate(
     language_model = loaded(model, loading, progress)
     text: dict[str, Any] = {"calibration": calibration, "calibration_sequences": calibration_sequences, "seed": seed}
     text["calibration_window"] = default_window(language_model, calibration_window)
-    needs = statistics_needed(chosen, criterion)
+    needs = statistics_needed(reads, criterion)
     statistics = collect_statistics(language_model, needs, tokens=tokens, progress=progress, **text) if needs else None
 
     def windows(side: str, count: int) -> Calibration:
@@ -99,15 +113,19 @@ def allocate(
     given: dict[str, Any] = {
         "criterion": criterion,
         "statistics": statistics,
-        "calibration": windows("A", calibration_sequences) if chosen.uses & {"outputs", "hidden"} else None,
-        "search": windows("B", loss_sequences) if searched or "loss" in chosen.uses else None,
+        "calibration": windows("A", calibration_sequences) if reads.uses & {"outputs", "hidden"} else None,
+        "search": windows("B", loss_sequences) if searched or "loss" in reads.uses else None,
         "progress": progress,
     }
+    if formula is not None:
+        assert target is not None
+        return allocate_by_formula(language_model, formula, target, **given)
+    assert chosen is not None
     if searched:
         assert target is not None
-        budgets = searched_budgets(language_model, allocator, chosen, target, **given)
+        budgets = searched_budgets(language_model, str(allocator), chosen, target, **given)
         target = None
-    return allocate_model(language_model, allocator, chosen, target, budgets=cast(Any, budgets), **given)
+    return allocate_model(language_model, str(allocator), chosen, target, budgets=cast(Any, budgets), **given)
 
 
 @dataclass(frozen=True)
@@ -144,7 +162,8 @@ class GivenAllocation:
         elif _is_json(self.allocation):
             if self.parameters:
                 raise InvalidInput("an allocation in a .json has its parameters in it: give none beside it")
-            self._checked(read_allocation(self.allocation))
+            if self._formula is None:
+                self._checked(read_allocation(self.allocation))
         elif not _is_file(self.allocation):
             configured(str(self.allocation))  # which says what name may be meant
 
@@ -152,6 +171,12 @@ class GivenAllocation:
     def _named(self) -> str | None:
         """The allocator's name, if it is one."""
         return str(self.allocation) if isinstance(self.allocation, str) and self.allocation in ALLOCATORS else None
+
+    @cached_property
+    def _formula(self) -> AllocationFormula | None:
+        """The formula, if it is a file that holds one."""
+        assert self.allocation is not None and not isinstance(self.allocation, Allocation)
+        return read_formula(self.allocation) if _is_json(self.allocation) else None
 
     def resolved(self, language_model: LanguageModel, criterion: Criterion, text: dict[str, Any]) -> Allocation | None:
         """The allocation for this model; None if none was asked for."""
@@ -170,6 +195,8 @@ class GivenAllocation:
         if isinstance(self.allocation, Allocation):
             check_allocation(language_model, self.allocation)
             return self.allocation
+        if self._formula is not None:
+            return allocate(language_model, self._formula, self.sparsity, metric=criterion, **text)
         return self._checked(
             read_allocation(
                 self.allocation,

@@ -65,7 +65,8 @@ def prune(
         pattern: ``N:M``, N kept of every M consecutive inputs.
         group: compare scores within a ``row``, a ``layer`` or the ``global`` model; None takes the criterion's own.
         allocation: a sparsity for each matrix, by row: an `Allocation`, a file that holds one (ours or EvoPress's
-            text), or the name of an allocator, which is then run. `sparsity` is the budget; a file has its own.
+            text), or the name of an allocator, or a file that holds a formula, which are then run on this model.
+            `sparsity` is the budget; a file of sparsities has its own.
         allocation_parameters: of that allocator; for EvoPress's text ``step``, the weights in a level.
         budgets: sparsity of each group of matrices; see `allocate`. Without an `allocation` each group is uniform.
         compressor: what happens to the weights that stay; ``mask`` leaves them as they are.

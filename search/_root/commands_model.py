@@ -84,7 +84,7 @@ def prune(
         option(
             "--allocation",
             metavar="A",
-            help="sparsity by matrix: a file, or an allocator's name (`evoprune list allocators`)",
+            help="sparsity by matrix: a file of sparsities or with a formula, or one of `evoprune list allocators`",
             panel=TARGET,
             autocompletion=completion.plugins("evoprune.fitness.allocators"),
         ),

@@ -92,7 +92,8 @@ def export(
         typer.Option(
             "--to",
             metavar="FILE",
-            help="a metric: .py (needs torch only), .json, or .tex; an allocation: .json, or .txt for EvoPress",
+            help="a metric: .py (needs torch only), .json, or .tex; an allocation: .json, .txt for EvoPress, or .py of "
+            "a formula",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),

@@ -250,7 +250,7 @@ def search_allocation(
         option(
             "--seed-from",
             metavar="FILE|RUN",
-            help="an allocation, or a run that found one, to start from beside the allocators",
+            help="an allocation (or a formula, for --searcher formula), or a run that found one, to start from",
             panel=SEARCH,
             autocompletion=completion.runs,
         ),

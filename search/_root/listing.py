@@ -12,7 +12,7 @@ from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
-from evoprune.metrics.terminals import TERMINALS
+from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.breeders import BREEDERS
 from evoprune.search.searchers import SEARCHERS
@@ -67,8 +67,14 @@ def _operators() -> list[Row]:
 
 def _terminals() -> list[Row]:
     return [
-        {"name": name, "one_per": _ONE_PER[terminal.type], "pass": terminal.cost, "meaning": terminal.meaning}
-        for name, terminal in TERMINALS.items()
+        {
+            "name": name,
+            "for": "allocations" if name in SITE_TERMINALS else "metrics",
+            "one_per": "matrix" if name in SITE_TERMINALS else _ONE_PER[terminal.type],
+            "pass": terminal.cost,
+            "meaning": terminal.meaning,
+        }
+        for name, terminal in ALL_TERMINALS.items()
     ]
 
 

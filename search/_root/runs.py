@@ -125,7 +125,7 @@ class Run:
 
         Args:
             path: a metric's ends in ``.py`` (needs torch only, tests itself when run), ``.json`` or ``.tex``; an
-                allocation's in ``.json`` or ``.txt`` (EvoPress's format).
+                allocation's in ``.json`` or ``.txt`` (EvoPress's format), a formula's also in ``.py``.
 
         Raises:
             InvalidInput: another ending, the run is not finished, its exports are damaged, or the disk's fault.

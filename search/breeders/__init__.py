@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.registry import Registry
 from evoprune.search.spaces.ladder import Genome
-from evoprune.search.spaces.levels import LevelSpace
 
 
 class Breeder(Protocol):
@@ -35,6 +34,12 @@ class Breeder(Protocol):
     def tell(self, genome: Genome, kl: float | None) -> None:
         """Take in what a child was worth in its first stage, None if it has no fitness; in the order of births."""
 
+    def note(self, genome: Genome) -> Mapping[str, Any]:
+        """What the history says of a child beside its genome, as JSON values; often nothing."""
+
+    def finalists(self) -> Mapping[Genome, int]:
+        """Children that the finals see beside the last parents, with their generations; often none."""
+
     def state(self) -> Any:
         """Everything that `restore` needs, as JSON values."""
 
@@ -48,13 +53,26 @@ class BreederPlugin:
 
     Attributes:
         what: one line for people.
-        make: called with the space and the run's seed.
+        make: called with the space and the run's seed and, if it `reads` something, what is known of the matrices and
+            the formula to start from, if there is one.
         needs: packages beside those that evoprune itself needs.
+        reads: terminals of `evoprune.metrics.site_terminals` that it can make use of.
     """
 
     what: str
-    make: Callable[[LevelSpace, int], Breeder]
+    make: Callable[..., Breeder]
     needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+class Plain:
+    """What most breeders have to say beyond their genomes: nothing."""
+
+    def note(self, genome: Genome) -> Mapping[str, Any]:
+        return {}
+
+    def finalists(self) -> Mapping[Genome, int]:
+        return {}
 
 
 BREEDERS: Registry[BreederPlugin] = Registry("searcher", "evoprune.search.breeders")

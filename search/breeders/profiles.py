@@ -25,7 +25,7 @@ from optuna.trial import Trial, TrialState
 
 from evoprune.metrics.allocation import repair
 from evoprune.metrics.files import content_hash, derived_seed
-from evoprune.search.breeders import BREEDERS, BreederPlugin
+from evoprune.search.breeders import BREEDERS, BreederPlugin, Plain
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace, part_of
 
@@ -33,7 +33,7 @@ _RANGES = {"offset": 0.3, "slope": 0.3, "curve": 0.2, "first": 0.6, "last": 0.6}
 """Largest size of each number, in fractions of weights."""
 
 
-class Profiles:
+class Profiles(Plain):
     """Depth profiles, proposed by one of Optuna's samplers from all that was measured.
 
     A state is the list of what was asked and told. To restore it is to ask and tell again, which gives the same

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from evoprune.search.breeders import BREEDERS, BreederPlugin
+from evoprune.search.breeders import BREEDERS, BreederPlugin, Plain
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
 
@@ -15,7 +15,7 @@ _SPREAD = 0.15
 _ATTEMPTS_PER_CHILD = 20
 
 
-class RandomLevels:
+class RandomLevels(Plain):
     """Random search: every matrix draws its sparsity around the model's, and the budget is met."""
 
     origin = "random"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from evoprune.search.breeders import BREEDERS, BreederPlugin
+from evoprune.search.breeders import BREEDERS, BreederPlugin, Plain
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
 
@@ -15,7 +15,7 @@ SPANS = (1, 2, 4, 8, 16, 32, 64)
 _ATTEMPTS_PER_CHILD = 20
 
 
-class Switches:
+class Switches(Plain):
     """Evolution: one to three matrices lose more, as many lose less, and the best child is the next parent.
 
     Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import Kind, files_of
@@ -27,7 +28,7 @@ class AllocationKind:
 
     name = "allocation"
     winner = "allocation"
-    endings: tuple[str, ...] = (".json", ".txt")
+    endings: tuple[str, ...] = (".json", ".txt", ".py")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
     def session(self, config: AllocationSearchConfig) -> type[SearchRun[Any, Any]]:
@@ -63,7 +64,8 @@ class AllocationKind:
         return finished_allocation_note(result, artifacts)
 
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
-        return files_of(folder, self.winner)
+        yield from files_of(folder, self.winner)
+        yield from (folder / "export").glob("formula.json")
 
     def progress_of(self, run: RunDirectory) -> dict[str, Any]:
         history = list(run.history())
@@ -104,7 +106,15 @@ class AllocationKind:
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
         from evoprune.metrics.allocation_file import read_allocation, to_evopress
+        from evoprune.metrics.files import file_hash
 
+        if file.suffix == ".py":
+            if not file.exists():
+                raise InvalidInput("this run leaves no .py: only a search of formulas does, see --searcher formula")
+            document = json.loads(file.with_name("formula.json").read_text(encoding="utf-8"))
+            if document["provenance"]["allocation.py"] != file_hash(file):
+                raise InvalidInput(f"{file} does not hold the run's formula: it was changed")
+            return
         allocation = read_allocation(file.with_suffix(".json"))
         changed = allocation.by_name() != result["best"]["allocation"]
         if changed or (file.suffix == ".txt" and file.read_text() != to_evopress(allocation)):
@@ -119,10 +129,20 @@ class AllocationKind:
     def check_names(self, config: AllocationSearchConfig) -> None:
         from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.metrics.exported import load_metric
+        from evoprune.metrics.site_terminals import SITE_TERMINALS
         from evoprune.search.breeders import breeder_of
         from evoprune.search.level_run import given_allocation
 
-        breeder_of(config.searcher.name)
+        breeder, target = breeder_of(config.searcher.name), config.target
+        if breeder.reads and (target.granularity != "matrix" or target.drop != "none"):
+            raise InvalidInput("a formula gives each matrix a level: leave --granularity at matrix and --drop at none")
+        for name in config.searcher.terminals or ():
+            if name not in SITE_TERMINALS:
+                raise UnknownName("terminal", name, SITE_TERMINALS)
+        if breeder.reads and not config.terminals:
+            raise InvalidInput(
+                "formulas that may read nothing say nothing: name some of searcher.terminals, or leave it out"
+            )
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)

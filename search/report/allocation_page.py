@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evoprune.search.report import document, figures_allocation, figures_result, numbers
 from evoprune.search.report.allocation_data import AllocationData, range_text
+from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.names import label
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.site_names import split_site
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
 FIGURES: dict[str, Callable[[AllocationData], Figure | None]] = {
@@ -49,20 +51,33 @@ def render(data: AllocationData, drawn: dict[str, str]) -> str:
         verdicts=verdicts(data),
         commands=commands(data),
         listing=listing(data),
+        formula=None if data.result is None else data.result.get("formula"),
     )
 
 
 @cache
 def _environment() -> Environment:
     environment = document.new_environment()
-    environment.filters |= {"origin": origin_text}
+    environment.filters |= {"origin": origin_text, "typeset": typeset}
     return environment
 
 
 def origin_text(origin: str) -> str:
     """How a candidate came about, in words."""
     family, _, name = origin.partition(":")
-    return {"seed": f"the allocation of {label(name)}", "switch": "bred by level switches"}.get(family, origin)
+    return {
+        "seed": f"the allocation of {label(name)}",
+        "switch": "bred by level switches",
+        "formula": "given by a formula",
+    }.get(family, origin)
+
+
+def typeset(found: Mapping[str, Any]) -> Markup | str:
+    """A formula as the result has it, as a picture; its text if it cannot be set."""
+    from markupsafe import Markup
+
+    svg = formula_svg(found["latex"], found["text"], display=True)
+    return found["text"] if svg is None else Markup(svg)
 
 
 def target_text(data: AllocationData) -> str:

@@ -8,8 +8,7 @@ from typing import Literal
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.ranks import GONE
-from evoprune.metrics.records import LEVELS, Site, removed_count
-from evoprune.search.site_names import is_attention
+from evoprune.metrics.records import LEVELS, Site, is_attention, removed_count
 from evoprune.search.spaces.ladder import MANY_MOVES, Gene, Genome, LadderSpace
 
 Granularity = Literal["matrix", "block", "kind"]
@@ -45,6 +44,7 @@ class LevelSpace(LadderSpace):
         if only and drop == "none":
             raise InvalidInput("nothing may be dropped, and nothing else may be done: say what may be dropped")
         self.sites = tuple(sites)
+        self.sparsity = sparsity
         parts = _grouped(self.sites, drop) if drop != "none" else {}
         groups = parts if only else _grouped(self.sites, granularity)
         if parts and not only and granularity != "matrix":

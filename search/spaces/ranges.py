@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 
 from evoprune.metrics.allocation import repair
@@ -51,7 +51,7 @@ class RangeSpace(LevelSpace):
         self.weights = sum(site.weights for site in self.sites)
         self.least, self.most = (removed_count(sparsity, self.weights) for sparsity in sparsities)
 
-    def sparsity(self, genome: Genome) -> float:
+    def sparsity_of(self, genome: Genome) -> float:
         """The fraction of all weights that goes."""
         return self.removed(genome) / self.weights
 
@@ -77,7 +77,7 @@ class RangeSpace(LevelSpace):
             fixed.tolerance = max(fixed.tolerance, self.weights // _NEAR_ENOUGH)
             found = fixed.near(sparsities, rng)
         if not self.holds(found):
-            raise InvalidInput(f"a sparsity of {self.sparsity(found):.4f} is outside the range")
+            raise InvalidInput(f"a sparsity of {self.sparsity_of(found):.4f} is outside the range")
         return found
 
     def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
@@ -134,7 +134,7 @@ class RangeSpace(LevelSpace):
         options = [a if takes[place] else b for place, a, b in zip(places, first, second, strict=True)]
         return self._settled(options, rng, 0) if tuple(options) not in (first, second) else None
 
-    def _settled(self, options: list[int], rng: random.Random, most: int) -> Genome | None:
+    def _settled(self, options: list[int], rng: random.Random, most: int, first: Collection[int] = ()) -> Genome | None:
         """The genome as it is, if it is within the range: there is no budget to move it to."""
         genome = tuple(options)
         return genome if self.holds(genome) else None

@@ -6,8 +6,6 @@ import random
 from collections.abc import Callable, Collection
 from typing import Literal
 
-from deap import gp
-
 from evoprune.metrics.canonical import canonicalise, metric_key
 from evoprune.metrics.expression import CONSTANT, MAX_CONSTANT, Expression, call, constant, terminal
 from evoprune.metrics.opposing import oppose
@@ -16,14 +14,16 @@ from evoprune.metrics.terminals import TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.spaces import SPACES
 from evoprune.search.spaces.generator import Generator, pick
-from evoprune.search.spaces.trees import (
-    EXPONENTS,
-    LANGUAGE_TYPES,
-    fits,
-    primitive_set,
-    seeded_deap,
-    to_expression,
-    to_tree,
+from evoprune.search.spaces.trees import primitive_set
+from evoprune.search.spaces.variation import (
+    delete_node,
+    insert_node,
+    move_number,
+    replace_at,
+    replace_node,
+    replace_subtree,
+    rotate,
+    swap_subtree,
 )
 
 Mutation = Callable[[Expression, random.Random], Expression]
@@ -90,19 +90,7 @@ class MetricSpace:
         """A sum of the two (`blend`), or `first` with one subtree replaced by a subtree of `second` (`subtree`)."""
         if rng.random() < _BLENDS:
             return self._sum(first, second, rng), "blend"
-        return self._swap_subtree(first, second, rng), "subtree"
-
-    def _swap_subtree(self, first: Expression, second: Expression, rng: random.Random) -> Expression:
-        """DEAP's own typed crossover pairs equal types only, and draws them from a set, in an order that changes from
-        process to process; here a subtree may stand wherever its type fits."""
-        tree, donor = to_tree(first, self._pset), to_tree(second, self._pset)
-        at = rng.randrange(len(tree))
-        fitting = [index for index, node in enumerate(donor) if fits(node.ret, tree[at].ret)]
-        if not fitting:
-            return first
-        taken = donor[donor.searchSubtree(rng.choice(fitting))]
-        tree[tree.searchSubtree(at)] = taken
-        return to_expression(tree)
+        return swap_subtree(first, second, self._pset, rng), "subtree"
 
     def key(self, genome: Expression) -> str:
         return metric_key(genome, self.group)
@@ -113,21 +101,8 @@ class MetricSpace:
 
     def _perturb(self, genome: Expression, rng: random.Random) -> Expression:
         """Move one exponent or constant; without any, give one vector or matrix factor an exponent."""
-        numbers = [index for index, node in enumerate(genome.walk()) if node.value is not None]
-        if not numbers:
-            return self._exponentiate(genome, rng)
-        chosen = rng.choice(numbers)
-
-        def moved(node: Expression) -> Expression:
-            assert node.value is not None
-            if node.head == CONSTANT:
-                sign = -1 if rng.random() < 0.01 else 1
-                value = sign * node.value * 2.718281828459045 ** rng.gauss(0, 0.5)
-                return constant(max(-MAX_CONSTANT, min(MAX_CONSTANT, value)))
-            exponent = max(-4.0, min(4.0, node.value + rng.gauss(0, 0.15)))
-            return call(node.head, *node.args, exponent=round(exponent, 2))
-
-        return replace_at(genome, chosen, moved)
+        moved = move_number(genome, rng)
+        return self._exponentiate(genome, rng) if moved is None else moved
 
     def _exponentiate(self, genome: Expression, rng: random.Random) -> Expression:
         leaves = [
@@ -142,40 +117,22 @@ class MetricSpace:
         )
 
     def _replace_subtree(self, genome: Expression, rng: random.Random) -> Expression:
-        def fresh(pset: gp.PrimitiveSetTyped, type_: type) -> list[gp.Primitive | gp.Terminal]:
-            if type_ not in LANGUAGE_TYPES:
-                return [gp.Terminal(rng.choice(EXPONENTS), False, type_)]
-            return list(to_tree(self._generator.draw(rng, LANGUAGE_TYPES[type_], rng.randint(1, 7)), pset))
-
-        with seeded_deap(rng):
-            return to_expression(gp.mutUniform(to_tree(genome, self._pset), fresh, self._pset)[0])
+        return replace_subtree(
+            genome, self._pset, rng, lambda type_: self._generator.draw(rng, type_, rng.randint(1, 7))
+        )
 
     def _replace_node(self, genome: Expression, rng: random.Random) -> Expression:
-        """Another operator of the same signature, or another terminal of the same type."""
-        with seeded_deap(rng):
-            return to_expression(gp.mutNodeReplacement(to_tree(genome, self._pset), self._pset)[0])
+        return replace_node(genome, self._pset, rng)
 
     def _insert(self, genome: Expression, rng: random.Random) -> Expression:
-        with seeded_deap(rng):
-            return to_expression(gp.mutInsert(to_tree(genome, self._pset), self._pset)[0])
+        return insert_node(genome, self._pset, rng)
 
     def _delete(self, genome: Expression, rng: random.Random) -> Expression:
-        with seeded_deap(rng):
-            return to_expression(gp.mutShrink(to_tree(genome, self._pset))[0])
+        return delete_node(genome, self._pset, rng)
 
     def _rotate(self, genome: Expression, rng: random.Random) -> Expression:
-        """Reassociate: op(a, op'(b, c)) becomes op'(op(a, b), c) somewhere."""
-        spots = [
-            index for index, node in enumerate(genome.walk()) if len(node.args) == 2 and len(node.args[1].args) == 2
-        ]
-        if not spots:
-            return self._perturb(genome, rng)
-
-        def rotated(node: Expression) -> Expression:
-            left, right = node.args
-            return call(right.head, call(node.head, left, right.args[0]), right.args[1])
-
-        return replace_at(genome, rng.choice(spots), rotated)
+        rotated = rotate(genome, rng)
+        return self._perturb(genome, rng) if rotated is None else rotated
 
     def _extend(self, genome: Expression, rng: random.Random) -> Expression:
         """Multiply the root by a small power of a statistic that is never negative.
@@ -206,24 +163,6 @@ class MetricSpace:
             ratio *= 10 ** rng.uniform(-3.0, 3.0)
         share = min(MAX_CONSTANT, float(f"{ratio:.2g}"))
         return call("add", first, call("mul", constant(share), second)) if share > 0 else first
-
-
-def replace_at(genome: Expression, index: int, change: Callable[[Expression], Expression]) -> Expression:
-    """A copy of `genome` with its `index`-th node, counted as `Expression.walk` does, passed through `change`."""
-    rebuilt, _ = _replace(genome, index, change)
-    return rebuilt
-
-
-def _replace(node: Expression, index: int, change: Callable[[Expression], Expression]) -> tuple[Expression, int]:
-    if index == 0:
-        return change(node), -1
-    index -= 1
-    args = []
-    for arg in node.args:
-        if index >= 0:
-            arg, index = _replace(arg, index, change)
-        args.append(arg)
-    return Expression(node.head, tuple(args), node.value), index
 
 
 SPACES.add("metric", MetricSpace)

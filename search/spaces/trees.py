@@ -11,7 +11,7 @@ from deap import gp
 
 from evoprune.metrics.expression import CONSTANT, Expression, call, constant, terminal
 from evoprune.metrics.operators import OPERATORS
-from evoprune.metrics.terminals import TERMINALS
+from evoprune.metrics.site_terminals import ALL_TERMINALS
 from evoprune.metrics.types import Type
 
 
@@ -45,13 +45,15 @@ _ONE = "one"
 
 
 @lru_cache(maxsize=8)
-def primitive_set(terminals: frozenset[str]) -> gp.PrimitiveSetTyped:
-    """DEAP's view of the language, restricted to some terminals.
+def primitive_set(terminals: frozenset[str], operators: frozenset[str] | None = None) -> gp.PrimitiveSetTyped:
+    """DEAP's view of the language, restricted to some terminals and some operators (None: all of them).
 
     An operator on any type stands there once per type, so that its result fits wherever its arguments do.
     """
     pset = gp.PrimitiveSetTyped("metric", [], Mat)
     for name in OPERATORS:
+        if operators is not None and name not in operators:
+            continue
         operator = OPERATORS[name]
         if operator.kind in ("elementwise", "power"):
             for type_ in DEAP_TYPES.values():
@@ -63,7 +65,7 @@ def primitive_set(terminals: frozenset[str]) -> gp.PrimitiveSetTyped:
             ]
             pset.addPrimitive(_uncallable, [Mat] * operator.arity, result, name=f"{name}:{result.__name__}")
     for name in sorted(terminals):
-        pset.addTerminal(_uncallable, DEAP_TYPES[TERMINALS[name].type], name=name)
+        pset.addTerminal(_uncallable, DEAP_TYPES[ALL_TERMINALS[name].type], name=name)
     for exponent in EXPONENTS:
         pset.addTerminal(exponent, Exponent)
     pset.addTerminal(_uncallable, Scal, name=_ONE)
@@ -103,8 +105,8 @@ def _read(tree: gp.PrimitiveTree, at: int) -> tuple[Expression, int]:
     node = tree[at]
     at += 1
     if isinstance(node, gp.Terminal):
-        if node.name in TERMINALS:
-            return terminal(node.name), at
+        if node.name in ALL_TERMINALS:
+            return terminal(node.name, ALL_TERMINALS), at
         return constant(1.0 if node.name == _ONE else node.value), at
     name = node.name.partition(":")[0]
     args = []

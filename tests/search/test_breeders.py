@@ -68,7 +68,8 @@ def test_a_restored_breeder_goes_on_as_if_nothing_had_been(name: str, space: Lev
     assert restored.children(uniform(space), 6, random.Random(9)) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in INSTALLED if name not in ("random",)])
+# Formulas are told of nothing but shapes here, and have more to learn: see test_formulas.py.
+@pytest.mark.parametrize("name", [name for name in INSTALLED if name not in ("random", "formula")])
 def test_they_find_more_than_chance_does(name: str, space: LevelSpace) -> None:
     def best(which: str) -> float:
         breeder, parent = BREEDERS[which].make(space, 1), uniform(space)

@@ -199,8 +199,8 @@ def test_the_front_is_of_the_range_and_measured_on_all_windows(undisturbed: Sess
     assert min(percents) >= 20 and max(percents) <= 80 and len(percents) > 30
     best = undisturbed.search.best
     assert best is not None
-    distances = [abs(undisturbed.space.sparsity(point.member.genome) - 0.5) for point in undisturbed.search.front]
-    assert abs(undisturbed.space.sparsity(best.genome) - 0.5) == min(distances)
+    distances = [abs(undisturbed.space.sparsity_of(point.member.genome) - 0.5) for point in undisturbed.search.front]
+    assert abs(undisturbed.space.sparsity_of(best.genome) - 0.5) == min(distances)
 
 
 def test_the_history_says_what_was_measured(undisturbed: Session) -> None:

@@ -36,7 +36,7 @@ def test_no_operator_leaves_the_range_or_stays_at_a_budget(options: dict[str, An
         crossed = space.crossed(genome, other, rng)
         for found in (genome, *([] if crossed is None else [crossed])):
             removed = removed_by_hand(space.levels(found))
-            assert removed == space.removed(found) and space.sparsity(found) == removed / WEIGHTS
+            assert removed == space.removed(found) and space.sparsity_of(found) == removed / WEIGHTS
             assert 0.25 * WEIGHTS - space.tolerance <= removed <= 0.75 * WEIGHTS + space.tolerance
             reached.append(removed / WEIGHTS)
     assert max(reached) - min(reached) > 0.2

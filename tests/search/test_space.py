@@ -15,8 +15,9 @@ from evoprune.metrics.terminals import TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.config_metric import DEFAULT_STATISTICS
 from evoprune.search.spaces.generator import Generator
-from evoprune.search.spaces.symbolic import MetricSpace, replace_at
+from evoprune.search.spaces.symbolic import MetricSpace
 from evoprune.search.spaces.trees import Exponent, InVec, Mat, OutVec, Scal, primitive_set, to_expression, to_tree
+from evoprune.search.spaces.variation import replace_at
 
 TERMINAL_NAMES = frozenset(TERMINALS)
 
