@@ -147,12 +147,20 @@ class LadderSpace:
             options[at] = gene.nearest(min(beyond) if span > 0 else max(beyond))
         return gene.removed[options[at]] - before
 
-    def _settled(self, options: list[int], rng: random.Random, most: int, first: Collection[int] = ()) -> Genome | None:
+    def _settled(
+        self,
+        options: list[int],
+        rng: random.Random,
+        most: int,
+        first: Collection[int] = (),
+        never: Collection[int] = (),
+    ) -> Genome | None:
         """Genes moved, at random, until the budget is met; None if `most` moves do not do.
 
         Args:
             first: places of genes to move as long as they can help: a change of fewer genes leaves more of what is
                 remembered of the parent.
+            never: places of genes that stay where they are.
         """
         residue = self.budget - sum(gene.removed[option] for gene, option in zip(self.genes, options, strict=True))
         for _ in range(most):
@@ -160,6 +168,8 @@ class LadderSpace:
                 break
             helping = []
             for at, gene in enumerate(self.genes):
+                if at in never:
+                    continue
                 most_here = max(gene.removed[-1] // _SHARE, gene.step)
                 moved = gene.nearest(gene.removed[options[at]] + max(-most_here, min(residue, most_here)))
                 change = gene.removed[moved] - gene.removed[options[at]]

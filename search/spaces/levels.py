@@ -103,7 +103,7 @@ class LevelSpace(LadderSpace):
         for at in part:
             gene = self.genes[at]
             options[at] = gene.nearest(mean * gene.removed[-1]) if gone else len(gene.removed) - 1
-        settled = self._settled(options, rng, most=MANY_MOVES * len(self.genes))
+        settled = self._settled(options, rng, most=MANY_MOVES * len(self.genes), never=part)
         return None if settled == genome else settled
 
 

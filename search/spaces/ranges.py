@@ -134,7 +134,14 @@ class RangeSpace(LevelSpace):
         options = [a if takes[place] else b for place, a, b in zip(places, first, second, strict=True)]
         return self._settled(options, rng, 0) if tuple(options) not in (first, second) else None
 
-    def _settled(self, options: list[int], rng: random.Random, most: int, first: Collection[int] = ()) -> Genome | None:
+    def _settled(
+        self,
+        options: list[int],
+        rng: random.Random,
+        most: int,
+        first: Collection[int] = (),
+        never: Collection[int] = (),
+    ) -> Genome | None:
         """The genome as it is, if it is within the range: there is no budget to move it to."""
         genome = tuple(options)
         return genome if self.holds(genome) else None
