@@ -70,8 +70,10 @@ class FrontData(AllocationData):
 
     @cached_property
     def best(self) -> Found | None:
-        if self.result is not None or not self.archive:
-            return super().best if self.result is not None else None
+        if self.result is not None:
+            return super().best
+        if not self.archive:
+            return None
         target = 100 * self.config.target.sparsity
         line = min(self.archive, key=lambda line: abs(self.mean(self._decoded(line)) - target))
         return Found(
