@@ -189,6 +189,12 @@ class AllocationSearchConfig(SearchConfig):
         return self
 
     @property
+    def aim(self) -> str:
+        if self.target.sparsity_range is None:
+            return super().aim
+        return "{:g} to {:g}".format(*self.target.sparsity_range)
+
+    @property
     def budgets(self) -> tuple[float, ...]:
         """Sparsities that allocators are asked for: the target's, or those spread over the range of a front."""
         if self.target.sparsity_range is None:

@@ -84,3 +84,8 @@ class SearchConfig(Section):
     @abstractmethod
     def context(self) -> EvaluationContext:
         """What workers have to know."""
+
+    @property
+    def aim(self) -> str:
+        """How much goes, in a word or two."""
+        return str(self.context().rule)

@@ -33,7 +33,7 @@ def describe(board: Board, run: RunDirectory, config: SearchConfig) -> None:
     board.set_attributes(
         {
             "model": config.model.name,
-            "target": str(config.context().rule),
+            "target": config.aim,
             "objective": config.objective,
             "seed": config.seed,
             "code": identity.get("code"),

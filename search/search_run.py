@@ -397,7 +397,7 @@ class SearchRun(ABC, Generic[Config, Search]):
             cost = f"{config.evaluations} candidates: expect {config.evaluations * pace / 60:.1f} min{limit}"
         self.progress.line(
             f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, "
-            f"target {self.context.rule}; {executor.workers} workers, "
+            f"target {config.aim}; {executor.workers} workers, "
             f"{memory / 2**20:.0f} MiB of model and teacher each"
         )
         self.progress.line(

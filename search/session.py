@@ -65,7 +65,7 @@ def resume_search(
 def _session(run: RunDirectory, config: SearchConfig, resources: Resources, stream: TextIO | None) -> None:
     state = run.peek()
     done = 0 if state is None else state["evaluations"]
-    title = f"evoprune {run.run_id}: {config.model.name} at {config.context().rule}, seed {config.seed}"
+    title = f"evoprune {run.run_id}: {config.model.name} at {config.aim}, seed {config.seed}"
     with (
         stop_on_signals() as stopping,
         Progress(config.evaluations, config.minutes, stream, title=title, done=done, elapsed=run.seconds) as progress,
