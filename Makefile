@@ -19,7 +19,7 @@ DEV_READY := $(VENV)/.ready-dev
 .PHONY: help search test test-slow lint bench clean
 
 help:
-	@echo "make search     install, then evolve a pruning metric on the embedded model (about 6 minutes)"
+	@echo "make search     install, then evolve a pruning metric on the embedded model (5 to 6 minutes)"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make lint       ruff and mypy"
