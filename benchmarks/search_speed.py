@@ -125,11 +125,11 @@ def _naive(births: list[Expression], evaluator: Evaluator) -> tuple[float, list[
                 removed = removed_count(SPARSITY, scores.shape[1])
                 order = scores.argsort(dim=1, stable=True)[:, :removed]
                 bound.weight().scatter_(1, order, 0.0)
+            kl = evaluator.losses(0, RUNGS[-1]).kl
+            assert kl is not None
+            if torch.isfinite(kl).all():
+                losses.append(kl)
         except InvalidCandidate:
-            continue
-        kl = evaluator.losses(0, RUNGS[-1]).kl
-        assert kl is not None
-        if torch.isfinite(kl).all():
-            losses.append(kl)
+            pass
         model.load_state_dict(saved)
     return time.process_time() - began, losses

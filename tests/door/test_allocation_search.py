@@ -126,7 +126,9 @@ def test_export(run: Run, allocated: Path, place: Path, tmp_path: Path) -> None:
     assert read_allocation("mine.json").by_name() == result_of(allocated)["best"]["allocation"]
     assert (place / "mine.txt").read_bytes() == (allocated / "export" / "allocation.txt").read_bytes()
     done = run("export", allocated, "--to", "mine.py")
-    assert done.code == 2 and "cannot export the allocation to 'mine.py': the ending must be .json or .txt" in done.err
+    assert (done.code, done.err.count("\n")) == (2, 1) and "this run leaves no .py" in done.err
+    done = run("export", allocated, "--to", "mine.tex")
+    assert done.code == 2 and "cannot export the allocation to 'mine.tex': the ending must be .json" in done.err
     folder = tmp_path / "run"
     shutil.copytree(allocated, folder)
     other = write_allocation(evoprune.allocate(result_of(allocated)["model"], "er", 0.6), "other.json")
