@@ -5,10 +5,10 @@ Use: keep = mask(layer.weight, X_l2=X_l2, G_l2=G_l2). Run this file to test it.
 model: reference
 fitness: kl 0.21832 on 49152 tokens
 seed: 0
-run: 20261126-011702-metric-f5ca
+run: 20261126-062103-metric-9cb8
 heldout_perplexity: {'winner': 33.9623, 'dense': 29.3843, 'wanda': 34.941, 'power': 33.9883}
-source: evoprune run 20261126-011702-metric-f5ca
-metric-json sha256: b1a90fd41d39bfb8f208cea1345cb6b878b1a263a845679d18993575dbb1b09e
+source: evoprune run 20261126-062103-metric-9cb8
+metric-json sha256: 6d7261f2b757f0732182f51b8d95bf9b7a37336d48fce4c33c7d255fbeb62a75
 """
 
 import hashlib
@@ -24,7 +24,7 @@ FORMULA = (
 REQUIRES = ("X_l2", "G_l2")
 GROUP = "row"
 FORMAT = "symbolic-metric/1"
-SEAL = "bb708e558cb070d9c328dc2fdf89d05371f3ce0780aaa8f5ebbe2f3f2dba61f9"
+SEAL = "3f51a4224f378bfdf815a13743c452286570b9d7d196b26f07c289933ca6d1d9"
 BOUND = 1e30
 TINY = 1e-30
 
