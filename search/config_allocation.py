@@ -107,7 +107,7 @@ def _is_range(ends: Any) -> bool:
 class StageConfig(Section):
     """One round of selection in a generation."""
 
-    windows: int = Field(ge=1, description="of text B, drawn anew in every generation")
+    windows: int = Field(ge=1, description="of text B, drawn anew in every generation unless the searcher keeps them")
     survivors: int = Field(ge=1, description="candidates that go on")
 
 

@@ -132,8 +132,13 @@ class AllocationData(RunData[AllocationSearchConfig]):
 
     @property
     def stage_tokens(self) -> list[int]:
-        """Tokens of text B that each stage reads, drawn anew in every generation."""
+        """Tokens of text B that each stage reads."""
         return [stage.windows * self.config.data.window for stage in self.config.searcher.stages]
+
+    @property
+    def redrawn(self) -> bool:
+        """Whether generations read different windows; a searcher that learns from all of them keeps the same."""
+        return len({tuple(line["windows"]) for line in self.lines if line["stage"] == 0}) > 1
 
     @property
     def final_tokens(self) -> int:

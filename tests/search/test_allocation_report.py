@@ -263,6 +263,7 @@ def test_generations_are_those_of_the_history(finished: Path) -> None:
         assert generation.gain is not None and generation.gain >= 0
         assert generation.kept == (generation.moves == [])
     assert {generation.kept for generation in data.generations} == {True, False}
+    assert data.redrawn and "tokens, drawn anew in each." in report(finished).text
     # The finalists are parents, each at the evaluation that made it one.
     assert {tuple(line["genome"]) for line in data.finals} <= set(data.ancestry)
     assert data.ancestry[tuple(data.parents[0]["genome"])][0].startswith("seed:")
