@@ -62,6 +62,8 @@ class AllocationRun(LevelRun[AllocationSearch]):
             windows=config.searcher.windows,
             final_windows=config.searcher.windows,
             offspring=config.searcher.offspring,
+            crossover=config.searcher.crossover,
+            surrogate=config.searcher.surrogate,
             seed=config.seed,
             evaluations=config.evaluations,
             identity=content_hash([self.identity, payload["criterion"]]),

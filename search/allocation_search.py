@@ -2,8 +2,9 @@
 
 A generation is a number of children of one parent. Each stage measures them on the same windows of text and keeps the
 best few for the next stage, which has more; the parent joins the last one, on equal terms. Windows are drawn anew for
-every generation, so that nobody wins by fitting them. Seeds are measured on as much text as the last stage has. The
-last parents and the best seed are then compared on one long text, the same for all, and the best of them is the result.
+every generation, so that nobody wins by fitting them. A few children bring together what the best children of the last
+parent changed. Seeds are measured on as much text as the last stage has. The last parents and the best seed are then
+compared on one long text, the same for all, and the best of them is the result.
 Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3; layerwise sparsity allocation, section 5.3a.
 """
 
@@ -20,8 +21,13 @@ from evoprune.search.loop import Birth
 from evoprune.search.pooled_search import Member, PooledSearch
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.surrogate import Surrogate
 
 FINALISTS = 8
+MATES = 3
+"""Others of the last stage whose changes may be added to the parent's."""
+PROPOSALS = 4
+"""Proposals for each child where a surrogate chooses; every fourth child is none of its choice."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         windows: windows of text B that there are.
         final_windows: of these, how many the finalists are measured on, from the first.
         offspring: children of a generation.
+        crossover: whether some of them bring changes together, where the breeder allows it.
+        surrogate: chooses children from more proposals before they are measured, by what generations have shown.
     """
 
     def __init__(
@@ -59,6 +67,8 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         windows: int,
         final_windows: int,
         offspring: int,
+        crossover: bool,
+        surrogate: bool,
         seed: int,
         evaluations: int | None,
         identity: str,
@@ -69,8 +79,12 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         self._windows = windows
         self._final_windows = final_windows
         self._offspring = offspring
+        self._crossover = crossover and breeder.crosses
+        self._surrogate = Surrogate(space) if surrogate else None
         self._stage = 0
         self._parent: Member | None = None
+        self._base: Genome | None = None
+        self._mates: list[Member] = []
         self._parents: list[Member] = []
         self.finals: list[Member] = []
         super().__init__(space, seeds, seed=seed, evaluations=evaluations, identity=identity, payload=payload)
@@ -84,12 +98,15 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         parent, bred = self._parent, self._phase == "generation"
         assert parent.birth is not None
         origin = "parent" if bred and member.genome == parent.genome else member.origin
-        return origin, [parent.birth] if bred and self._stage == 0 else [], parent.genome
+        parents = [*member.parents] or [parent.birth]
+        return origin, parents if bred and self._stage == 0 else [], parent.genome
 
     def _take_in(self, member: Member, birth: Birth) -> dict[str, Any]:
         note = dict(self.note(member.genome))
         if birth.counted and isinstance(birth.record["stage"], int):
             self._breeder.tell(member.genome, member.kl)
+            if self._surrogate is not None:
+                self._surrogate.tell(self.generation, member.genome, member.kl)
         return note
 
     def note(self, genome: Genome) -> Mapping[str, Any]:
@@ -100,7 +117,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         ranked = self._ranked(self._measured)
         if self._phase == "seeds":
             self._seeds_measured()
-            self._follow(ranked[:1])
+            self._follow(ranked)
         elif self._phase == "final":
             self.best = ranked[0] if ranked else None
             self.finals = ranked
@@ -117,14 +134,16 @@ class AllocationSearch(PooledSearch[LevelSpace]):
                 survivors = [*survivors, self._parent]
             self._enter(survivors)
         else:
-            self._follow(ranked[:1])
+            self._follow(ranked)
 
-    def _follow(self, winners: Sequence[Member]) -> None:
-        """The winner of a generation is the parent of the next; without one, nothing can go on."""
-        if not winners:
+    def _follow(self, ranked: Sequence[Member]) -> None:
+        """The best of a generation is the parent of the next; without one, nothing can go on."""
+        if not ranked:
             self._enter([])
             return
-        (winner,) = winners
+        winner, *others = ranked
+        self._base = None if self._parent is None else self._parent.genome
+        self._mates = others[:MATES]
         if self._parent is None or winner.genome != self._parent.genome:
             self._parents.append(winner)
         self._parent = self.best = winner
@@ -157,12 +176,39 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         if count < 1:
             return []
         rng = random.Random(derived_seed(self._seed, "generation", self.generation))
-        made = self._breeder.children(self._parent.genome, count, rng)
-        return [
+        if self._surrogate is None or not self._surrogate.ready:
+            return self._proposals(count, rng)
+        proposals = {member.genome: member for member in self._proposals(PROPOSALS * count, rng)}
+        free = list(proposals)[:: PROPOSALS * PROPOSALS][:count]
+        rest = [genome for genome in proposals if genome not in free]
+        chosen = [*free, *self._surrogate.best(rest, count - len(free))]
+        return [proposals[genome] for genome in chosen]
+
+    def _proposals(self, count: int, rng: random.Random) -> list[Member]:
+        """At most so many children of the parent, some of them by crossing."""
+        assert self._parent is not None
+        crossed = self._crossed(rng) if self._crossover else {}
+        bred = [
             Member(genome, self._breeder.origin, generation=self.generation)
-            for genome in made
-            if content_hash(list(genome)) not in self._known
+            for genome in self._breeder.children(self._parent.genome, max(count - len(crossed), 0), rng)
+            if genome not in crossed and content_hash(list(genome)) not in self._known
         ]
+        return [*crossed.values(), *bred][:count]
+
+    def _crossed(self, rng: random.Random) -> dict[Genome, Member]:
+        """What the best children of the last parent changed, brought together: the best with each other one, and all."""
+        if self._base is None or self._parent is None:
+            return {}
+        others = [member for member in self._mates if member.genome != self._base]
+        found: dict[Genome, Member] = {}
+        for mates in [[mate] for mate in others] + ([others] if len(others) > 1 else []):
+            together = [member for member in (self._parent, *mates) if member.genome != self._base]
+            genome = self.space.merged(self._base, [member.genome for member in together], rng)
+            if genome is None or content_hash(list(genome)) in self._known:
+                continue
+            births = tuple(member.birth for member in (self._parent, *mates) if member.birth is not None)
+            found[genome] = Member(genome, "crossover", generation=self.generation, parents=births)
+        return found
 
     def _span(self) -> tuple[int, int]:
         if self._phase == "final":
@@ -192,15 +238,22 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             **super().state(),
             "stage": self._stage,
             "parent": None if self._parent is None else self._parent.to_json(),
+            "base": None if self._base is None else list(self._base),
+            "mates": [member.to_json() for member in self._mates],
             "parents": [member.to_json() for member in self._parents],
             "finals": [member.to_json() for member in self.finals],
             "breeder": self._breeder.state(),
+            "surrogate": None if self._surrogate is None else self._surrogate.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self._stage = state["stage"]
         self._parent = None if state["parent"] is None else Member.from_json(state["parent"])
+        self._base = None if state["base"] is None else tuple(state["base"])
+        self._mates = [Member.from_json(values) for values in state["mates"]]
         self._parents = [Member.from_json(values) for values in state["parents"]]
         self.finals = [Member.from_json(values) for values in state["finals"]]
         self._breeder.restore(state["breeder"])
+        if self._surrogate is not None:
+            self._surrogate.restore(state["surrogate"])

@@ -124,6 +124,16 @@ class GenerationsConfig(Section):
         ),
         description="each with more text for fewer candidates; the last keeps one, the next parent",
     )
+    crossover: bool = Field(
+        True,
+        description="bring together what the best children of a parent changed, in a few children of the next "
+        "generation; evolution only",
+    )
+    surrogate: bool = Field(
+        False,
+        description="draw four proposals for a child and measure those that a regression on earlier generations likes "
+        "best, and a quarter without asking it; evolution only",
+    )
     windows: int = Field(192, ge=1, description="of text B in all, which finalists are measured on")
     seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all")
     terminals: tuple[str, ...] | None = Field(
@@ -168,6 +178,10 @@ class AllocationSearchConfig(SearchConfig):
     @model_validator(mode="after")
     def _fitting(self) -> AllocationSearchConfig:
         searcher = self.searcher
+        if searcher.surrogate and (searcher.name != "evolution" or self.target.pareto is not None):
+            raise ValueError(
+                "a surrogate chooses among level switches at one budget: leave it out, or the other searcher or front"
+            )
         if self.target.pareto is None:
             first, last = searcher.stages[0], searcher.stages[-1]
             if first.survivors > searcher.offspring:

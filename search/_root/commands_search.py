@@ -234,6 +234,14 @@ def search_allocation(
     population: Annotated[
         int | None, option("--population", metavar="N", help="children of a generation", panel=SEARCH, default=32)
     ] = None,
+    surrogate: Annotated[
+        bool,
+        typer.Option(
+            "--surrogate",
+            help="measure the most promising of four proposals, by what earlier generations have shown",
+            rich_help_panel=SEARCH,
+        ),
+    ] = False,
     searcher: Annotated[
         str | None,
         option(
@@ -285,7 +293,11 @@ def search_allocation(
 
     with Output(as_json) as output:
         options = {name: value for name, value in ctx.params.items() if name in ALLOCATION_KEYS}
-        options |= {"trust_remote_code": trust_remote_code or None, "drop_only": drop_only or None}
+        options |= {
+            "trust_remote_code": trust_remote_code or None,
+            "drop_only": drop_only or None,
+            "surrogate": surrogate or None,
+        }
         resolved = allocation_config(options, files=config or (), assignments=settings or ())
         if dry_run:
             _show_config(output, resolved)

@@ -51,6 +51,7 @@ ALLOCATION_KEYS = {
     "drop_only": "target.drop_only",
     "pareto": "target.pareto",
     "sparsity_range": "target.sparsity_range",
+    "surrogate": "searcher.surrogate",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])

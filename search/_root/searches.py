@@ -119,6 +119,7 @@ def search_allocation(
     calibration_sequences: int | None = None,
     calibration_window: int | None = None,
     searcher: str | None = None,
+    surrogate: bool | None = None,
     seed_from: str | Path | None = None,
     window: int | None = None,
     threads: int | None = None,
@@ -158,6 +159,7 @@ def search_allocation(
         seed: fixes texts A and B and the search: one seed, one history.
         data, calibration, calibration_sequences, calibration_window: see `search_metric`.
         searcher: who breeds: a name from `evoprune list searchers`.
+        surrogate: measure the most promising of four proposals for a child, by what earlier generations have shown.
         seed_from: an allocation in a file, or a run that found one, to start from beside the allocators.
         window: candidates that may wait for results; changes no history.
         threads, dtype, device, revision, trust_remote_code, config, settings, run_dir: see `search_metric`.
@@ -171,8 +173,9 @@ def search_allocation(
         "drop_only": drop_only, "pareto": pareto, "sparsity_range": sparsity_range, "evaluations": evaluations,
         "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "searcher": searcher, "seed_from": _text(seed_from), "window": window, "threads": threads, "dtype": dtype,
-        "device": device, "revision": revision, "trust_remote_code": trust_remote_code,
+        "searcher": searcher, "surrogate": surrogate, "seed_from": _text(seed_from), "window": window,
+        "threads": threads, "dtype": dtype, "device": device, "revision": revision,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     resolved = allocation_config(options, files=_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)

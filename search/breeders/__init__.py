@@ -19,10 +19,12 @@ class Breeder(Protocol):
     Attributes:
         origin: what the history calls its children.
         redraw: windows of text are drawn anew in every generation; one that learns from all generations keeps them.
+        crosses: what children of one parent changed may be brought together in others.
     """
 
     origin: str
     redraw: bool
+    crosses: bool
 
     def children(self, parent: Genome, count: int, rng: random.Random) -> Sequence[Genome]:
         """At most so many different genomes that meet the budget, none of them `parent`.
@@ -67,6 +69,8 @@ class BreederPlugin:
 
 class Plain:
     """What most breeders have to say beyond their genomes: nothing."""
+
+    crosses = False
 
     def note(self, genome: Genome) -> Mapping[str, Any]:
         return {}

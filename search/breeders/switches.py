@@ -23,6 +23,7 @@ class Switches(Plain):
 
     origin = "switch"
     redraw = True
+    crosses = True
 
     def __init__(self, space: LevelSpace, seed: int) -> None:
         self._space = space

@@ -68,6 +68,7 @@ def origin_text(origin: str) -> str:
     return {
         "seed": f"the allocation of {label(name)}",
         "switch": "bred by level switches",
+        "crossover": "bred from what several children of one parent changed",
         "formula": "given by a formula",
     }.get(family, origin)
 

@@ -133,6 +133,32 @@ class LadderSpace:
         settled = self._settled(options, rng, most=MOST_MOVES, first=changed)
         return None if settled == genome else settled
 
+    def merged(self, base: Genome, genomes: Sequence[Genome], rng: random.Random) -> Genome | None:
+        """What several children of one parent changed, in one genome; of two changes of a gene, the earlier child's.
+
+        Changes of different genes each keep the budget, so there is little to repair.
+
+        Args:
+            base: the parent.
+            genomes: children of it, the best first.
+            rng: decides what is repaired.
+
+        Returns:
+            None if that is one of these genomes, or the budget cannot be met by a few moves.
+        """
+        options = list(base)
+        for genome in reversed(genomes):
+            for at, (option, before) in enumerate(zip(genome, base, strict=True)):
+                if option != before:
+                    options[at] = option
+        changed = {at for at, (option, before) in enumerate(zip(options, base, strict=True)) if option != before}
+        settled = self._settled(options, rng, most=MOST_MOVES, first=changed, never=self._dropped(options))
+        return None if settled in (base, *genomes) else settled
+
+    def _dropped(self, options: Sequence[int]) -> Collection[int]:
+        """Places of genes of parts that are gone as a whole, which nothing takes halfway back."""
+        return ()
+
     def _move(self, options: list[int], at: int, span: int) -> int:
         """Move a gene by so many options, or to its end; the weights that this removes beyond what it did.
 

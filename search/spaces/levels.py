@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from evoprune.metrics.errors import InvalidInput
@@ -93,6 +93,9 @@ class LevelSpace(LadderSpace):
         if self._parts and rng.random() < DROP_SHARE:
             return self._toggled(genome, rng)
         return super().switched(genome, rng, spans)
+
+    def _dropped(self, options: Sequence[int]) -> Collection[int]:
+        return {at for part in self._parts if all(self._levels[options[at]] == GONE for at in part) for at in part}
 
     def _toggled(self, genome: Genome, rng: random.Random) -> Genome | None:
         """A part dropped, or one that is gone given the mean sparsity; the others make up for it."""

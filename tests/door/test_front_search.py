@@ -114,6 +114,8 @@ def test_a_resolved_front_can_be_used_again(run: Run, place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--pareto parameters --surrogate", "a surrogate chooses among level switches at one budget"),
+        ("--searcher random --surrogate", "a surrogate chooses among level switches at one budget"),
         ("--pareto parameters --sparsity-range 0.7 0.4", "the lower first"),
         ("--pareto parameters --sparsity-range 0.5 0.5", "two different ones between 0 and 1"),
         ("--pareto parameters --sparsity-range 0 0.4", "between 0 and 1"),

@@ -114,6 +114,8 @@ def make_run(
         windows=16,
         final_windows=16,
         offspring=8,
+        crossover=True,
+        surrogate=False,
         seed=0,
         evaluations=evaluations,
         identity="",

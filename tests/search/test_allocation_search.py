@@ -54,7 +54,15 @@ def build(context: dict[str, Any]) -> QuadraticWorker:
 class Session:
     """A search in a run folder; `window` births may wait, which is no part of what a generation is."""
 
-    def __init__(self, folder: Path, *, seed: int = 0, evaluations: int | None = 400, window: int = 64) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int = 0,
+        evaluations: int | None = 400,
+        window: int = 64,
+        surrogate: bool = False,
+    ) -> None:
         self.space = LevelSpace(SITES, 0.6)
         rng = random.Random(7)
         uniform = self.space.nearest([0.6 * gene.removed[-1] for gene in self.space.genes], rng)
@@ -68,6 +76,8 @@ class Session:
             windows=40,
             final_windows=20,
             offspring=16,
+            crossover=True,
+            surrogate=surrogate,
             seed=seed,
             evaluations=evaluations,
             identity="quadratic",
@@ -108,6 +118,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Session:
     session = Session(tmp_path_factory.mktemp("undisturbed") / "run")
     session.go()
     return session
+
+
+def test_children_bring_together_what_others_changed(undisturbed: Session) -> None:
+    """Every gene of a crossing is that of one of its parents, but where the budget had to be met again."""
+    history = undisturbed.history
+    by_birth = {line["birth"]: line for line in history}
+    crossed = [line for line in history if line["origin"] == "crossover" and line["stage"] == 0]
+    assert len(crossed) >= 10
+    whole = 0
+    for line in crossed:
+        parents = [by_birth[birth]["genome"] for birth in line["parents"]]
+        assert line["genome"] not in parents
+        assert {by_birth[birth]["generation"] for birth in line["parents"]} <= {
+            line["generation"] - 1, by_birth[line["parents"][0]]["generation"]
+        }  # fmt: skip
+        whole += all(option in options for option, *options in zip(line["genome"], *parents, strict=True))
+    assert whole > len(crossed) / 2
+    # Those that get to the last stage are many for so few.
+    last = [line for line in history if line["stage"] == 2 and line["origin"] == "crossover"]
+    assert len(last) >= 2
 
 
 def test_it_finds_what_the_sensitivities_ask_for(undisturbed: Session) -> None:
@@ -191,6 +221,8 @@ def test_seeds_that_cannot_be_measured_end_the_search(tmp_path: Path) -> None:
         windows=8,
         final_windows=8,
         offspring=4,
+        crossover=True,
+        surrogate=False,
         seed=0,
         evaluations=None,
         identity="",

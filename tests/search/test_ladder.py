@@ -46,6 +46,33 @@ def test_every_operator_keeps_the_budget(sparsity: float, kv: int) -> None:
     assert ladder.tolerance <= min(gene.removed[-1] for gene in ladder.genes) // 256
 
 
+def test_changes_of_several_children_come_together() -> None:
+    ladder = space(llama())
+    rng = random.Random(5)
+    base = ladder.nearest([0.6 * gene.removed[-1] for gene in ladder.genes], rng)
+    apart, overlapping = 0, 0
+    for _ in range(400):
+        children = [ladder.switched(base, rng, SPANS) for _ in range(3)]
+        if None in children:
+            continue
+        changes = [{at for at, (a, b) in enumerate(zip(child, base, strict=True)) if a != b} for child in children]
+        merged = ladder.merged(base, children, rng)
+        if sum(map(len, changes)) == len(set().union(*changes)):  # each keeps the budget, and so do all together
+            apart += 1
+            expected = tuple(
+                next((child[at] for child, changed in zip(children, changes, strict=True) if at in changed), option)
+                for at, option in enumerate(base)
+            )
+            assert merged == expected
+        elif merged is not None:
+            overlapping += 1
+            assert merged not in (base, *children)
+            assert abs(ladder.removed(merged) - ladder.budget) <= ladder.tolerance
+    assert apart > 20
+    assert overlapping > 20
+    assert ladder.merged(base, [base, base], rng) is None
+
+
 def test_equal_genes_switch_as_published() -> None:
     """Between equal ladders a switch is one option up and another down by as much: sums of options never change."""
     ladder = LadderSpace([Gene(str(at), (0, 10, 20, 30, 40)) for at in range(8)], 160)
