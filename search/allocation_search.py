@@ -196,7 +196,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         return [*crossed.values(), *bred][:count]
 
     def _crossed(self, rng: random.Random) -> dict[Genome, Member]:
-        """What the best children of the last parent changed, brought together: the best with each other one, and all."""
+        """What the best children of the last parent changed, together: the best with each other, and all."""
         if self._base is None or self._parent is None:
             return {}
         others = [member for member in self._mates if member.genome != self._base]
