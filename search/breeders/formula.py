@@ -68,6 +68,7 @@ class Formulas:
 
     origin = "formula"
     redraw = False
+    crosses = False
 
     def __init__(
         self,
