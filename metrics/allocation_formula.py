@@ -20,8 +20,8 @@ from evoprune.metrics.errors import InvalidExpression, InvalidInput, UnknownName
 from evoprune.metrics.expression import CONSTANT, Expression, from_json, parse
 from evoprune.metrics.files import content_hash, user_path
 from evoprune.metrics.formula_operators import FUNCTIONS, bounded
-from evoprune.metrics.formula_rule import LEVELS, levels_at_budget, requested_sparsities
-from evoprune.metrics.records import Site, removed_count
+from evoprune.metrics.formula_rule import levels_at_budget, requested_sparsities
+from evoprune.metrics.records import LEVELS, Site, removed_count
 from evoprune.metrics.site_terminals import SITE_TERMINALS
 
 FORMAT = "evoprune-allocation-formula/1"

@@ -16,8 +16,7 @@ from evoprune.metrics.allocation_formula import AllocationFormula, Statistics
 from evoprune.metrics.emit_runtime import removed_count
 from evoprune.metrics.expression import CONSTANT, Expression
 from evoprune.metrics.formula_operators import BOUND, FUNCTIONS, TINY
-from evoprune.metrics.formula_rule import LEVELS
-from evoprune.metrics.records import Site
+from evoprune.metrics.records import LEVELS, Site
 
 _RULE: tuple[Callable[..., Any], ...] = (
     formula_rule.requested_sparsities,

@@ -1,7 +1,7 @@
 """From the scores of an allocation formula to sparsities that meet a budget.
 
-Exports of formulas carry these functions word for word: they use nothing but `LEVELS`, each other and what is imported
-below. `spread` belongs to the formula as its constants do; it is searched with them, for how far matrices may be from
+Exports of formulas carry these functions word for word: they use nothing but `LEVELS`, each other and the standard
+library. `spread` belongs to the formula as its constants do; it is searched with them, for how far matrices may be from
 the mean decides as much as which of them are on which side.
 """
 
@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from itertools import pairwise
 
-LEVELS = 256
+from evoprune.metrics.records import LEVELS
 
 
 def requested_sparsities(scores: list[float], spread: float, sparsity: float) -> list[float]:

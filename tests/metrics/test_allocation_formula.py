@@ -20,10 +20,10 @@ from evoprune.metrics.errors import InvalidExpression, InvalidInput, UnknownName
 from evoprune.metrics.expression import Expression, call, constant, parse, terminal
 from evoprune.metrics.formula_library import FORMULAS
 from evoprune.metrics.formula_operators import FUNCTIONS
-from evoprune.metrics.formula_rule import LEVELS, levels_at_budget, requested_sparsities
+from evoprune.metrics.formula_rule import levels_at_budget, requested_sparsities
 from evoprune.metrics.interpreter import evaluate
 from evoprune.metrics.operators import OPERATORS
-from evoprune.metrics.records import Site, removed_count
+from evoprune.metrics.records import LEVELS, Site, removed_count
 from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS, structure
 from evoprune.metrics.terminals import TERMINALS
 
