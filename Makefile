@@ -34,8 +34,9 @@ search: $(RUN_READY)
 test: $(DEV_READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
+# Most of them wait for processes that they have started, so two at a time take little more than half.
 test-slow: $(DEV_READY)
-	@$(BIN)/python -m pytest -m slow --durations=0 --durations-min=20 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=0 --durations-min=20 $(ARGS)
 
 lint: $(DEV_READY)
 	@echo "ruff check" && $(BIN)/ruff check --quiet .

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+_insisted = threading.Event()
+
 
 class StopFlag:
     """True once a stop was asked for."""
@@ -32,6 +34,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if flag.asked:
+            _insisted.set()
             raise KeyboardInterrupt
         flag.asked = True
 
@@ -39,5 +42,16 @@ def stop_on_signals() -> Iterator[StopFlag]:
     try:
         yield flag
     finally:
+        _insisted.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_if_insisted() -> None:
+    """Raise KeyboardInterrupt once more if a second signal has raised it inside `stop_on_signals`.
+
+    Native code may catch the first one and report an error of its own in its place, as of the shape of a tensor, which
+    would then count against the candidate that was being evaluated.
+    """
+    if _insisted.is_set():
+        raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from evoprune.search.engine.running import (
     run_job,
     set_threads,
 )
+from evoprune.search.signals import stop_if_insisted
 
 
 class InlineExecutor(Executor):
@@ -67,6 +68,7 @@ class InlineExecutor(Executor):
             NoCapacity: the device is broken for this process; a new one may go on.
             Exception: whatever the factory raises, as it is.
             WorkersFailed: this process may not take part.
+            KeyboardInterrupt: a second signal came; the job stays open.
         """
         if not self._queue:
             return []
@@ -80,6 +82,7 @@ class InlineExecutor(Executor):
             raise NoCapacity(f"the device failed: {last_line(str(sick))}") from sick
         except SystemExit as leaving:  # in another process this would end the worker
             outcome = Outcome(key, "crash", error=f"the worker called sys.exit({leaving.code!r})")
+        stop_if_insisted()
         del self._queue[key]  # only now: an interrupted job stays open
         return [outcome]
 

@@ -40,6 +40,15 @@ class FakeWorker:
     def broken(self, payload: dict[str, Any]) -> dict[str, Any]:
         raise ZeroDivisionError("as ordered")
 
+    def misread(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Two signals come, and what the second raises is taken for a fault of the candidate, as native code does."""
+        try:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+        return {}
+
     def not_json(self, payload: dict[str, Any]) -> dict[str, Any]:
         return {"fitness": object()}
 

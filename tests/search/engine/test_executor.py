@@ -12,6 +12,7 @@ import torch
 from evoprune.metrics.errors import AuditFailed, NoCapacity
 from evoprune.search.engine.executor import Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.signals import stop_if_insisted, stop_on_signals
 
 HERE = str(Path(__file__).parent)
 
@@ -89,6 +90,15 @@ def test_an_interrupted_job_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [outcome.key for outcome in executor.poll(0)] == ["again"]
 
 
+def test_a_job_whose_interruption_was_misread_stays_open() -> None:
+    executor = inline()
+    executor.submit([Job("a", "misread", {}), Job("b", "square", {"x": 2})])
+    with stop_on_signals(), pytest.raises(KeyboardInterrupt):
+        executor.poll(1.0)
+    assert list(executor._queue) == ["a", "b"]
+    stop_if_insisted()  # outside the block nothing is left of it
+
+
 @pytest.mark.parametrize("kind", ["device", "lost_file"])
 def test_a_broken_machine_is_not_the_candidates_fault(kind: str, tmp_path: Path) -> None:
     executor = inline()
@@ -142,6 +152,7 @@ import sys
 sys.modules["ray"] = sys.modules["torch"] = None
 from evoprune.search.engine.executor import Job, evaluate
 from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.signals import stop_if_insisted, stop_on_signals
 executor = InlineExecutor("fake_workers:build", {{}}, python_path=[{HERE!r}])
 executor.start()
 print(evaluate(executor, [Job("k", "square", {{"x": 5}})])[0].values["fitness"])
