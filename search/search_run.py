@@ -41,6 +41,7 @@ _FIXED = {
     "prepared": "model or data",
     "files": "bits of the statistics or of the teacher (another processor, or another library)",
     "seeds": "candidates to start from",
+    "allocation": "allocation that candidates are masked at",
 }
 
 
@@ -181,6 +182,10 @@ class SearchRun(ABC, Generic[Config, Search]):
         """What the job `prepare` has to know beside the worker's context."""
         return {}
 
+    def given_facts(self) -> dict[str, str]:
+        """What else must not change between the run's sessions and is known without workers: hashes by name."""
+        return {}
+
     @property
     def counted_by_loop(self) -> bool:
         """Whether the loop ends the search at its evaluations; else the search does so itself."""
@@ -194,7 +199,7 @@ class SearchRun(ABC, Generic[Config, Search]):
             InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
         """
         self._stopping = stopping
-        self._hold(config=self.config.identity, code=code_hash())
+        self._hold(config=self.config.identity, code=code_hash(), **self.given_facts())
         executor = self._executor()
         try:
             self._watch.starting(executor)
@@ -324,6 +329,7 @@ class SearchRun(ABC, Generic[Config, Search]):
                 self.config.objective,
                 str(self.context.rule),
                 self.context.group,
+                self.context.own,
                 prepared.name,
                 evaluation_code_hash(),
                 self._admission.expected if self.config.numerics == "strict" else None,

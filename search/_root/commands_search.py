@@ -85,6 +85,16 @@ def search_metric(
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     group: SearchGroup = None,
+    allocation: Annotated[
+        str | None,
+        option(
+            "--allocation",
+            metavar="FILE|RUN",
+            help="sparsities of the matrices, in place of one: a .json, or a run that left one",
+            panel=TARGET,
+            autocompletion=completion.runs,
+        ),
+    ] = None,
     evaluations: Annotated[
         int | None,
         option(

@@ -13,6 +13,7 @@ from evoprune.search.config import Config, resolve, resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
+from evoprune.search.given import allocation_file
 from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
 
@@ -30,6 +31,7 @@ KEYS = {
     "sparsity": "target.sparsity",
     "pattern": "target.pattern",
     "group": "target.group",
+    "allocation": "target.allocation",
     "population": "searcher.population",
     "searcher": "searcher.name",
     "objective": "objective",
@@ -43,7 +45,7 @@ KEYS = {
 
 # Of an allocation search, where it differs.
 ALLOCATION_KEYS = {
-    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "objective")},
+    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "allocation", "objective")},
     "population": "searcher.offspring",
     "metric": "target.metric",
     "granularity": "target.granularity",
@@ -81,7 +83,12 @@ def metric_config(
     # One of the two, given here, replaces the other where a file has it.
     named = {*given, *(settings or {}), *(assignment.partition("=")[0] for assignment in assignments)}
     cleared = [f"{other}=null" for other, key in (_EITHER, _EITHER[::-1]) if key in named and other not in named]
-    return _settled(resolve(files, given | dict(settings or {}), [*cleared, *assignments]))
+    config = _settled(resolve(files, given | dict(settings or {}), [*cleared, *assignments]))
+    if config.target.allocation is None:
+        return config
+    # The file of a run, for `latest` would soon be the search's own.
+    file = str(allocation_file(config.target.allocation))
+    return config.model_copy(update={"target": config.target.model_copy(update={"allocation": file})})
 
 
 def allocation_config(

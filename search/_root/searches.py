@@ -22,6 +22,7 @@ def search_metric(
     sparsity: float | None = None,
     pattern: str | None = None,
     group: str | None = None,
+    allocation: str | Path | None = None,
     evaluations: int | None = None,
     minutes: float | None = None,
     population: int | None = None,
@@ -57,6 +58,8 @@ def search_metric(
         sparsity: fraction of the prunable weights to remove, in (0, 1); 0.6 unless `pattern` is given.
         pattern: ``N:M``, N kept of every M consecutive inputs.
         group: compare scores within a ``row``, a ``layer`` or the ``global`` model.
+        allocation: a sparsity for each matrix, by row, in place of one: an ``allocation.json``, or a run that left one.
+            Its budget is the `sparsity`; the winner is then the best metric at these sparsities.
         evaluations: candidates with a forward pass, at most.
         minutes: time for the search, at most; how far it gets then depends on the machine.
         population: members over all islands.
@@ -88,8 +91,9 @@ def search_metric(
         WorkersFailed, NoCapacity: no worker can start, or none is left; the run can be resumed.
     """
     options = {
-        "model": model, "sparsity": sparsity, "pattern": pattern, "group": group, "evaluations": evaluations,
-        "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
+        "model": model, "sparsity": sparsity, "pattern": pattern, "group": group,
+        "allocation": _text(allocation), "evaluations": evaluations, "minutes": minutes, "population": population,
+        "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
         "objective": objective, "searcher": searcher, "seed_from": _text(seed_from), "window": window,
         "threads": threads, "dtype": dtype, "device": device, "revision": revision,

@@ -97,7 +97,8 @@ class MetricKind:
     def unfinished_facts(
         self, config: MetricSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        facts: dict[str, RenderableType] = {}
+        allocation = config.target.allocation
+        facts: dict[str, RenderableType] = {} if allocation is None else {"allocation": allocation}
         if (best := document["best"]) is not None:
             facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
         if history:
@@ -133,6 +134,7 @@ class MetricKind:
         for name in config.searcher.seeds or ():
             _ = CRITERIA[name]
         seeds_from(config.seed_from)
+        config.target.given()
 
 
 def _evaluated(history: Sequence[Mapping[str, Any]]) -> int:
