@@ -296,6 +296,8 @@ def target_text(result: Mapping[str, Any]) -> str:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {result['metric']}"
         return f"a front from {low}% to {high}% {inside}"
+    if result["kind"] == "joint":
+        return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":
         if result.get("drop_only"):
             return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.search.config import Config, resolve, resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.given import allocation_file
@@ -53,6 +54,18 @@ ALLOCATION_KEYS = {
     "drop_only": "target.drop_only",
     "pareto": "target.pareto",
     "sparsity_range": "target.sparsity_range",
+}
+
+# Of a joint search, where it differs.
+JOINT_KEYS = {
+    **{
+        name: key
+        for name, key in KEYS.items()
+        if name not in ("pattern", "group", "allocation", "objective", "population", "searcher")
+    },
+    "granularity": "target.granularity",
+    "rounds": "rounds",
+    "metric_share": "metric_share",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
@@ -114,6 +127,18 @@ def allocation_config(
     return config.model_copy(update={"target": target})
 
 
+def joint_config(
+    options: Mapping[str, Any],
+    *,
+    files: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> JointSearchConfig:
+    """`metric_config` for a joint search, with the options of `JOINT_KEYS`."""
+    given = {JOINT_KEYS[name]: value for name, value in options.items() if value is not None}
+    return _settled(resolve_as(JointSearchConfig, files, given | dict(settings or {}), assignments))
+
+
 def _settled(config: Config) -> Config:
     """`config` with the run that ``latest`` means now, for soon it would be the search's own."""
     if config.seed_from != "latest":
@@ -125,8 +150,14 @@ def config_again(
     run: RunDirectory, *, settings: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()
 ) -> SearchConfig:
     """The configuration of a run, with some options changed; see `metric_config`."""
-    resolver = {"metric": metric_config, "allocation": allocation_config}[kind_of(run.kind).name]
-    return resolver({}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments)
+    resolvers: dict[str, Callable[..., SearchConfig]] = {
+        "metric": metric_config,
+        "allocation": allocation_config,
+        "joint": joint_config,
+    }
+    return resolvers[kind_of(run.kind).name](
+        {}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments
+    )
 
 
 def check_names(config: SearchConfig) -> None:

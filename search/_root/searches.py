@@ -92,14 +92,14 @@ def search_metric(
     """
     options = {
         "model": model, "sparsity": sparsity, "pattern": pattern, "group": group,
-        "allocation": _text(allocation), "evaluations": evaluations, "minutes": minutes, "population": population,
+        "allocation": as_text(allocation), "evaluations": evaluations, "minutes": minutes, "population": population,
         "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "objective": objective, "searcher": searcher, "seed_from": _text(seed_from), "window": window,
+        "objective": objective, "searcher": searcher, "seed_from": as_text(seed_from), "window": window,
         "threads": threads, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    resolved = metric_config(options, files=_files(config), settings=settings)
+    resolved = metric_config(options, files=as_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
 
@@ -171,14 +171,14 @@ def search_allocation(
         InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     options = {
-        "model": model, "sparsity": sparsity, "metric": _text(metric), "granularity": granularity, "drop": drop,
+        "model": model, "sparsity": sparsity, "metric": as_text(metric), "granularity": granularity, "drop": drop,
         "drop_only": drop_only, "pareto": pareto, "sparsity_range": sparsity_range, "evaluations": evaluations,
         "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "searcher": searcher, "seed_from": _text(seed_from), "window": window, "threads": threads, "dtype": dtype,
+        "searcher": searcher, "seed_from": as_text(seed_from), "window": window, "threads": threads, "dtype": dtype,
         "device": device, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    resolved = allocation_config(options, files=_files(config), settings=settings)
+    resolved = allocation_config(options, files=as_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
 
@@ -220,10 +220,11 @@ def resume(
     return Run(drive(directory, resources, quiet))
 
 
-def _files(config: str | Path | Sequence[str | Path]) -> list[Path]:
+def as_files(config: str | Path | Sequence[str | Path]) -> list[Path]:
     """Configuration files, of which one may be given as it is."""
     return [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
 
 
-def _text(path: str | Path | None) -> str | None:
+def as_text(path: str | Path | None) -> str | None:
+    """A path as the configuration has it."""
     return None if path is None else str(path)
