@@ -49,6 +49,7 @@ class JointRun(WorkerSession[JointSearchConfig]):
             # A step that has not begun could not know that the model is another: the run as a whole does.
             with self._workers() as executor:
                 prepared = self._prepare(executor, stopping)
+            self._announce()
             found = self._steps(stopping)
             result = self._compared(prepared, found, stopping)
         finally:
@@ -56,11 +57,21 @@ class JointRun(WorkerSession[JointSearchConfig]):
         self._run.write_result(result)
         return result
 
+    def _announce(self) -> None:
+        """How the budget is shared out."""
+        config = self.config
+        shares = []
+        for step in (0, 1):
+            evaluations = [] if config.evaluations is None else [f"{config.shares[step]} evaluations"]
+            minutes = [] if config.minutes is None else [f"{config.minutes * config.weights[step]:g} min"]
+            shares.append(", ".join([*evaluations, *minutes]))
+        self.progress.line(f"{config.rounds} rounds, each of {shares[0]} for metrics, then {shares[1]} for allocations")
+
     def _steps(self, stopping: Callable[[], bool]) -> list[dict[str, Any]]:
         """The results of all steps, of which those that are finished are not done again."""
         committed = 0 if (state := self._run.restore()) is None else state["applied"]
         if not committed:
-            self._commit([], [])
+            self._commit([], [])  # from here on there is something to go on from
         found: list[dict[str, Any]] = []
         spent = 0.0
         for step in steps_of(self._run.path, self.config.rounds):

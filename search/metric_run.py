@@ -130,7 +130,7 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
 
 
 def seeds_from(source: str | None) -> dict[str, Expression]:
-    """Expressions to start from: an exported metric, or the front of another run.
+    """Expressions to start from: an exported metric, the front of another run, or the metric of a joint one.
 
     Raises:
         InvalidInput: neither.
@@ -144,6 +144,8 @@ def seeds_from(source: str | None) -> dict[str, Expression]:
             raise InvalidInput(f"{source} is no expression of this language, so it cannot be bred")
         return {"given": metric.expression}
     run = RunDirectory.open(source)
+    if run.kind == "joint" and run.result is not None:
+        return seeds_from(str(run.path / "export" / "metric.json"))
     if run.kind != KIND.name:
         raise InvalidInput(f"run {source} searched {run.kind}s: a run that searched metrics is needed to start from")
     result = run.result

@@ -154,7 +154,7 @@ def unfinished_view(
     if best is not None:
         facts["best"] = Text(f"{best['fitness']:.5g}  {kind.words(best)}", style="green")
     facts |= kind.unfinished_facts(config, document, history)
-    if reasons := Counter(line["reason"] for line in history if line["reason"]):
+    if reasons := Counter(line["reason"] for line in history if line.get("reason")):
         facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
     if error is not None:
         facts["error"] = Text(error, style="red")

@@ -79,7 +79,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The winner: `expression`, `allocation` or both, `fitness` (text B, lower is better), later `heldout` (text C).
+        """The winner: `expression`, `allocation` or both, `fitness` (text B, less is better), later `heldout` (text C).
 
         None before the first evaluation.
         """

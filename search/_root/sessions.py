@@ -130,7 +130,8 @@ def _storage(run: RunDirectory, asked: str | None) -> str | None:
     Raises:
         InvalidInput: no database has such a URL, or its driver is not installed.
     """
-    known = run.storage if asked is None else asked
+    places = (one.storage for one in (run, *kind_of(run.kind).steps(run)))
+    known = next((place for place in places if place is not None), None) if asked is None else asked
     if known is None or "***" in known:
         return None
     check_storage(known, reach=False)
