@@ -16,6 +16,7 @@ from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.joint_steps import Step
 from evoprune.search.kinds.joint import KIND
+from evoprune.search.level_result import calibration_facts
 from evoprune.search.metric_result import criterion_json
 from evoprune.search.result import failure, paired_difference, standard_error, summary
 from evoprune.search.rundir import RunDirectory
@@ -141,6 +142,7 @@ class JointComparison:
             "final_tokens": config.context().rungs[-1] * config.data.window,
             "window": config.data.window,
             "data": config.data.source,
+            "calibration": calibration_facts(config.data),
             "prunable": self._found[1]["prunable"],
             "dense": {"heldout": summary(heldout["dense"])},
             "baselines": [
