@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.trial_record import Range
@@ -117,6 +117,7 @@ class Kind(Protocol):
         """
 
 
+@runtime_checkable
 class BoardKind(Kind, Protocol):
     """A kind of search whose runs have a board.
 
@@ -168,11 +169,10 @@ def board_kind_of(run: RunDirectory) -> BoardKind:
         InvalidInput: its steps have the boards.
     """
     kind = kind_of(run.kind)
-    if not hasattr(kind, "descriptors"):
-        raise InvalidInput(
-            f"a {kind.name} search has a study for each of its steps: name one, such as {run.path}/steps/1-metric"
-        )
-    return cast(BoardKind, kind)
+    if not isinstance(kind, BoardKind):
+        step = run.path / "steps" / "1-metric"
+        raise InvalidInput(f"a {kind.name} search has a study for each of its steps: name one, such as {step}")
+    return kind
 
 
 def config_of(run: RunDirectory) -> SearchConfig:

@@ -143,6 +143,9 @@ def test_the_report(joined: Path) -> None:
     assert [link for link in linked if link.startswith("steps/")] == [f"steps/{step}/report.html" for step in STEPS]
     assert all((joined / "steps" / step / "report.html").exists() for step in STEPS)
     assert evoprune.Run(joined).report().read_text().count("<figure") == 2
+    third = Page((joined / "steps" / "3-metric" / "report.html").read_text())
+    assert "60 % of all prunable weights, shared out by an allocation, removed" in third.text
+    assert f"--allocation {joined / 'steps' / '3-metric' / 'export' / 'allocation.json'}" in third.text
 
 
 def test_export(run: Run, joined: Path, place: Path, tmp_path: Path) -> None:

@@ -274,12 +274,20 @@ else:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_a_killed_run_resumes_to_the_same(executor: str, finished: RunDirectory, world: Path) -> None:
-    """SIGKILL early, in every step and at its end."""
+@pytest.mark.parametrize(
+    ("executor", "moments"),
+    [
+        ("inline", ("steps/1-metric/config.yaml", *(f"steps/{name}/evaluations.wal" for name in STEPS), "export")),
+        pytest.param("ray", ("steps/2-allocation/evaluations.wal",), marks=pytest.mark.ray),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same(
+    executor: str, moments: tuple[str, ...], finished: RunDirectory, world: Path
+) -> None:
+    """SIGKILL as soon as these files are there: early, in every step and at the end."""
     path = world / f"killed-{executor}"
     command = [sys.executable, "-c", _DRIVER, str(path), config(world).model_dump_json(), executor]
-    for wanted in ("steps/1-metric/config.yaml", *(f"steps/{name}/evaluations.wal" for name in STEPS), "export"):
+    for wanted in moments:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not (path / wanted).exists():
             time.sleep(0.01)
