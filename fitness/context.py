@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from evoprune.fitness.parcels import require
+from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.records import Group, MaskRule
 
 
@@ -28,6 +29,8 @@ class EvaluationContext:
         statistics: names that candidates may read.
         objective: name of the measure.
         sparsity, pattern, group: the mask rule.
+        allocation: the document of an `Allocation`, if matrices lose different fractions; the mask rule is then its
+            budget, by row.
         threads: torch threads on a CPU.
         places: where `model`, `data` and `calibration` are on a cluster's nodes; see `pack_inputs`. No part of the
             identity.
@@ -52,6 +55,7 @@ class EvaluationContext:
     sparsity: float | None = 0.6
     pattern: tuple[int, int] | None = None
     group: Group = "row"
+    allocation: Mapping[str, Any] | None = None
     threads: int = 1
     places: Mapping[str, str] = field(default_factory=dict)
 
@@ -66,6 +70,11 @@ class EvaluationContext:
     def rule(self) -> MaskRule:
         """How many weights go."""
         return MaskRule(self.sparsity, self.pattern, self.group)
+
+    @property
+    def own(self) -> dict[str, float]:
+        """Sparsity of each matrix by site name, in [0, 1]; empty if all have the rule's."""
+        return {} if self.allocation is None else from_json(self.allocation).by_name()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them back."""

@@ -23,7 +23,7 @@ from evoprune.fitness.teacher import Teacher, WindowLosses, linear_head, window_
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.interpreter import free_inputs
-from evoprune.metrics.mask import check_finite, global_masks, mask
+from evoprune.metrics.mask import check_finite, global_masks, mask, own_rule
 from evoprune.metrics.records import MaskRule, Site
 
 
@@ -37,6 +37,11 @@ class Evaluator:
         windows: [n, w] token ids of text B.
         teacher: of the same windows; None if no objective needs it.
         rule: how many weights go.
+        own: sparsity of every site by name, in [0, 1], in place of one; empty if there is one. `rule` is then their
+            budget, by row.
+
+    Attributes:
+        own: as given. What is applied next reads it, so that one model can be tried at several.
     """
 
     def __init__(
@@ -47,11 +52,13 @@ class Evaluator:
         windows: Tensor,
         teacher: Teacher | None,
         rule: MaskRule,
+        own: Mapping[str, float] | None = None,
     ) -> None:
         self.language_model = language_model
         self.windows = windows
         self.teacher = teacher
         self.rule = rule
+        self.own: Mapping[str, float] = own or {}
         self.statistics = statistics
         self.head = linear_head(language_model.model, windows[:1, :8].to(language_model.device))
         self._resident = ResidentWeights(language_model, dense)
@@ -83,15 +90,23 @@ class Evaluator:
             yield from zip(self.sites, global_masks(scores, self.rule.sparsity), strict=True)
             return
         for site in self.sites:
+            rule = own_rule(self.rule, self.own, site.name)
+            if rule is None:
+                shape, device = (site.out_features, site.in_features), self.language_model.device
+                yield site, torch.zeros(shape, dtype=torch.bool, device=device)
+                continue
+            # Scores are those of the budget whatever a matrix loses, as in `prune_model`.
             scores_of_site = criterion.score(site, self.inputs(site, criterion.needs))
             if scores_of_site.shape != (site.out_features, site.in_features):
                 raise InvalidCandidate("TYPE", f"scores of shape {tuple(scores_of_site.shape)} for {site.name}")
             check_finite(scores_of_site)
-            yield site, mask(scores_of_site, self.rule, max_tied=max_tied)
+            yield site, mask(scores_of_site, rule, max_tied=max_tied)
 
     @torch.no_grad()
     def apply(self, criterion: Criterion, max_tied: float | None = None) -> int:
         """Write the masked weights of every site into the model; the number of weights removed.
+
+        Of a site at sparsity 1 the bias goes too. Nothing but `restore` brings it back.
 
         Raises:
             InvalidCandidate: see `masks`; the model is then partly overwritten, as the next `apply` expects.
@@ -99,7 +114,10 @@ class Evaluator:
         bound = {entry.site.name: entry for entry in self.language_model.sites}
         removed = 0
         for site, keep in self.masks(criterion, max_tied):
-            self._resident.write(bound[site.name], keep)
+            if self.own.get(site.name) == 1:
+                self._resident.empty(bound[site.name])
+            else:
+                self._resident.write(bound[site.name], keep)
             removed += site.weights - int(keep.sum())
         return removed
 

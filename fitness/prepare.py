@@ -22,10 +22,12 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.parcels import find, link, packing, require
+from evoprune.fitness.pruning import check_allocation
 from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
 from evoprune.fitness.statistics_store import KNOWN, stored_names
 from evoprune.fitness.teacher import Teacher, build_teacher, linear_head, window_losses
 from evoprune.fitness.text import token_windows
+from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import free_inputs
@@ -127,8 +129,8 @@ def prepare(
         progress: told what runs, how much of it is done and how much there is.
 
     Raises:
-        InvalidInput: a text is too short, a statistic does not exist, the width does not fit the pattern, or the disk
-            is full or read-only.
+        InvalidInput: a text is too short, a statistic does not exist, the width does not fit the pattern, the
+            allocation is of another model, or the disk is full or read-only.
     """
     tokenizer = language_model.tokenizer
     check_widths(language_model, context)
@@ -227,8 +229,11 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
     """Refuse what the model's shape cannot do.
 
     Raises:
-        InvalidInput: a pattern whose M does not divide a width; a window longer than the model's context.
+        InvalidInput: an allocation of another model; a pattern whose M does not divide a width; a window longer than
+            the model's context.
     """
+    if context.allocation is not None:
+        check_allocation(language_model, from_json(context.allocation))
     if context.pattern is not None:
         for bound in language_model.sites:
             check_pattern(context.pattern, bound.site.in_features, bound.site.name)

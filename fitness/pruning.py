@@ -16,7 +16,7 @@ from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.interpreter import free_inputs
-from evoprune.metrics.mask import check_finite, check_pattern, global_masks, mask
+from evoprune.metrics.mask import check_finite, check_pattern, global_masks, mask, own_rule
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS
 
@@ -168,10 +168,10 @@ def _masks(
         return
     own = {} if allocation is None else allocation.by_name()
     for bound in language_model.sites:
-        if own.get(bound.site.name) == 1:
+        of_site = own_rule(rule, own, bound.site.name)
+        if of_site is None:
             yield bound, torch.zeros_like(bound.weight(), dtype=torch.bool)
             continue
-        of_site = MaskRule(own[bound.site.name]) if own else rule
         # Scores are those of the budget whatever a matrix loses: a search over levels ranks every weight once.
         yield bound, mask(site_scores(bound, criterion, rule, statistics), of_site)
 

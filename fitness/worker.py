@@ -100,7 +100,13 @@ class MetricWorker(ModelWorker):
         if self._evaluator is None or self._evaluator[0] is not opened:
             windows, teacher = opened.text("search")
             evaluator = Evaluator(
-                self.language_model, opened.dense, opened.statistics(), windows, teacher, self.context.rule
+                self.language_model,
+                opened.dense,
+                opened.statistics(),
+                windows,
+                teacher,
+                self.context.rule,
+                self.context.own,
             )
             self._evaluator = (opened, evaluator)
         return self._evaluator[1]

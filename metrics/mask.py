@@ -7,7 +7,7 @@ Source: symbolic pruning metrics, sections 3.1 and 5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -56,6 +56,19 @@ def mask(scores: Tensor, rule: MaskRule, *, max_tied: float | None = None) -> Te
     if max_tied is not None and tied > max_tied:
         raise InvalidCandidate("TIES", f"{tied:.0%} tie at the cut")
     return keep
+
+
+def own_rule(rule: MaskRule, own: Mapping[str, float], site: str) -> MaskRule | None:
+    """The rule of one matrix, by its own sparsity where matrices have such; None if nothing of it stays.
+
+    Args:
+        rule: of all matrices, if none has a sparsity of its own.
+        own: sparsity by site name, in [0, 1]; empty, or complete.
+        site: name of the matrix.
+    """
+    if not own:
+        return rule
+    return None if own[site] == 1 else MaskRule(own[site])
 
 
 def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:

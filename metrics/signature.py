@@ -7,7 +7,7 @@ equal masks, which costs an evaluation and nothing else. Source: symbolic prunin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.interpreter import evaluate
-from evoprune.metrics.mask import MAX_TIED_ROWS, check_finite, global_masks, mask
+from evoprune.metrics.mask import MAX_TIED_ROWS, check_finite, global_masks, mask, own_rule
 from evoprune.metrics.probe import Probe
 from evoprune.metrics.records import MaskRule, removed_count
 
@@ -35,7 +35,9 @@ class Signature:
     reason: str | None = None
 
 
-def rank_signature(expression: Expression, probe: Probe, rule: MaskRule) -> Signature:
+def rank_signature(
+    expression: Expression, probe: Probe, rule: MaskRule, own: Mapping[str, float] | None = None
+) -> Signature:
     """The signature of a metric, best asked of its canonical form.
 
     Scores are float64 here, so that metrics that differ only by how float32 rounds near-equal scores share a signature.
@@ -46,6 +48,7 @@ def rank_signature(expression: Expression, probe: Probe, rule: MaskRule) -> Sign
         probe: what to rank.
         rule: the group that is ranked (each row, each matrix or all together), and the cut at which ties are looked
             for.
+        own: sparsity by site name, in [0, 1], if each matrix has a cut of its own; see `own_rule`.
     """
     if not expression.statistics <= probe.terminals:
         return Signature("", "STAT_MISSING")
@@ -64,7 +67,9 @@ def rank_signature(expression: Expression, probe: Probe, rule: MaskRule) -> Sign
     for ranking in rankings:
         width = np.uint16 if ranking.shape[1] <= 1 << 16 else np.uint32
         digest.update(np.argsort(ranking.numpy(), axis=1, kind="stable").astype(width).tobytes())
-    tied = _tied([score.float() for score in scores[:-1]], rule)
+    rules = [own_rule(rule, own or {}, name) for name in probe.names[:-1]]
+    cut = [(score.float(), its) for score, its in zip(scores, rules, strict=False) if its is not None]
+    tied = _tied([score for score, _ in cut], rule, [its.sparsity for _, its in cut]) if cut else 0.0
     return Signature(digest.hexdigest(), "TIES" if tied > MAX_TIED_ROWS else None)
 
 
@@ -113,8 +118,12 @@ def _flat(scores: Sequence[Tensor]) -> Tensor:
     return torch.cat([score.reshape(1, -1) for score in scores], 1)
 
 
-def _tied(scores: Sequence[Tensor], rule: MaskRule) -> float:
-    """Fraction of the rows that tie at the cut; where a group is more than a row, of the weights that equal the cut."""
+def _tied(scores: Sequence[Tensor], rule: MaskRule, sparsities: Sequence[float | None]) -> float:
+    """Fraction of the rows that tie at the cut; where a group is more than a row, of the weights that equal the cut.
+
+    Args:
+        sparsities: of each matrix, whose rows are cut there; not read if the group is no row or there is a pattern.
+    """
     if rule.pattern is not None:
         kept, width = rule.pattern
         cut = width - kept
@@ -123,7 +132,7 @@ def _tied(scores: Sequence[Tensor], rule: MaskRule) -> float:
         return float(np.concatenate(rows).mean())
     assert rule.sparsity is not None
     if rule.group == "row":
-        rows = [_equal_to_cut(score, rule.sparsity).any(1) for score in scores]
+        rows = [_equal_to_cut(score, at).any(1) for score, at in zip(scores, sparsities, strict=True) if at is not None]
     else:
         groups = [_flat(scores)] if rule.group == "global" else [_flat([score]) for score in scores]
         rows = [_equal_to_cut(group, rule.sparsity).reshape(-1) for group in groups]

@@ -34,6 +34,8 @@ def searching_note(
         ("births", f"{births:,}, {births - evaluations:,} of them answered without a forward pass"),
         ("candidates by rung", " → ".join(f"{count:,}" for count in rung_counts)),
     ]
+    if config.target.allocation is not None:
+        rows.append(("target", f"{config.aim}, {config.target.allocation}"))
     if best is None:
         return "\n".join(["## Searching", "", *_table(("", ""), rows)])
     tokens = config.racing.rungs[len(best.rungs) - 1] * config.data.window

@@ -11,10 +11,15 @@ from pydantic import ValidationError
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
 
-CONFIGS: dict[str, type[SearchConfig]] = {"metric": MetricSearchConfig, "allocation": AllocationSearchConfig}
+CONFIGS: dict[str, type[SearchConfig]] = {
+    "metric": MetricSearchConfig,
+    "allocation": AllocationSearchConfig,
+    "joint": JointSearchConfig,
+}
 """Of each kind of search."""
 
 Config = TypeVar("Config", bound=SearchConfig)

@@ -8,9 +8,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evoprune.fitness.context import EvaluationContext
+from evoprune.metrics.allocation import Allocation
+from evoprune.metrics.allocation_file import to_json
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS, TERMINALS
 from evoprune.search.config_sections import SearchConfig, Section
+from evoprune.search.given import read_named
 
 # Forward, backward and Hessian statistics that a search may read unless told otherwise.
 DEFAULT_STATISTICS = ("X_l2", "X_l1", "X_mean", "X_var", "X_max", "Y_l2", "G_l2", "G_l1", "G_mean", "Hinv")
@@ -27,13 +31,19 @@ class TargetConfig(Section):
     sparsity: float | None = Field(None, description="fraction to remove, in (0, 1); 0.6 unless there is a pattern")
     pattern: str | None = Field(None, description="N:M, N kept of every M")
     group: Literal["row", "layer", "global"] = Field("row", description="what scores are compared within")
+    allocation: str | None = Field(
+        None,
+        description="a file of sparsities, one for each matrix, or a run that left one; its budget is the sparsity",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _neither(cls, values: Any) -> Any:
         """The default is written out, so that a resolved configuration says what is removed."""
         if isinstance(values, dict) and values.get("sparsity") is None and values.get("pattern") is None:
-            return {**values, "sparsity": DEFAULT_SPARSITY}
+            allocation = values.get("allocation")
+            budget = read_named(allocation).sparsity if isinstance(allocation, str) else DEFAULT_SPARSITY
+            return {**values, "sparsity": budget}
         return values
 
     @field_validator("pattern", mode="before")
@@ -53,6 +63,10 @@ class TargetConfig(Section):
         if self.pattern is not None:
             parse_pattern(self.pattern)
         assert self.group in GROUPS
+        if self.allocation is not None and self.pattern is not None:
+            raise ValueError("a pattern fixes the sparsity of every row: give --allocation or --pattern, not both")
+        if self.allocation is not None and self.group != "row":
+            raise ValueError(f"an allocation counts by row: leave out --group {self.group}")
         return self
 
     @property
@@ -61,6 +75,22 @@ class TargetConfig(Section):
         if self.pattern is not None:
             return MaskRule(None, parse_pattern(self.pattern), "row")
         return MaskRule(self.sparsity, None, self.group)
+
+    def given(self) -> Allocation | None:
+        """The allocation as its file has it now.
+
+        Raises:
+            InvalidInput: it cannot be read, or its budget is not the sparsity.
+        """
+        if self.allocation is None:
+            return None
+        allocation = read_named(self.allocation)
+        if allocation.sparsity != self.sparsity:
+            raise InvalidInput(
+                f"the allocation's budget is a sparsity of {allocation.sparsity:g}, not {self.sparsity:g}: "
+                f"give {allocation.sparsity:g} or none"
+            )
+        return allocation
 
 
 class RacingConfig(Section):
@@ -125,9 +155,17 @@ class MetricSearchConfig(SearchConfig):
         """Names that candidates may read: the statistics, and what needs no data."""
         return frozenset(self.statistics) | (frozenset(TERMINALS) - STATISTICS)
 
+    @property
+    def aim(self) -> str:
+        return f"{self.target.rule}{'' if self.target.allocation is None else ' by an allocation'}"
+
     def context(self) -> EvaluationContext:
-        """What workers have to know."""
-        rule = self.target.rule
+        """What workers have to know.
+
+        Raises:
+            InvalidInput: see `TargetConfig.given`.
+        """
+        rule, allocation = self.target.rule, self.target.given()
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,
@@ -148,5 +186,6 @@ class MetricSearchConfig(SearchConfig):
             sparsity=rule.sparsity,
             pattern=rule.pattern,
             group=rule.group,
+            allocation=None if allocation is None else to_json(allocation),
             threads=self.threads,
         )

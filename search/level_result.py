@@ -12,6 +12,7 @@ from evoprune.metrics.errors import EvopruneError
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import LEVELS
 from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_sections import DataConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.spaces.ladder import Genome
@@ -61,12 +62,17 @@ def run_facts(
         "final_tokens": config.searcher.windows * config.data.window,
         "window": config.data.window,
         "data": config.data.source,
-        "calibration": {
-            "text": config.data.calibration or config.data.source,
-            "sequences": config.data.calibration_sequences,
-            "window": config.data.calibration_window,
-        },
+        "calibration": calibration_facts(config.data),
         "prunable": sum(site.weights for site in search.space.sites),
+    }
+
+
+def calibration_facts(data: DataConfig) -> dict[str, Any]:
+    """What ``result.json`` says of text A."""
+    return {
+        "text": data.calibration or data.source,
+        "sequences": data.calibration_sequences,
+        "window": data.calibration_window,
     }
 
 

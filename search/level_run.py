@@ -19,6 +19,7 @@ from evoprune.metrics.records import removed_count
 from evoprune.search.breeders import breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
+from evoprune.search.given import allocation_file
 from evoprune.search.kinds.allocation import KIND
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.result import failure
@@ -182,25 +183,14 @@ def given_allocation(config: AllocationSearchConfig) -> Allocation | None:
     Raises:
         InvalidInput: neither, or the run is not finished.
     """
-    source = config.seed_from
-    if source is None:
+    if config.seed_from is None:
         return None
-    path = Path(source)
-    if path.suffix in (".json", ".txt") and not path.is_dir():
-        if path.suffix == ".txt":
-            raise InvalidInput(f"{source} is no .json: EvoPress's text says neither its budget nor its model")
-        if read_formula(path) is None:
-            return read_allocation(path)
-        if not breeder_of(config.searcher.name).reads:
-            raise InvalidInput(
-                f"{source} holds a formula, which only a search of formulas can start from: add --searcher formula"
-            )
-        return None
-    run = RunDirectory.open(source)
-    if run.kind != KIND.name:
+    file = allocation_file(config.seed_from)
+    if read_formula(file) is None:
+        return read_allocation(file)
+    if not breeder_of(config.searcher.name).reads:
         raise InvalidInput(
-            f"run {source} searched {run.kind}s: a run that searched allocations is needed to start from"
+            f"{config.seed_from} holds a formula, which only a search of formulas can start from: add "
+            "--searcher formula"
         )
-    if run.result is None:
-        raise InvalidInput(f"run {source} is not finished: resume it first")
-    return read_allocation(run.path / "export" / "allocation.json")
+    return None

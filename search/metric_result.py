@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport, latex
 from evoprune.metrics.errors import EvopruneError, InvalidInput
@@ -18,6 +19,7 @@ from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.identity import versions
+from evoprune.search.level_result import write_whole
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -83,6 +85,7 @@ class MetricComparison:
         prepared: name of the prepared set.
         search: at its end.
         finalists: one of them wins.
+        allocation: what candidates were masked at; None if all matrices had the target's sparsity.
 
     Raises:
         EvopruneError: no finalist could be measured.
@@ -95,6 +98,7 @@ class MetricComparison:
         prepared: str,
         search: MetricSearch,
         finalists: Sequence[Finalist],
+        allocation: Allocation | None = None,
     ) -> None:
         if not finalists:
             raise EvopruneError("no finalist could be measured; the event log says why")
@@ -106,6 +110,7 @@ class MetricComparison:
         self._search = search
         self._best = best
         self._rule = config.target.rule
+        self._allocation = allocation
         self._entrants: dict[str, dict[str, Any] | None] = {"dense": None, "winner": criterion_json(best.expression)}
         for name in BASELINES:
             if CRITERIA[name].needs <= config.terminals:
@@ -146,6 +151,7 @@ class MetricComparison:
             "model": config.model.name,
             "target": str(self._rule),
             "group": self._rule.group,
+            "allocation": None if self._allocation is None else described_allocation(self._allocation),
             "objective": config.objective,
             "seed": config.seed,
             "evaluations": evaluations,
@@ -187,7 +193,7 @@ class MetricComparison:
         }
 
     def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
-        """Write the winner's files into the run and read them back.
+        """Write the winner's files into the run, beside the allocation that it was found at, and read them back.
 
         Raises:
             EvopruneError: a file does not give the winner back.
@@ -197,6 +203,8 @@ class MetricComparison:
         export = winner_export(self._config, run.identity, result, self._best.expression)
         for suffix in ("json", "py", "tex"):
             export.write(folder / f"metric.{suffix}")
+        if self._allocation is not None:
+            write_whole(self._allocation, folder / "allocation.json")
         for suffix in ("json", "py"):
             read = load_metric(str(folder / f"metric.{suffix}"))
             if not isinstance(read, Metric) or read.expression != self._best.expression:
@@ -240,7 +248,7 @@ def winner_export(
     return MetricExport(
         Metric(expression, result["group"], f"evoprune run {result['run']}"),
         rule=config.target.rule,
-        title=f"found by evoprune on {config.model.name} at {result['target']}",
+        title=f"found by evoprune on {config.model.name} at {result['target']}{_allocated(result)}",
         provenance={
             "run": result["run"],
             "model": config.model.name,
@@ -253,6 +261,17 @@ def winner_export(
         },
         results={"heldout_perplexity": {name: round(value, 4) for name, value in shown.items()}},
     )
+
+
+def _allocated(result: Mapping[str, Any]) -> str:
+    """How matrices share the sparsity, where they do not all have it."""
+    allocation = result.get("allocation")
+    return "" if allocation is None else f", allocated by {allocation['allocator']}"
+
+
+def described_allocation(allocation: Allocation) -> dict[str, Any]:
+    """What a result says of the allocation that candidates were masked at: who made it, and what matrices lose."""
+    return {"allocator": allocation.allocator, "sparsity": allocation.sparsity, "sites": allocation.by_name()}
 
 
 def criterion_json(expression: Expression) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.fitness.prepare import Summary
+from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
@@ -34,6 +35,10 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
 
     def seeds_identity(self) -> dict[str, Any]:
         return {name: seed.to_json() for name, seed in self._seeds().items()}
+
+    def given_facts(self) -> dict[str, str]:
+        own = self.context.own
+        return {"allocation": content_hash(own)} if own else {}
 
     def plan(self) -> Plan:
         config = self.config
@@ -84,6 +89,7 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
             finalists=config.racing.finalists,
             full_ladder=frozenset(BASELINES),
             dead=dead,
+            own=self.context.own,
         )
 
     def _seeds(self) -> dict[str, Expression]:
@@ -113,7 +119,8 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
             if all(outcome.status == "ok" for outcome in measured):
                 losses = [loss for outcome in measured for loss in outcome.values["nll"]]
                 compared.append(Finalist(member, losses))
-        return MetricComparison(self.config, self.identity, prepared.name, search, compared)
+        allocation = None if self.context.allocation is None else from_json(self.context.allocation)
+        return MetricComparison(self.config, self.identity, prepared.name, search, compared, allocation)
 
     def _final(self, prepared: Summary, member: Candidate, windows: tuple[int, int]) -> Job:
         """Losses of a finalist on some windows of text B."""
@@ -123,7 +130,7 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
 
 
 def seeds_from(source: str | None) -> dict[str, Expression]:
-    """Expressions to start from: an exported metric, or the front of another run.
+    """Expressions to start from: an exported metric, the front of another run, or the metric of a joint one.
 
     Raises:
         InvalidInput: neither.
@@ -137,6 +144,8 @@ def seeds_from(source: str | None) -> dict[str, Expression]:
             raise InvalidInput(f"{source} is no expression of this language, so it cannot be bred")
         return {"given": metric.expression}
     run = RunDirectory.open(source)
+    if run.kind == "joint" and run.result is not None:
+        return seeds_from(str(run.path / "export" / "metric.json"))
     if run.kind != KIND.name:
         raise InvalidInput(f"run {source} searched {run.kind}s: a run that searched metrics is needed to start from")
     result = run.result

@@ -48,6 +48,7 @@ class MetricSearch:
         finalists: how many of the best at the top rung to remember.
         full_ladder: names of seeds that run every rung, because they stand in the result's table.
         dead: statistics that are zero along too many rows; expressions that read them are rejected.
+        own: sparsity of each matrix by site name, if they have such; see `own_rule`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class MetricSearch:
         finalists: int = 1,
         full_ladder: frozenset[str] = frozenset(),
         dead: frozenset[str] = frozenset(),
+        own: Mapping[str, float] | None = None,
     ) -> None:
         self.archive = archive
         self.racing = racing
@@ -85,6 +87,7 @@ class MetricSearch:
         self._n_finalists = finalists
         self._full_ladder = full_ladder
         self._dead = dead
+        self._own = own or {}
         self._births = 0
         self._keys: dict[str, int] = {}
         self._signatures: dict[str, int] = {}
@@ -222,7 +225,7 @@ class MetricSearch:
         )
         if reason is not None:
             return reason, None
-        signature = rank_signature(expression, self._probe, self._rule)
+        signature = rank_signature(expression, self._probe, self._rule, self._own)
         # A given metric runs even if half-precision weights tie in it, as magnitudes do.
         if signature.reason is not None and not (given and signature.reason == "TIES"):
             return signature.reason, None

@@ -59,6 +59,9 @@ class Progress:
         self._counters: dict[str, int | str] = {}
         self._before = elapsed
         self._begin = time.monotonic()
+        self._part = ""
+        self._done_before = 0
+        self._spent_before = 0.0
         self._clock: float | None = None  # when the budget in minutes began, as if there had been no interruption
         self._samples: deque[tuple[float, int]] = deque()
         self._last_line = 0.0
@@ -90,8 +93,19 @@ class Progress:
         elif self._evaluations:
             self._print(self._plain())
 
+    def begin_part(self, name: str, done: int, spent: float) -> None:
+        """A part of the whole begins, which tells only of itself.
+
+        Args:
+            name: shown before its phases.
+            done: evaluations of the parts before.
+            spent: seconds of the budget in minutes that they took.
+        """
+        self._part, self._done_before, self._spent_before = name, done, spent
+
     def phase(self, text: str) -> None:
         """Say what is going on from now on."""
+        text = f"{self._part}: {text}" if self._part else text
         changed = text != self._phase
         self._phase = text
         if changed and self._live is None:
@@ -100,7 +114,7 @@ class Progress:
 
     def clock_starts(self, spent: float = 0.0) -> None:
         """The budget in minutes counts from now on, `spent` seconds of it being gone already."""
-        self._clock = time.monotonic() - spent
+        self._clock = time.monotonic() - spent - self._spent_before
 
     def update(
         self,
@@ -120,7 +134,7 @@ class Progress:
         """
         now = time.monotonic()
         if evaluations is not None:
-            self._evaluations = evaluations
+            self._evaluations = self._done_before + evaluations
             self._sample(now)
         self._best = self._best if best is None else best
         self._expression = self._expression if expression is None else expression
@@ -133,6 +147,11 @@ class Progress:
     def line(self, text: str) -> None:
         """Print a line that stays, above the live display if there is one."""
         self._print(text)
+
+    @property
+    def evaluations(self) -> int:
+        """How many candidates have been evaluated, all together."""
+        return self._evaluations
 
     @property
     def rate(self) -> float | None:

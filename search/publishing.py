@@ -8,12 +8,12 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.journal import EvaluationLog
-from evoprune.search.kinds import Kind, config_of, kind_of
+from evoprune.search.kinds import BoardKind, board_kind_of, config_of
 from evoprune.search.rundir import RunDirectory
 
 
 def make_board(
-    run: RunDirectory, kind: Kind, storage: str | None, *, warn: Callable[[str], None] = lambda _: None
+    run: RunDirectory, kind: BoardKind, storage: str | None, *, warn: Callable[[str], None] = lambda _: None
 ) -> Board:
     """The run's board.
 
@@ -47,9 +47,9 @@ def rebuild_board(run: RunDirectory, storage: str | None) -> None:
     """Write the run's studies anew: trials from its history, note and artifacts from its result.
 
     Raises:
-        InvalidInput: a search drives the run, or the storage cannot be written.
+        InvalidInput: a search drives the run, the storage cannot be written, or the run's steps have the boards.
     """
-    config, kind = config_of(run), kind_of(run.kind)
+    config, kind = config_of(run), board_kind_of(run)
     run.lock()
     try:
         history = list(run.history())
@@ -79,7 +79,7 @@ def publish_result(run: RunDirectory, storage: str | None, *, warn: Callable[[st
     """
     run.lock()
     try:
-        board = make_board(run, kind_of(run.kind), storage, warn=warn)
+        board = make_board(run, board_kind_of(run), storage, warn=warn)
         _tell_result(board, run)
         board.close()
     finally:
@@ -90,7 +90,7 @@ def _tell_result(board: Board, run: RunDirectory) -> None:
     result = run.result
     if result is None:
         return
-    kind = kind_of(run.kind)
+    kind = board_kind_of(run)
     files = list(kind.artifacts(run.path, result))
     board.publish(kind.finished_note(result, [path.name for path in files]), files)
     board.set_attributes({"counters": result["reasons"], "evaluations": result["evaluations"]})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
@@ -24,7 +25,7 @@ from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.engine.ray import RayExecutor
 from evoprune.search.identity import code_hash, evaluation_code_hash
-from evoprune.search.kinds import Kind, WatchedSearch
+from evoprune.search.kinds import BoardKind, WatchedSearch
 from evoprune.search.loop import BirthLoop, Budget, finish_running, take_finished
 from evoprune.search.progress import Progress
 from evoprune.search.result import failure, invalid_input
@@ -41,6 +42,7 @@ _FIXED = {
     "prepared": "model or data",
     "files": "bits of the statistics or of the teacher (another processor, or another library)",
     "seeds": "candidates to start from",
+    "allocation": "allocation that candidates are masked at",
 }
 
 
@@ -121,8 +123,8 @@ class Comparison(Protocol):
         """
 
 
-class SearchRun(ABC, Generic[Config, Search]):
-    """One session of a run; each kind of search says what is prepared, searched and compared.
+class WorkerSession(ABC, Generic[Config]):
+    """One session of a run: its workers, what they prepare, and what the run must not change.
 
     Args:
         run: locked by this process.
@@ -131,12 +133,10 @@ class SearchRun(ABC, Generic[Config, Search]):
         progress: shows what happens.
 
     Attributes:
-        kind: how others speak of this search.
         worker_factory: what executors call.
         pure_jobs: kinds of jobs that give the same values on every admitted worker; `prepare` also times itself.
     """
 
-    kind: ClassVar[Kind]
     worker_factory: ClassVar[str]
     pure_jobs: ClassVar[tuple[str, ...]]
 
@@ -147,7 +147,7 @@ class SearchRun(ABC, Generic[Config, Search]):
         self.identity = ""
         self._run = run
         self._resources = resources
-        self._watch = Watch(run, config, self.kind, progress, resources.storage)
+        self._watch = Watch(run, config, progress, resources.storage)
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._stopping: Callable[[], bool] = lambda: False
         self._seconds_per_token = 0.0
@@ -161,79 +161,44 @@ class SearchRun(ABC, Generic[Config, Search]):
     def seeds_identity(self) -> Any:
         """What the search starts from, as JSON values."""
 
-    @abstractmethod
-    def build_search(self, prepared: Summary, ask: Ask) -> Search:
-        """The search as the configuration asks for it, at its beginning."""
-
-    @abstractmethod
-    def plan(self) -> Plan:
-        """What the search will ask of its workers."""
-
-    @abstractmethod
-    def comparison(self, prepared: Summary, search: Search, ask: Ask) -> Comparison:
-        """The winner beside the baselines.
-
-        Raises:
-            InvalidInput: no candidate has a fitness.
-        """
-
     def prepare_payload(self) -> dict[str, Any]:
         """What the job `prepare` has to know beside the worker's context."""
         return {}
 
-    @property
-    def counted_by_loop(self) -> bool:
-        """Whether the loop ends the search at its evaluations; else the search does so itself."""
-        return True
-
-    def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
-        """Search, measure, write ``result.json`` and the exports; the result.
-
-        Raises:
-            Interrupted: `stopping` became true; the run can be resumed.
-            InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
-        """
-        self._stopping = stopping
-        self._hold(config=self.config.identity, code=code_hash())
-        executor = self._executor()
-        try:
-            self._watch.starting(executor)
-            executor.start()
-            prepared = self._prepare(executor, stopping)
-
-            ask = partial(self._ask, executor, stopping)
-            search = self.build_search(prepared, ask)
-            self._announce(prepared, executor)
-            loop = self.build_loop(search, executor)
-            spent = self._run.phase_seconds(SEARCHING)  # by earlier sessions
-            began = time.monotonic() - spent
-            minutes = self.config.minutes
-            budget = Budget(
-                self.config.evaluations if self.counted_by_loop else None,
-                expired=lambda: minutes is not None and time.monotonic() - began > 60 * minutes,
-                stopping=stopping,
-            )
-            self.progress.clock_starts(spent)
-            self._watch.phase(SEARCHING)
-            loop.run(budget)
-            comparison = self.comparison(prepared, search, ask)
-            self._watch.phase("measuring on held-out text")
-            outcomes = ask(comparison.jobs())
-            result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
-            result["bit_reproducible"] = not self._admission.mixed
-            comparison.export(self._run, result)
-        finally:
-            executor.close()
-            if self._admission.mixed:
-                self._run.add_identity(bit_reproducible=False)
-            self._watch.close(stopping)
-            self._log.close()
-        self._run.write_result(result)
-        return result
+    def given_facts(self) -> dict[str, str]:
+        """What else must not change between the run's sessions and is known without workers: hashes by name."""
+        return {}
 
     def phase(self, name: str, details: str = "") -> None:
         """A part of the work begins."""
         self._watch.phase(name, details)
+
+    def _begin(self, stopping: Callable[[], bool]) -> None:
+        """The session begins, on what the run began with.
+
+        Raises:
+            InvalidInput: configuration or code changed.
+        """
+        self._stopping = stopping
+        self._hold(config=self.config.identity, code=code_hash(), **self.given_facts())
+
+    @contextmanager
+    def _workers(self) -> Iterator[Executor]:
+        """Workers for as long as the block takes."""
+        executor = self._executor()
+        try:
+            self._watch.starting(executor)
+            executor.start()
+            yield executor
+        finally:
+            executor.close()
+            if self._admission.mixed:
+                self._run.add_identity(bit_reproducible=False)
+
+    def _end(self, stopping: Callable[[], bool]) -> None:
+        """The session ends, however it does."""
+        self._watch.close(stopping)
+        self._log.close()
 
     def _executor(self) -> Executor:
         resources = self._resources
@@ -289,6 +254,11 @@ class SearchRun(ABC, Generic[Config, Search]):
             self._watch.tick()
         return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
 
+    def _polled(self) -> None:
+        if self._stopping():
+            self.progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
+        self._watch.tick()
+
     def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
@@ -324,6 +294,7 @@ class SearchRun(ABC, Generic[Config, Search]):
                 self.config.objective,
                 str(self.context.rule),
                 self.context.group,
+                self.context.own,
                 prepared.name,
                 evaluation_code_hash(),
                 self._admission.expected if self.config.numerics == "strict" else None,
@@ -359,6 +330,79 @@ class SearchRun(ABC, Generic[Config, Search]):
                 )
         self._run.add_identity(**facts)
 
+
+class SearchRun(WorkerSession[Config], Generic[Config, Search]):
+    """A session that searches; each kind of search says what is prepared, searched and compared.
+
+    Attributes:
+        kind: how others speak of this search.
+    """
+
+    kind: ClassVar[BoardKind]
+
+    @abstractmethod
+    def build_search(self, prepared: Summary, ask: Ask) -> Search:
+        """The search as the configuration asks for it, at its beginning."""
+
+    @abstractmethod
+    def plan(self) -> Plan:
+        """What the search will ask of its workers."""
+
+    @abstractmethod
+    def comparison(self, prepared: Summary, search: Search, ask: Ask) -> Comparison:
+        """The winner beside the baselines.
+
+        Raises:
+            InvalidInput: no candidate has a fitness.
+        """
+
+    @property
+    def counted_by_loop(self) -> bool:
+        """Whether the loop ends the search at its evaluations; else the search does so itself."""
+        return True
+
+    def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
+        """Search, measure, write ``result.json`` and the exports; the result.
+
+        Raises:
+            Interrupted: `stopping` became true; the run can be resumed.
+            InvalidInput: the configuration does not fit the model or the data, or the run's identity changed.
+        """
+        self._begin(stopping)
+        try:
+            with self._workers() as executor:
+                result = self._search(executor, stopping)
+        finally:
+            self._end(stopping)
+        self._run.write_result(result)
+        return result
+
+    def _search(self, executor: Executor, stopping: Callable[[], bool]) -> dict[str, Any]:
+        """The result, and the winner's files in the run's folder."""
+        prepared = self._prepare(executor, stopping)
+        ask = partial(self._ask, executor, stopping)
+        search = self.build_search(prepared, ask)
+        self._announce(prepared, executor)
+        loop = self.build_loop(search, executor)
+        spent = self._run.phase_seconds(SEARCHING)  # by earlier sessions
+        began = time.monotonic() - spent
+        minutes = self.config.minutes
+        budget = Budget(
+            self.config.evaluations if self.counted_by_loop else None,
+            expired=lambda: minutes is not None and time.monotonic() - began > 60 * minutes,
+            stopping=stopping,
+        )
+        self.progress.clock_starts(spent)
+        self._watch.phase(SEARCHING)
+        loop.run(budget)
+        comparison = self.comparison(prepared, search, ask)
+        self._watch.phase("measuring on held-out text")
+        outcomes = ask(comparison.jobs())
+        result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+        result["bit_reproducible"] = not self._admission.mixed
+        comparison.export(self._run, result)
+        return result
+
     def build_loop(self, search: Search, executor: Executor) -> BirthLoop:
         """The loop around `search`, watched; continued from the run's last commit if there is one."""
         loop = BirthLoop(
@@ -372,13 +416,8 @@ class SearchRun(ABC, Generic[Config, Search]):
             on_poll=self._polled,
         )
         loop.restore()
-        self._watch.searching(search, loop, self._run.history(), self._log.outcomes())
+        self._watch.searching(self.kind, search, loop, self._run.history(), self._log.outcomes())
         return loop
-
-    def _polled(self) -> None:
-        if self._stopping():
-            self.progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
-        self._watch.tick()
 
     def _applied(self, line: Mapping[str, Any], outcome: Outcome | None) -> None:
         if outcome is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TextIO
@@ -70,11 +70,23 @@ def _session(run: RunDirectory, config: SearchConfig, resources: Resources, stre
         stop_on_signals() as stopping,
         Progress(config.evaluations, config.minutes, stream, title=title, done=done, elapsed=run.seconds) as progress,
     ):
-        try:
-            kind_of(run.kind).session(config)(run, config, resources, progress).execute(stopping)
-        except (Interrupted, NoCapacity, KeyboardInterrupt) as reason:
-            run.events("info", "interrupted", reason=str(reason) or "stopped at once")
-            raise
-        except BaseException as error:
-            run.events("error", "failed", error=f"{type(error).__name__}: {error}")
-            raise
+        carry_out(run, config, resources, progress, stopping)
+
+
+def carry_out(
+    run: RunDirectory, config: SearchConfig, resources: Resources, progress: Progress, stopping: Callable[[], bool]
+) -> None:
+    """One session of a run that this process has locked; how it ends is noted in the run's events.
+
+    Raises:
+        Interrupted: `stopping` became true.
+        InvalidInput: see `start_search`.
+    """
+    try:
+        kind_of(run.kind).session(config)(run, config, resources, progress).execute(stopping)
+    except (Interrupted, NoCapacity, KeyboardInterrupt) as reason:
+        run.events("info", "interrupted", reason=str(reason) or "stopped at once")
+        raise
+    except BaseException as error:
+        run.events("error", "failed", error=f"{type(error).__name__}: {error}")
+        raise

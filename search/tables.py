@@ -114,14 +114,16 @@ def _finals(result: Mapping[str, Any]) -> dict[str, str]:
 def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     """Where the files are, and commands to copy; one line each, however long."""
     quoted, metric, page = shlex.quote(str(run)), run / "export" / "metric.py", run / "report.html"
-    target = str(result["target"])
+    target = f"{'--pattern' if ':' in str(result['target']) else '--sparsity'} {result['target']}"
+    if result.get("allocation") is not None:
+        target = f"--allocation {shlex.quote(str(metric.with_name('allocation.json')))}"
     ways = {
         "python": str(metric),
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
         "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(metric))} "
-        f"{'--pattern' if ':' in target else '--sparsity'} {target} --out DIR",
+        f"{target} --out DIR",
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
 
@@ -152,7 +154,7 @@ def unfinished_view(
     if best is not None:
         facts["best"] = Text(f"{best['fitness']:.5g}  {kind.words(best)}", style="green")
     facts |= kind.unfinished_facts(config, document, history)
-    if reasons := Counter(line["reason"] for line in history if line["reason"]):
+    if reasons := Counter(line["reason"] for line in history if line.get("reason")):
         facts["stopped"] = ", ".join(f"{code} {count}" for code, count in sorted(reasons.items()))
     if error is not None:
         facts["error"] = Text(error, style="red")
@@ -294,8 +296,12 @@ def target_text(result: Mapping[str, Any]) -> str:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {result['metric']}"
         return f"a front from {low}% to {high}% {inside}"
+    if result["kind"] == "joint":
+        return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":
         if result.get("drop_only"):
             return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"
         return f"{100 * float(target):.4g}% sparsity by {result['metric']}"
+    if (allocation := result.get("allocation")) is not None:
+        return f"{100 * float(target):.4g}% sparsity, allocated by {allocation['allocator']}"
     return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"

@@ -87,7 +87,7 @@ def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
         "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(result['metric'])} "
-        f"--allocation {shlex.quote(str(file))} --out DIR{_calibration(result)}",
+        f"--allocation {shlex.quote(str(file))} --out DIR{calibration_options(result)}",
     }
     if "formula" in result:
         formula = file.with_name("formula.json")
@@ -99,7 +99,7 @@ def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
 
 
-def _calibration(result: Mapping[str, Any]) -> str:
+def calibration_options(result: Mapping[str, Any]) -> str:
     """Options of `prune` that give the statistics, and so the masks, of the search; the usual ones not."""
     used, known = result["calibration"], DataConfig()
     options = {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
+    from evoprune.searches_joint import search_joint
 
     __version__: str
 
@@ -43,6 +44,7 @@ _HOMES = {
     "prune_pipeline": "evoprune.pipelines",
     "resume": "evoprune.searches",
     "search_allocation": "evoprune.searches",
+    "search_joint": "evoprune.searches_joint",
     "search_metric": "evoprune.searches",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "prune_pipeline",
     "resume",
     "search_allocation",
+    "search_joint",
     "search_metric",
 ]
 

@@ -93,7 +93,7 @@ def export(
             "--to",
             metavar="FILE",
             help="a metric: .py (needs torch only), .json, or .tex; an allocation: .json, .txt for EvoPress, or .py of "
-            "a formula",
+            "a formula; of a joint search, allocation*.json is the allocation and any other .json the metric",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -126,9 +126,11 @@ def dashboard(
     with Output() as output:
         from evoprune.search.engine.address import is_loopback
         from evoprune.search.engine.board_server import check_installed, serve
+        from evoprune.search.kinds import board_kind_of
         from evoprune.search.rundir import RunDirectory
 
         directory = RunDirectory.open(run)
+        board_kind_of(directory)
         check_installed()
         exposed = not is_loopback(host)
         if exposed and not insecure:

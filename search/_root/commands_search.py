@@ -1,14 +1,13 @@
-"""Commands that search: `search metric`, `search allocation` and `resume`."""
+"""Commands that search: `search metric`, `search allocation` and `resume`; `search joint` has a file of its own."""
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from evoprune import completion
+from evoprune.commands_joint import search_joint
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.options import (
@@ -45,10 +44,7 @@ from evoprune.options import (
     Workers,
     option,
 )
-
-if TYPE_CHECKING:
-    from evoprune.search.config_sections import SearchConfig
-    from evoprune.search.rundir import RunDirectory
+from evoprune.search_output import command_line, finish, show_config
 
 NOT_LANDED = {
     "structure": "evolve structured shapes: heads, KV groups, neurons, blocks",
@@ -64,6 +60,7 @@ def register(app: typer.Typer) -> None:
     search = typer.Typer(help="Search for a better way to prune a model.")
     search.command("metric")(search_metric)
     search.command("allocation")(search_allocation)
+    search.command("joint")(search_joint)
     for kind, what in NOT_LANDED.items():
         search.command(kind, help=f"{what[0].upper()}{what[1:]} (not landed yet).", context_settings=ANY_WORDS)(
             _not_landed(kind)
@@ -74,7 +71,9 @@ def register(app: typer.Typer) -> None:
 
 def _not_landed(kind: str) -> Any:
     def command() -> None:
-        raise InvalidInput(f"`evoprune search {kind}` has not landed yet; `search metric` and `search allocation` have")
+        raise InvalidInput(
+            f"`evoprune search {kind}` has not landed yet; `search metric`, `search allocation` and `search joint` have"
+        )
 
     return command
 
@@ -85,6 +84,16 @@ def search_metric(
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     group: SearchGroup = None,
+    allocation: Annotated[
+        str | None,
+        option(
+            "--allocation",
+            metavar="FILE|RUN",
+            help="sparsities of the matrices, in place of one: a .json, or a run that left one",
+            panel=TARGET,
+            autocompletion=completion.runs,
+        ),
+    ] = None,
     evaluations: Annotated[
         int | None,
         option(
@@ -168,13 +177,13 @@ def search_metric(
         options["trust_remote_code"] = trust_remote_code or None
         resolved = metric_config(options, files=config or (), assignments=settings or ())
         if dry_run:
-            _show_config(output, resolved)
+            show_config(output, resolved)
             return
         from evoprune.search.search_run import Resources
         from evoprune.sessions import start
 
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
-        _finish(output, start(resolved, resources, run_dir=run_dir, argv=_command_line(storage)))
+        finish(output, start(resolved, resources, run_dir=run_dir, argv=command_line(storage)))
 
 
 def search_allocation(
@@ -300,13 +309,13 @@ def search_allocation(
         }
         resolved = allocation_config(options, files=config or (), assignments=settings or ())
         if dry_run:
-            _show_config(output, resolved)
+            show_config(output, resolved)
             return
         from evoprune.search.search_run import Resources
         from evoprune.sessions import start
 
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
-        _finish(output, start(resolved, resources, run_dir=run_dir, argv=_command_line(storage)))
+        finish(output, start(resolved, resources, run_dir=run_dir, argv=command_line(storage)))
 
 
 def resume(
@@ -334,42 +343,10 @@ def resume(
         directory = RunDirectory.open(run)
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
         if fork:
-            argv = _command_line(storage)
+            argv = command_line(storage)
             directory = fork_run(directory, resources, assignments=settings or (), run_dir=run_dir, argv=argv)
         elif settings or run_dir is not None:
             raise InvalidInput("a resumed run keeps its options and its folder; --fork makes a new run that may differ")
         else:
             drive(directory, resources)
-        _finish(output, directory)
-
-
-def _command_line(storage: str | None) -> list[str]:
-    """The words of this command, for the run's record, without the password in `storage`."""
-    from evoprune.search.engine.board_storage import without_password
-
-    return ["evoprune", *(without_password(word, storage) for word in sys.argv[1:])]
-
-
-def _finish(output: Output, run: RunDirectory) -> None:
-    """Print what a search found: the table to stderr, its folder to stdout."""
-    from evoprune.search.kinds import kind_of
-    from evoprune.summaries import run_document
-
-    result = run.result
-    if output.as_json or result is None:
-        output.json(run_document(run))
-    else:
-        output.tell(*kind_of(run.kind).result_view(result, run.path))
-        output.line(str(run.path))
-
-
-def _show_config(output: Output, config: SearchConfig) -> None:
-    """Print a resolved configuration."""
-    plain = config.model_dump(mode="json")
-    output.json(plain) if output.as_json else output.line(_yaml(plain))
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True).rstrip()
+        finish(output, directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.search.config import Config, resolve, resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
+from evoprune.search.given import allocation_file
 from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
 
@@ -30,6 +32,7 @@ KEYS = {
     "sparsity": "target.sparsity",
     "pattern": "target.pattern",
     "group": "target.group",
+    "allocation": "target.allocation",
     "population": "searcher.population",
     "searcher": "searcher.name",
     "objective": "objective",
@@ -43,7 +46,7 @@ KEYS = {
 
 # Of an allocation search, where it differs.
 ALLOCATION_KEYS = {
-    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "objective")},
+    **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "allocation", "objective")},
     "population": "searcher.offspring",
     "metric": "target.metric",
     "granularity": "target.granularity",
@@ -52,6 +55,18 @@ ALLOCATION_KEYS = {
     "pareto": "target.pareto",
     "sparsity_range": "target.sparsity_range",
     "surrogate": "searcher.surrogate",
+}
+
+# Of a joint search, where it differs.
+JOINT_KEYS = {
+    **{
+        name: key
+        for name, key in KEYS.items()
+        if name not in ("pattern", "group", "allocation", "objective", "population", "searcher")
+    },
+    "granularity": "target.granularity",
+    "rounds": "rounds",
+    "metric_share": "metric_share",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
@@ -82,7 +97,12 @@ def metric_config(
     # One of the two, given here, replaces the other where a file has it.
     named = {*given, *(settings or {}), *(assignment.partition("=")[0] for assignment in assignments)}
     cleared = [f"{other}=null" for other, key in (_EITHER, _EITHER[::-1]) if key in named and other not in named]
-    return _settled(resolve(files, given | dict(settings or {}), [*cleared, *assignments]))
+    config = _settled(resolve(files, given | dict(settings or {}), [*cleared, *assignments]))
+    if config.target.allocation is None:
+        return config
+    # The file of a run, for `latest` would soon be the search's own.
+    file = str(allocation_file(config.target.allocation))
+    return config.model_copy(update={"target": config.target.model_copy(update={"allocation": file})})
 
 
 def allocation_config(
@@ -108,6 +128,18 @@ def allocation_config(
     return config.model_copy(update={"target": target})
 
 
+def joint_config(
+    options: Mapping[str, Any],
+    *,
+    files: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> JointSearchConfig:
+    """`metric_config` for a joint search, with the options of `JOINT_KEYS`."""
+    given = {JOINT_KEYS[name]: value for name, value in options.items() if value is not None}
+    return _settled(resolve_as(JointSearchConfig, files, given | dict(settings or {}), assignments))
+
+
 def _settled(config: Config) -> Config:
     """`config` with the run that ``latest`` means now, for soon it would be the search's own."""
     if config.seed_from != "latest":
@@ -119,8 +151,14 @@ def config_again(
     run: RunDirectory, *, settings: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()
 ) -> SearchConfig:
     """The configuration of a run, with some options changed; see `metric_config`."""
-    resolver = {"metric": metric_config, "allocation": allocation_config}[kind_of(run.kind).name]
-    return resolver({}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments)
+    resolvers: dict[str, Callable[..., SearchConfig]] = {
+        "metric": metric_config,
+        "allocation": allocation_config,
+        "joint": joint_config,
+    }
+    return resolvers[kind_of(run.kind).name](
+        {}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments
+    )
 
 
 def check_names(config: SearchConfig) -> None:

@@ -54,7 +54,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What it searches: `metric` or `allocation`."""
+        """What it searches: `metric`, `allocation` or `joint`."""
         return self.directory.kind
 
     @property
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The winner: `expression` or `allocation`, `fitness` (on text B, lower is better), later `heldout` (text C).
+        """The winner: `expression`, `allocation` or both, `fitness` (text B, less is better), later `heldout` (text C).
 
         None before the first evaluation.
         """
@@ -125,7 +125,8 @@ class Run:
 
         Args:
             path: a metric's ends in ``.py`` (needs torch only, tests itself when run), ``.json`` or ``.tex``; an
-                allocation's in ``.json`` or ``.txt`` (EvoPress's format), a formula's also in ``.py``.
+                allocation's in ``.json`` or ``.txt`` (EvoPress's format), a formula's also in ``.py``. A joint search
+                has both; its ``.json`` is the metric unless the name begins with ``allocation``.
 
         Raises:
             InvalidInput: another ending, the run is not finished, its exports are damaged, or the disk's fault.
@@ -136,7 +137,7 @@ class Run:
                 f"cannot export the {kind.winner} to {target.name!r}: the ending must be {' or '.join(kind.endings)}"
             )
         result = self._finished()
-        source = self.path / "export" / f"{kind.winner}{target.suffix}"
+        source = self.path / "export" / kind.exported(target)
         kind.check_export(source, result)
         with disk_errors(target):
             write_atomically(target, source.read_bytes())

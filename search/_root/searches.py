@@ -22,6 +22,7 @@ def search_metric(
     sparsity: float | None = None,
     pattern: str | None = None,
     group: str | None = None,
+    allocation: str | Path | None = None,
     evaluations: int | None = None,
     minutes: float | None = None,
     population: int | None = None,
@@ -57,6 +58,8 @@ def search_metric(
         sparsity: fraction of the prunable weights to remove, in (0, 1); 0.6 unless `pattern` is given.
         pattern: ``N:M``, N kept of every M consecutive inputs.
         group: compare scores within a ``row``, a ``layer`` or the ``global`` model.
+        allocation: a sparsity for each matrix, by row, in place of one: an ``allocation.json``, or a run that left one.
+            Its budget is the `sparsity`; the winner is then the best metric at these sparsities.
         evaluations: candidates with a forward pass, at most.
         minutes: time for the search, at most; how far it gets then depends on the machine.
         population: members over all islands.
@@ -88,14 +91,15 @@ def search_metric(
         WorkersFailed, NoCapacity: no worker can start, or none is left; the run can be resumed.
     """
     options = {
-        "model": model, "sparsity": sparsity, "pattern": pattern, "group": group, "evaluations": evaluations,
-        "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
+        "model": model, "sparsity": sparsity, "pattern": pattern, "group": group,
+        "allocation": as_text(allocation), "evaluations": evaluations, "minutes": minutes, "population": population,
+        "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "objective": objective, "searcher": searcher, "seed_from": _text(seed_from), "window": window,
+        "objective": objective, "searcher": searcher, "seed_from": as_text(seed_from), "window": window,
         "threads": threads, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    resolved = metric_config(options, files=_files(config), settings=settings)
+    resolved = metric_config(options, files=as_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
 
@@ -169,15 +173,15 @@ def search_allocation(
         InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     options = {
-        "model": model, "sparsity": sparsity, "metric": _text(metric), "granularity": granularity, "drop": drop,
+        "model": model, "sparsity": sparsity, "metric": as_text(metric), "granularity": granularity, "drop": drop,
         "drop_only": drop_only, "pareto": pareto, "sparsity_range": sparsity_range, "evaluations": evaluations,
         "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "searcher": searcher, "surrogate": surrogate, "seed_from": _text(seed_from), "window": window,
+        "searcher": searcher, "surrogate": surrogate, "seed_from": as_text(seed_from), "window": window,
         "threads": threads, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    resolved = allocation_config(options, files=_files(config), settings=settings)
+    resolved = allocation_config(options, files=as_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
     return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
 
@@ -219,10 +223,11 @@ def resume(
     return Run(drive(directory, resources, quiet))
 
 
-def _files(config: str | Path | Sequence[str | Path]) -> list[Path]:
+def as_files(config: str | Path | Sequence[str | Path]) -> list[Path]:
     """Configuration files, of which one may be given as it is."""
     return [Path(file) for file in ([config] if isinstance(config, (str, Path)) else config)]
 
 
-def _text(path: str | Path | None) -> str | None:
+def as_text(path: str | Path | None) -> str | None:
+    """A path as the configuration has it."""
     return None if path is None else str(path)

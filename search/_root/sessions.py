@@ -18,6 +18,7 @@ from evoprune.search.engine.address import check_address
 from evoprune.search.engine.board_storage import check_storage, without_password
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.identity import git_commit, versions
+from evoprune.search.kinds import kind_of
 from evoprune.search.publishing import publish_result
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory, runs_folder
@@ -102,9 +103,12 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
         raise Interrupted(f"stopped at once; what was finished is saved; {go_on}") from None
     except (Interrupted, NoCapacity, WorkersFailed) as error:
         raise type(error)(f"{error}; {go_on}") from error
-    if not (directory.path / "report.html").exists():
-        _report(directory)
-        _publish(directory, resources.storage)
+    steps = kind_of(directory.kind).steps(directory)
+    for run in (*steps, directory):
+        if not (run.path / "report.html").exists():
+            _report(run)
+            if run is not directory or not steps:  # the steps of a run have its boards
+                _publish(run, resources.storage)
     return directory
 
 
@@ -126,7 +130,8 @@ def _storage(run: RunDirectory, asked: str | None) -> str | None:
     Raises:
         InvalidInput: no database has such a URL, or its driver is not installed.
     """
-    known = run.storage if asked is None else asked
+    places = (one.storage for one in (run, *kind_of(run.kind).steps(run)))
+    known = next((place for place in places if place is not None), None) if asked is None else asked
     if known is None or "***" in known:
         return None
     check_storage(known, reach=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.trial_record import Range
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from evoprune.search.config_sections import SearchConfig
+    from evoprune.search.progress import Progress
     from evoprune.search.rundir import RunDirectory
-    from evoprune.search.search_run import SearchRun
+    from evoprune.search.search_run import Resources
 
-KINDS = ("metric", "allocation")
+KINDS = ("metric", "allocation", "joint")
 
 
 class WatchedSearch(BirthSearch, Protocol):
@@ -42,6 +43,19 @@ class WatchedSearch(BirthSearch, Protocol):
         """Fitness of the best so far, and a few words of what it is."""
 
 
+class Session(Protocol):
+    """One session of a run."""
+
+    def __init__(self, run: RunDirectory, config: Any, resources: Resources, progress: Progress) -> None: ...
+
+    def execute(self, stopping: Callable[[], bool]) -> dict[str, Any]:
+        """Do what is left to do; the result, which is then in the run's folder.
+
+        Raises:
+            Interrupted: `stopping` became true; the run can be resumed.
+        """
+
+
 class Kind(Protocol):
     """How a kind of search is run and shown. Light to import: no model code before it is needed.
 
@@ -49,16 +63,69 @@ class Kind(Protocol):
         name: as in ``run.json``.
         winner: what a winner is called.
         endings: of the files that a winner can be exported to.
-        descriptors: what the dashboard may correlate with the fitness; the same for a run's whole life.
     """
 
     name: str
     winner: str
     endings: tuple[str, ...]
-    descriptors: Mapping[str, Range]
 
-    def session(self, config: Any) -> type[SearchRun[Any, Any]]:
+    def session(self, config: Any) -> type[Session]:
         """What runs a session of it."""
+
+    def steps(self, run: RunDirectory) -> list[RunDirectory]:
+        """The runs that a run of this kind is made of, as far as they were begun; none if it does its own work."""
+
+    def progress_of(self, run: RunDirectory) -> dict[str, Any]:
+        """``evaluations``, ``distinct`` and ``best`` of a run without a result, as `show --json` has them."""
+
+    def words(self, best: Mapping[str, Any]) -> str:
+        """A few words of what the best is, given as `show --json` has it."""
+
+    def table(self, result: Mapping[str, Any]) -> Table:
+        """What was found on held-out text, as a table."""
+
+    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+        """A finished run for the terminal."""
+
+    def unfinished_facts(
+        self, config: Any, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    ) -> dict[str, RenderableType]:
+        """What is particular in the view of a run without a result, by name.
+
+        Args:
+            document: as `show --json` prints it.
+        """
+
+    def exported(self, target: Path) -> str:
+        """Name of the exported file that a file of the user's is to be a copy of."""
+
+    def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
+        """Refuse an exported file that is not the run's winner.
+
+        Raises:
+            InvalidInput: it was changed.
+        """
+
+    def write_report(self, run: RunDirectory) -> Path:
+        """See `evoprune.search.report.write_report`."""
+
+    def check_names(self, config: Any) -> None:
+        """Refuse what can be known to be wrong before a run's folder is made.
+
+        Raises:
+            InvalidInput: a name that does not exist, or nothing to start from.
+        """
+
+
+@runtime_checkable
+class BoardKind(Kind, Protocol):
+    """A kind of search whose runs have a board.
+
+    Attributes:
+        descriptors: what the dashboard may correlate with the fitness; the same for a run's whole life.
+    """
+
+    descriptors: Mapping[str, Range]
 
     def price(self, config: Any) -> str:
         """What fitness is bought with on its front."""
@@ -82,44 +149,6 @@ class Kind(Protocol):
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
         """What a finished run leaves for people to take."""
 
-    def progress_of(self, run: RunDirectory) -> dict[str, Any]:
-        """``evaluations``, ``distinct`` and ``best`` of a run without a result, as `show --json` has them."""
-
-    def words(self, best: Mapping[str, Any]) -> str:
-        """A few words of what the best is, given as `show --json` has it."""
-
-    def table(self, result: Mapping[str, Any]) -> Table:
-        """What was found on held-out text, as a table."""
-
-    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
-        """A finished run for the terminal."""
-
-    def unfinished_facts(
-        self, config: Any, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
-    ) -> dict[str, RenderableType]:
-        """What is particular in the view of a run without a result, by name.
-
-        Args:
-            document: as `show --json` prints it.
-        """
-
-    def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
-        """Refuse an exported file that is not the run's winner.
-
-        Raises:
-            InvalidInput: it was changed.
-        """
-
-    def write_report(self, run: RunDirectory) -> Path:
-        """See `evoprune.search.report.write_report`."""
-
-    def check_names(self, config: Any) -> None:
-        """Refuse what can be known to be wrong before a run's folder is made.
-
-        Raises:
-            InvalidInput: a name that does not exist, or nothing to start from.
-        """
-
 
 def kind_of(name: str) -> Kind:
     """The kind of search of this name.
@@ -131,6 +160,19 @@ def kind_of(name: str) -> Kind:
         raise InvalidInput(f"no search of kind {name[:40]!r}; there are {', '.join(KINDS)}")
     found: Kind = import_module(f"evoprune.search.kinds.{name}").KIND
     return found
+
+
+def board_kind_of(run: RunDirectory) -> BoardKind:
+    """The kind of search of a run that has a board.
+
+    Raises:
+        InvalidInput: its steps have the boards.
+    """
+    kind = kind_of(run.kind)
+    if not isinstance(kind, BoardKind):
+        step = run.path / "steps" / "1-metric"
+        raise InvalidInput(f"a {kind.name} search has a study for each of its steps: name one, such as {step}")
+    return kind
 
 
 def config_of(run: RunDirectory) -> SearchConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
-from evoprune.search.kinds import Kind, files_of
+from evoprune.search.kinds import BoardKind, files_of
 from evoprune.search.trials_allocation import DESCRIPTORS, AllocationTrials
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from evoprune.search.config_allocation import AllocationSearchConfig
+    from evoprune.search.kinds import Session
     from evoprune.search.pooled_search import PooledSearch
     from evoprune.search.rundir import RunDirectory
-    from evoprune.search.search_run import SearchRun
 
 
 class AllocationKind:
@@ -31,7 +31,7 @@ class AllocationKind:
     endings: tuple[str, ...] = (".json", ".txt", ".py")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
-    def session(self, config: AllocationSearchConfig) -> type[SearchRun[Any, Any]]:
+    def session(self, config: AllocationSearchConfig) -> type[Session]:
         if config.target.pareto is not None:
             from evoprune.search.pareto_run import ParetoRun
 
@@ -39,6 +39,9 @@ class AllocationKind:
         from evoprune.search.allocation_run import AllocationRun
 
         return AllocationRun
+
+    def steps(self, run: RunDirectory) -> list[RunDirectory]:
+        return []
 
     def price(self, config: AllocationSearchConfig) -> str:
         return config.target.pareto or "complexity"
@@ -103,6 +106,9 @@ class AllocationKind:
                     counts[stage] += 1
             facts["by stage"] = " → ".join(map(str, counts))
         return facts
+
+    def exported(self, target: Path) -> str:
+        return f"{self.winner}{target.suffix}"
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
         from evoprune.metrics.allocation_file import read_allocation, to_evopress
@@ -185,4 +191,4 @@ def _best(state: Mapping[str, Any] | None, matrices: Sequence[str]) -> dict[str,
     }
 
 
-KIND: Kind = AllocationKind()
+KIND: BoardKind = AllocationKind()

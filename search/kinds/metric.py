@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.trial_record import Range
-from evoprune.search.kinds import Kind, files_of
+from evoprune.search.kinds import BoardKind, files_of
 from evoprune.search.trials_metric import DESCRIPTORS, MetricTrials
 
 if TYPE_CHECKING:
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from evoprune.search.config_metric import MetricSearchConfig
+    from evoprune.search.kinds import Session
     from evoprune.search.metric_search import MetricSearch
     from evoprune.search.rundir import RunDirectory
-    from evoprune.search.search_run import SearchRun
 
 
 class MetricKind:
@@ -29,10 +29,13 @@ class MetricKind:
     endings: tuple[str, ...] = (".py", ".json", ".tex")
     descriptors: Mapping[str, Range] = DESCRIPTORS
 
-    def session(self, config: MetricSearchConfig) -> type[SearchRun[Any, Any]]:
+    def session(self, config: MetricSearchConfig) -> type[Session]:
         from evoprune.search.metric_run import MetricRun
 
         return MetricRun
+
+    def steps(self, run: RunDirectory) -> list[RunDirectory]:
+        return []
 
     def price(self, config: MetricSearchConfig) -> str:
         return "complexity"
@@ -97,7 +100,8 @@ class MetricKind:
     def unfinished_facts(
         self, config: MetricSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        facts: dict[str, RenderableType] = {}
+        allocation = config.target.allocation
+        facts: dict[str, RenderableType] = {} if allocation is None else {"allocation": allocation}
         if (best := document["best"]) is not None:
             facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
         if history:
@@ -107,6 +111,9 @@ class MetricKind:
             rungs = range(len(config.racing.rungs))
             facts["by rung"] = " → ".join(str(sum(count > rung for count in reached)) for rung in rungs)
         return facts
+
+    def exported(self, target: Path) -> str:
+        return f"{self.winner}{target.suffix}"
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
         if file.suffix == ".tex":
@@ -133,6 +140,7 @@ class MetricKind:
         for name in config.searcher.seeds or ():
             _ = CRITERIA[name]
         seeds_from(config.seed_from)
+        config.target.given()
 
 
 def _evaluated(history: Sequence[Mapping[str, Any]]) -> int:
@@ -159,4 +167,4 @@ def _best(history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-KIND: Kind = MetricKind()
+KIND: BoardKind = MetricKind()

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.search.report import document, figures_allocation, figures_result, numbers
+from evoprune.search.report import document, figures_allocation, figures_result
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.names import label
@@ -98,25 +98,14 @@ def verdicts(data: AllocationData) -> list[str]:
         change = f"wins back {share} of" if data.gap >= 0 else f"adds {share} to"
         found.append(f"{subject} {change} the held-out loss between uniform and dense")
     elif data.contender("uniform"):
-        found.append(f"{subject} has a held-out loss {_beside('uniform', data)}")
+        found.append(f"{subject} has a held-out loss {document.beside('uniform', data)}")
     told = {"dense", "winner", "uniform", seed}
     told |= {name for names in data.alike if told.intersection(names) for name in names}
     rivals = [row.name for row in data.contenders if row.name not in told]
     if rivals:
         best = f", the best of {len(rivals)} other allocators" if len(rivals) > 1 else ""
-        found.append(f"{'Its' if found else f'{subject}: its'} loss is {_beside(rivals[0], data)}{best}")
+        found.append(f"{'Its' if found else f'{subject}: its'} loss is {document.beside(rivals[0], data)}{best}")
     return found
-
-
-def _beside(name: str, data: AllocationData) -> str:
-    """How the winner's loss compares with another's, in words."""
-    row = data.contender(name)
-    assert row is not None and row.difference is not None
-    loss, error = row.difference["loss"], row.difference["stderr"]
-    if abs(loss) <= error:
-        return f"level with that of {label(name)} ({numbers.signed(loss)} ± {numbers.nats(error)})"
-    side = "below" if loss < 0 else "above"
-    return f"{numbers.nats(abs(loss))} ± {numbers.nats(error)} nats per token {side} that of {label(name)}"
 
 
 def commands(data: AllocationData) -> dict[str, str]:

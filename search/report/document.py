@@ -152,6 +152,17 @@ def heldout_caption(data: RunData[Any], removed: str) -> str:
     )
 
 
+def beside(name: str, data: RunData[Any]) -> str:
+    """How the winner's loss compares with another's, in words."""
+    row = data.contender(name)
+    assert row is not None and row.difference is not None
+    loss, error = row.difference["loss"], row.difference["stderr"]
+    if abs(loss) <= error:
+        return f"level with that of {label(name)} ({numbers.signed(loss)} ± {numbers.nats(error)})"
+    side = "below" if loss < 0 else "above"
+    return f"{numbers.nats(abs(loss))} ± {numbers.nats(error)} nats per token {side} that of {label(name)}"
+
+
 def corpus_text(data: RunData[Any]) -> str:
     """Where the texts are from, in words."""
     source: str = data.config.data.source

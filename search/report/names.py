@@ -33,6 +33,9 @@ _LABELS = {
     "shortened-llama": "Shortened LLaMA",
     "uniform+": "Uniform+",
     "given": "Given allocation",
+    "metric-uniform": "Evolved metric, uniform",
+    "wanda-allocated": "Wanda, last allocation",
+    "magnitude-allocated": "Magnitude, last allocation",
 }
 
 _NEEDS = {

@@ -114,6 +114,8 @@ def target_text(data: ReportData) -> str:
     rule = data.config.target.rule
     if rule.pattern is not None:
         return f"{rule.pattern[0]}:{rule.pattern[1]} ({rule.pattern[0]} kept of every {rule.pattern[1]} inputs)"
+    if data.config.target.allocation is not None:
+        return f"{100 * rule.fraction:g} % of all prunable weights, shared out by an allocation,"
     within = {"row": "of every row", "layer": "of every matrix", "global": "of all prunable weights"}[rule.group]
     return f"{100 * rule.fraction:g} % {within}"
 
@@ -141,6 +143,8 @@ def commands(data: ReportData) -> dict[str, str]:
     rule = data.config.target.rule
     target = f"--pattern {rule}" if rule.pattern is not None else f"--sparsity {rule}"
     metric = shlex.quote(str(data.run.path / "export" / "metric.json"))
+    if data.config.target.allocation is not None:
+        target = f"--allocation {shlex.quote(str(data.run.path / 'export' / 'allocation.json'))}"
     with_winner = {
         "Prune a model with the winner": f"evoprune prune {model} --metric {metric} {target} --out pruned",
         **document.search_on(data),

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import evoprune
-from evoprune.configuration import ALLOCATION_KEYS, KEYS
+from evoprune.configuration import ALLOCATION_KEYS, JOINT_KEYS, KEYS
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.criterion import CRITERIA, Metric
@@ -296,7 +296,8 @@ def test_a_search_in_python(tiny: Path, levels: Path, place: Path, capfd: pytest
 def test_python_has_the_options_of_the_command() -> None:
     from inspect import signature
 
-    for search, keys in ((evoprune.search_metric, KEYS), (evoprune.search_allocation, ALLOCATION_KEYS)):
+    searches = (evoprune.search_metric, evoprune.search_allocation, evoprune.search_joint)
+    for search, keys in zip(searches, (KEYS, ALLOCATION_KEYS, JOINT_KEYS), strict=True):
         assert keys.keys() <= signature(search).parameters.keys()
 
 

@@ -215,7 +215,7 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "searcher": "random", "objective": "perplexity", "evaluations": 11, "minutes": 2.5, "seed": 5, "window": 9,
         "threads": 2, "seed_from": "m.json",
     }  # fmt: skip
-    assert given.keys() | {"model", "pattern", "trust_remote_code"} == KEYS.keys()
+    assert given.keys() | {"model", "pattern", "allocation", "trust_remote_code"} == KEYS.keys()
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     plain = run("search", "metric", "some/model", *words, "--trust-remote-code", "--dry-run", "--json").json
     for name, value in (given | {"model": "some/model", "trust_remote_code": True}).items():

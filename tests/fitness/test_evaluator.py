@@ -6,8 +6,10 @@ from safetensors.torch import save_file
 
 from evoprune.fitness.evaluator import Evaluator
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.pruning import prune_model
 from evoprune.fitness.statistics import collect_statistics
 from evoprune.fitness.teacher import build_teacher, linear_head
+from evoprune.metrics.allocation import Allocation, SiteSparsity
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import AuditFailed, InvalidCandidate, InvalidInput
 from evoprune.metrics.records import MaskRule
@@ -181,3 +183,25 @@ def test_a_changed_dense_file_is_noticed(tmp_path):
     save_file(weights | {name: weights[name] + 1e-3}, dense)
     with pytest.raises(AuditFailed):
         evaluator.restore()
+
+
+def test_an_allocation_gives_the_weights_that_pruning_gives(parts):
+    """`prune_model` masks one matrix after the other, without an evaluator; here one keeps all and one is gone."""
+    language_model, dense, statistics, teacher = parts
+    sites = [bound.site for bound in language_model.sites]
+    own = {site.name: (0.0, 0.25, 0.5, 0.75, 1.0)[index % 5] for index, site in enumerate(sites)}
+    shapes = {site.name: (site.out_features, site.in_features) for site in sites}
+    given = tuple(SiteSparsity(name, shapes[name], sparsity) for name, sparsity in own.items())
+    budget = sum(site.removed for site in given) / sum(site.weights for site in given)
+    allocation = Allocation(type(language_model.model).__name__, budget, given, "hand")
+    # Reads the terminal `sparsity`, which is the budget's at every level.
+    metric = Metric.from_text("mul(abs(W),add(X_l2,sparsity))")
+    evaluator = Evaluator(language_model, dense, statistics, WINDOWS, teacher, MaskRule(budget), own)
+    before = snapshot(evaluator)
+    with evaluator.applied(metric) as removed:
+        found = snapshot(evaluator)
+    assert removed == allocation.removed
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(evaluator).items())
+    prune_model(language_model, metric, MaskRule(budget), statistics=statistics, allocation=allocation)
+    assert all(torch.equal(found[name], tensor) for name, tensor in snapshot(evaluator).items())
+    evaluator.restore()
