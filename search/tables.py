@@ -201,9 +201,11 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error)
     for column in table.columns[1:]:
         column.justify = "right"
+    inside = None if document["compressor"] == "mask" else document["compressor"]
+    by = " and ".join(name for name in (document["criterion"], inside) if name is not None)
     total = (
         f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%}) by "
-        f"{document['criterion']}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
+        f"{by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     )
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"

@@ -57,28 +57,30 @@ def prune(
     ],
     model: ModelArgument = "reference",
     metric: Annotated[
-        str,
-        typer.Option(
+        str | None,
+        option(
             "--metric",
             metavar="M",
             help="a listed criterion, an expression such as mul(abs(W),X_l2), or an exported .json or .py",
-            rich_help_panel=TARGET,
+            panel=TARGET,
+            default="wanda",
             autocompletion=completion.plugins("evoprune.metrics.library"),
         ),
-    ] = "wanda",
+    ] = None,
     sparsity: PruneSparsity = None,
     pattern: Pattern = None,
     group: PruneGroup = None,
     compressor: Annotated[
-        str,
-        typer.Option(
+        str | None,
+        option(
             "--compressor",
             metavar="C",
-            help="what the other weights become",
-            rich_help_panel=TARGET,
+            help="what the other weights become: one of `evoprune list compressors`",
+            panel=TARGET,
+            default="mask",
             autocompletion=completion.plugins("evoprune.fitness.compressors"),
         ),
-    ] = "mask",
+    ] = None,
     allocation: Annotated[
         str | None,
         option(
@@ -143,7 +145,7 @@ def prune(
         from evoprune.search.tables import layers_table
 
         target: dict[str, Any] = {
-            "metric": metric,
+            "metric": metric or "wanda",
             "sparsity": sparsity,
             "allocation_parameters": _settings(allocation_set or []),
             "budgets": _budgets(budget or []),
@@ -153,7 +155,7 @@ def prune(
         pipeline = is_pipeline(model)
         pruned: Removal
         if pipeline:
-            if pattern is not None or group is not None or compressor != "mask" or components is not None:
+            if pattern is not None or group is not None or compressor not in (None, "mask") or components is not None:
                 raise InvalidInput(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
@@ -165,13 +167,15 @@ def prune(
                 pattern=pattern,
                 group=group,
                 allocation=allocation,
-                compressor=compressor,
+                compressor=compressor or "mask",
                 tokens=tokens,
                 seed=seed,
                 **target,
                 **_calibration(calibration, calibration_sequences, calibration_window),
                 **_loading(dtype, device, revision, trust_remote_code, components),
             )
+            if metric is not None and pruned.criterion is None:
+                output.tell(_unread(pruned))
         document = pruned.to_json()
         if as_json:
             output.json(document)
@@ -319,6 +323,12 @@ def stats(
                 f"{calibration or 'corpus'}; {size / 2**20:.1f} MiB"
             )
             output.line(str(found.folder))
+
+
+def _unread(pruned: Removal) -> str:
+    """What became of a metric that the compressor did not read."""
+    said = f"{pruned.compressor} chooses by itself what goes and does not read --metric"
+    return said if pruned.allocation is None else f"{said}; an allocator may have"
 
 
 def check_writable(folder: Path) -> None:
