@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,6 +86,15 @@ class Compressed:
 COMPRESSORS: Registry[Compressor] = Registry("compressor", "evoprune.fitness.compressors")
 
 
+def stores_weights(name: str) -> bool:
+    """Whether the levels of a matrix are weights of their own: not where they are one dense matrix under masks.
+
+    Raises:
+        UnknownName: no such compressor.
+    """
+    return not (COMPRESSORS[name].keeps_mask and COMPRESSORS[name].keeps_weights)
+
+
 def compress(name: str, weight: Tensor, goal: Goal, statistics: Mapping[str, Tensor]) -> Compressed:
     """`compress_all` for one goal."""
     return next(compress_all(name, weight, [goal], statistics))
@@ -92,7 +102,7 @@ def compress(name: str, weight: Tensor, goal: Goal, statistics: Mapping[str, Ten
 
 @torch.no_grad()
 def compress_all(
-    name: str, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]
+    name: str, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor], *, measured: bool = True
 ) -> Iterator[Compressed]:
     """Run the compressor `name` on one matrix, for each goal in turn, and measure what it did.
 
@@ -101,6 +111,7 @@ def compress_all(
         weight: [out, in] of any floating dtype, in which the results come back.
         goals: what has to go.
         statistics: what the compressor needs, and ``H`` or ``X_ss`` for the error.
+        measured: whether anybody wants to know the error.
 
     Raises:
         UnknownName: no such compressor.
@@ -111,21 +122,20 @@ def compress_all(
     compressor = COMPRESSORS[name]
     for missing in sorted(compressor.needs - set(statistics)):
         raise InvalidInput(f"compressor {name!r} reads {missing}, which was not collected: add it to the statistics")
-    asked: list[Goal] = []
+    asked: deque[Goal] = deque()  # a compressor may want to see all goals before its first result
 
     def noted() -> Iterator[Goal]:
         for goal in goals:
-            asked[:] = [goal]
+            asked.append(goal)
             yield goal
 
-    for new, kept in compressor.compress(weight.detach().float(), noted(), statistics):
+    for new, kept in compressor.compress(weight.float().contiguous(), noted(), statistics):
         cast = new.to(weight.dtype)
         if not bool(cast.isfinite().all()) or bool((cast[~kept] != 0).any()):
             raise EvopruneError(f"compressor {name!r} returned weights that are not finite or lie outside its mask")
-        _check_mask(name, kept, asked[0])
-        error = relative_output_error(
-            weight.float(), cast.float(), gram=statistics.get("H"), input_squares=statistics.get("X_ss")
-        )
+        _check_mask(name, kept, asked.popleft())
+        gram, squares = (statistics.get(name) if measured else None for name in ("H", "X_ss"))
+        error = relative_output_error(weight.float(), cast.float(), gram=gram, input_squares=squares)
         yield Compressed(cast, kept, error)
 
 

@@ -104,6 +104,14 @@ def test_it_loses_less_than_wanda(pattern: tuple[int, int] | None) -> None:
     assert ours is not None and wanda is not None and ours < wanda
 
 
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_once_more_changes_nothing(pattern: tuple[int, int] | None) -> None:
+    weight, gram = layer()
+    goal = goal_of(pattern, 461)
+    once = compress("sparsegpt", weight, goal, {"H": gram}).weight
+    assert torch.equal(compress("sparsegpt", once, goal, {"H": gram}).weight, once)
+
+
 def levels(weight: Tensor, gram: Tensor, counts: list[int]) -> list[Compressed]:
     return list(compress_all("sparsegpt", weight, [Goal(count) for count in counts], {"H": gram}))
 
