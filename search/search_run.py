@@ -40,6 +40,7 @@ _FIXED = {
     "code": "code of evoprune",
     "prepared": "model or data",
     "files": "bits of the statistics or of the teacher (another processor, or another library)",
+    "database": "bits of the level database (another processor, or another library)",
     "seeds": "candidates to start from",
 }
 
@@ -75,6 +76,17 @@ class Ask(Protocol):
 
     def __call__(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
         """Outcomes of `jobs`; `limited` ones take as long as a pass over the held-out text, or count as hung.
+
+        Raises:
+            Interrupted: the user wants to stop.
+        """
+
+
+class First(Protocol):
+    """Has a worker do what every session begins with, whatever is in the run's log; what is cached takes no time."""
+
+    def __call__(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """The values of the one job of this kind.
 
         Raises:
             Interrupted: the user wants to stop.
@@ -153,7 +165,6 @@ class SearchRun(ABC, Generic[Config, Search]):
         self._seconds_per_token = 0.0
         self._deadline = Deadline(None, 0.0)
         self._facts: dict[str, Any] = {}
-        self.prepared_values: dict[str, Any] = {}
         known = run.identity
         self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
 
@@ -177,10 +188,6 @@ class SearchRun(ABC, Generic[Config, Search]):
             InvalidInput: no candidate has a fitness.
         """
 
-    def prepare_payload(self) -> dict[str, Any]:
-        """What the job `prepare` has to know beside the worker's context."""
-        return {}
-
     @property
     def counted_by_loop(self) -> bool:
         """Whether the loop ends the search at its evaluations; else the search does so itself."""
@@ -199,7 +206,7 @@ class SearchRun(ABC, Generic[Config, Search]):
         try:
             self._watch.starting(executor)
             executor.start()
-            prepared = self._prepare(executor, stopping)
+            prepared = self.prepare(partial(self._first, executor, stopping))
 
             ask = partial(self._ask, executor, stopping)
             search = self.build_search(prepared, ask)
@@ -289,11 +296,18 @@ class SearchRun(ABC, Generic[Config, Search]):
             self._watch.tick()
         return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
 
-    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
+    def prepare(self, first: First) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
-        job = Job(f"prepare-{self._run.run_id}", "prepare", self.prepare_payload())
-        executor.submit([job])
+        values = first("prepare", {})
+        self._seconds_per_token = values["seconds_per_token"]
+        return self.identify(Summary.from_json(values))
+
+    def _first(
+        self, executor: Executor, stopping: Callable[[], bool], kind: str, payload: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See `First`."""
+        executor.submit([Job(f"{kind}-{self._run.run_id}", kind, payload)])
         arrived: list[Outcome] = []
         while not arrived:
             if stopping():
@@ -306,9 +320,7 @@ class SearchRun(ABC, Generic[Config, Search]):
         (outcome,) = arrived
         if outcome.status != "ok":
             raise failure(outcome)
-        self._seconds_per_token = outcome.values["seconds_per_token"]
-        self.prepared_values = outcome.values
-        return self.identify(Summary.from_json(outcome.values))
+        return dict(outcome.values)
 
     def identify(self, prepared: Summary) -> Summary:
         """Hold the run to what was prepared.

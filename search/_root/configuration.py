@@ -46,6 +46,7 @@ ALLOCATION_KEYS = {
     **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "objective")},
     "population": "searcher.offspring",
     "metric": "target.metric",
+    "compressor": "target.compressor",
     "granularity": "target.granularity",
     "drop": "target.drop",
     "drop_only": "target.drop_only",
