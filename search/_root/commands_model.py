@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -77,7 +78,7 @@ def prune(
             metavar="C",
             help="what the other weights become: one of `evoprune list compressors`",
             panel=TARGET,
-            default="mask",
+            default="that of the allocation's file, or mask",
             autocompletion=completion.plugins("evoprune.fitness.compressors"),
         ),
     ] = None,
@@ -167,15 +168,15 @@ def prune(
                 pattern=pattern,
                 group=group,
                 allocation=allocation,
-                compressor=compressor or "mask",
+                compressor=compressor,
                 tokens=tokens,
                 seed=seed,
                 **target,
                 **_calibration(calibration, calibration_sequences, calibration_window),
                 **_loading(dtype, device, revision, trust_remote_code, components),
             )
-            if metric is not None and pruned.criterion is None:
-                output.tell(_unread(pruned))
+            for remark in _remarks(pruned, metric):
+                output.tell(remark)
         document = pruned.to_json()
         if as_json:
             output.json(document)
@@ -325,10 +326,15 @@ def stats(
             output.line(str(found.folder))
 
 
-def _unread(pruned: Removal) -> str:
-    """What became of a metric that the compressor did not read."""
-    said = f"{pruned.compressor} chooses by itself what goes and does not read --metric"
-    return said if pruned.allocation is None else f"{said}; an allocator may have"
+def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
+    """What of the options was not read, or does not fit together as well as it could."""
+    allocation, name = pruned.allocation, pruned.compressor
+    if metric is not None and pruned.criterion is None:
+        said = f"{name} chooses by itself what goes and does not read --metric"
+        yield said if allocation is None else f"{said}; an allocator may have"
+    searched = name if allocation is None else allocation.parameters.get("compressor", name)
+    if searched != name:
+        yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"
 
 
 def check_writable(folder: Path) -> None:
