@@ -22,7 +22,6 @@ from torch import Tensor
 
 from evoprune.fitness.allocation_worker import AllocationWorker
 from evoprune.fitness.level_evaluator import LevelEvaluator
-from evoprune.fitness.prepare import Summary
 from evoprune.fitness.teacher import window_losses
 from evoprune.search.allocation_run import AllocationRun
 from evoprune.search.config import resolve_as
@@ -104,9 +103,8 @@ def _ours(
     try:
         with Progress(title="") as progress:
             session = AllocationRun(run, config, Resources(executor="inline"), progress)
-            session.prepared_values = worker.handle("prepare", session.prepare_payload())
             executor = _Resident(worker)
-            prepared = session.identify(Summary.from_json(session.prepared_values))
+            prepared = session.prepare(worker.handle)
             began = time.process_time()
             search = session.build_search(prepared, executor.ask)
             loop = session.build_loop(search, executor)

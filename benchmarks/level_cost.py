@@ -18,11 +18,11 @@ from itertools import islice
 import torch
 
 from evoprune.fitness.level_evaluator import LevelEvaluator
-from evoprune.fitness.levels import ResidentLevels, build_levels
+from evoprune.fitness.levels import build_levels
 from evoprune.fitness.prepare import Prepared
+from evoprune.fitness.resident_levels import ResidentLevels
 from evoprune.fitness.teacher import BATCH, window_losses
 from evoprune.metrics.criterion import CRITERIA
-from evoprune.search.breeders.switches import SPANS
 from evoprune.search.spaces.levels import LevelSpace
 from figure import Figure
 from shared import reference_worker
@@ -58,7 +58,7 @@ def measure() -> list[Figure]:
     def children() -> Iterator[dict[str, int]]:
         """Children of the uniform allocation, as evolution breeds them."""
         while True:
-            if (child := space.switched(uniform, draw, SPANS)) is not None:
+            if (child := space.switched(uniform, draw, space.spans)) is not None:
                 yield dict(zip(names, space.levels(child), strict=True))
 
     parent = dict(zip(names, space.levels(uniform), strict=True))

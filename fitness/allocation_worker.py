@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evoprune.fitness.allocating import allocate_model, describe_model
 from evoprune.fitness.allocators import ALLOCATORS, Use
+from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency import part_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
@@ -18,7 +19,9 @@ from evoprune.fitness.levels import LevelDatabase, build_levels
 from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import Prepared, calibration_windows
+from evoprune.fitness.resident_levels import Levels
 from evoprune.fitness.site_statistics import reading
+from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
 from evoprune.fitness.teacher import window_losses
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json
@@ -42,14 +45,15 @@ class AllocationWorker(ModelWorker):
     """Answers jobs about levels: sparsities in steps of 1/256, one per site, in model order.
 
     Jobs (kind and payload):
-        prepare: ``criterion``; returns what that of `ModelWorker` does, and the name of the level ``database``.
+        database: ``prepared``, ``criterion``, ``compressor``, ``grid`` (the levels that are stored, where they are
+            weights of their own); returns the name of the level ``database``.
         allocate: ``prepared``, ``criterion``, ``allocator``, ``target``; returns ``sparsities``, one per site.
         describe: ``prepared``, ``criterion``, ``terminals``, ``target``; returns ``statistics``, one number per site
             for each terminal, and ``faults``, why others are not known.
-        levels: ``prepared``, ``criterion``, ``database``, ``levels``, ``parent`` (levels too), ``first``, ``last``;
+        levels: what ``database`` was given and its name, ``levels``, ``parent`` (levels too), ``first``, ``last``;
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
-        heldout: ``prepared``, ``criterion``, ``database``, ``levels`` (None: the dense model); returns losses on
-            text C, by window.
+        heldout: what ``database`` was given and its name, ``levels`` (None: the dense model); returns losses on text
+            C, by window.
         latency: ``parts`` (places of the sites of each), ``window``; returns nanoseconds, of every one of the ``parts``
             and of the ``rest``. A measurement: the only answer that the job alone does not determine.
     """
@@ -65,6 +69,7 @@ class AllocationWorker(ModelWorker):
     def jobs(self) -> Mapping[str, Handler]:
         return {
             **super().jobs,
+            "database": self._database,
             "allocate": self._allocate,
             "describe": self._describe,
             "levels": self._levels,
@@ -117,18 +122,25 @@ class AllocationWorker(ModelWorker):
 
     def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        answer = super()._prepare(payload)
+        return super()._prepare(payload)
+
+    def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
+        prepared, criterion = self.prepared(payload["prepared"]), criterion_from(payload["criterion"])
+        key, compressor, device = (
+            canonical_json(payload["criterion"]),
+            payload["compressor"],
+            self.language_model.device,
+        )
+        database: Levels
         try:
-            database = build_levels(
-                self.prepared(answer["name"]),
-                criterion_from(payload["criterion"]),
-                canonical_json(payload["criterion"]),
-                device=self.language_model.device,
-            )
+            if stores_weights(compressor):
+                database = build_stored_levels(prepared, compressor, payload["grid"], criterion, key, device=device)
+            else:
+                database = build_levels(prepared, criterion, key, device=device)
         except InvalidCandidate as error:
             raise InvalidInput(f"this metric cannot rank the model's weights: {error}") from None
         deliver(database.name)
-        return {**answer, "database": database.name}
+        return {"database": database.name}
 
     def _levels(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload)
@@ -175,7 +187,12 @@ class AllocationWorker(ModelWorker):
         if self._evaluator is None or self._evaluator[:2] != named:
             self._restore()
             prepared = self.prepared(payload["prepared"])
-            database = LevelDatabase.open(payload["database"], prepared, canonical_json(payload["criterion"]))
+            key, name, compressor = canonical_json(payload["criterion"]), payload["database"], payload["compressor"]
+            database: Levels
+            if stores_weights(compressor):
+                database = StoredLevels.open(name, prepared, compressor, payload["grid"], key)
+            else:
+                database = LevelDatabase.open(name, prepared, key)
             windows, teacher = prepared.text("search")
             evaluator = LevelEvaluator(
                 self.language_model, prepared.dense, database, windows, teacher, max_prefix_bytes=MAX_PREFIX_BYTES

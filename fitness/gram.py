@@ -55,11 +55,33 @@ def inverse_diagonals(gram: Tensor, tokens_per_sequence: float) -> tuple[Tensor,
     Raises:
         EvopruneError: the matrix is not positive definite, even damped.
     """
-    wide = gram if gram.device.type == "mps" else gram.to(torch.float64)
-    # With both axes reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, so U = R⁻¹: one factorisation serves both.
-    factor = damped_cholesky((2 * tokens_per_sequence * wide).flip(0, 1))
-    identity = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    inverse_factor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    diagonals = inverse_factor.square().sum(0), factor.diagonal().pow(-2)
+    factor, inverse = _reversed_factors(2 * tokens_per_sequence * _wide(gram))
+    diagonals = inverse.square().sum(0), factor.diagonal().pow(-2)
     hinv, hchol2 = (diagonal.flip(0).float()[None] for diagonal in diagonals)
     return hinv, hchol2
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """U, upper triangular [in, in] float64 (float32 on MPS), with Uᵀ U = (H + λI)⁻¹: SparseGPT's factor.
+
+    Args:
+        hessian: H, [in, in] float32, symmetric, non-negative diagonal.
+
+    Raises:
+        EvopruneError: the matrix is not positive definite, even damped.
+    """
+    return _reversed_factors(_wide(hessian))[1].flip(0, 1)
+
+
+def _wide(gram: Tensor) -> Tensor:
+    return gram if gram.device.type == "mps" else gram.to(torch.float64)  # MPS has no float64
+
+
+def _reversed_factors(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower Cholesky factor of the damped Hessian with both axes reversed, and its inverse.
+
+    With both axes reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, so U = R⁻¹: one factorisation serves both.
+    """
+    factor = damped_cholesky(hessian.flip(0, 1))
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return factor, torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evoprune.fitness.levels import LevelDatabase, ResidentLevels
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.prefix import PrefixCache
+from evoprune.fitness.resident_levels import Levels, ResidentLevels
 from evoprune.fitness.teacher import BATCH, Teacher, WindowLosses, linear_head, window_losses
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.records import Site
 
 
 class LevelEvaluator:
-    """A dense model that level vectors are tried on: sparsities in steps of 1/256 by site name, see `LevelDatabase`.
+    """A dense model that level vectors are tried on: sparsities in steps of 1/256 by site name, see `Levels`.
 
     Args:
         language_model: dense when it is handed over; its site weights are overwritten, `restore` brings them back.
@@ -39,7 +39,7 @@ class LevelEvaluator:
         self,
         language_model: LanguageModel,
         dense: Path,
-        database: LevelDatabase,
+        database: Levels,
         windows: Tensor,
         teacher: Teacher | None,
         *,

@@ -1,15 +1,16 @@
 """The level database: one rank byte per weight, built once per model, criterion and statistics, mapped by all workers.
 
 A level is a multiple of 1/256 of a row, and the mask of any level is one comparison with the ranks, so that a search
-over sparsities stores no weights and reads one byte a weight where a matrix changes. This holds for criteria that leave
-kept weights as they are; a compressor that changes them needs stored levels.
+over sparsities stores no weights and reads one byte a weight where a matrix changes. This holds where kept weights stay
+as they are; a compressor that changes them needs stored levels, see `evoprune.fitness.stored_levels`.
 Source: layerwise sparsity allocation, sections 5.6 and 7.2 (13); see `evoprune.metrics.ranks` for the ranks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.cache import cache_folder, disk_errors
-from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.parcels import find, packing, require
 from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.resident import ResidentWeights
+from evoprune.fitness.statistics_reader import Statistics
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json, content_hash
@@ -32,6 +34,9 @@ from evoprune.metrics.records import Site
 
 FORMAT = "evoprune-levels/1"
 MANIFEST, RANKS = "manifest.json", "ranks.safetensors"
+
+Write = Callable[[ResidentWeights, SiteModule, int], None]
+"""Brings one matrix of a resident model to a level between the ends, 0 and 256."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,10 @@ class LevelDatabase:
             InvalidInput: it is of something else, or damaged, or nowhere.
         """
         folder = require(name)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with readable(folder):
             with safe_open(folder / RANKS, framework="pt") as file:
                 shapes = {site: file.get_slice(site).get_shape() for site in file.keys()}  # noqa: SIM118
-            found = {part: manifest.get(part) for part in level_recipe(prepared, criterion)}
-        except (OSError, ValueError, AttributeError, SafetensorError) as error:
-            raise InvalidInput(f"{folder} holds no readable level database ({type(error).__name__}: {error})") from None
-        for part, expected in level_recipe(prepared, criterion).items():
-            if found[part] != expected:
-                raise InvalidInput(
-                    f"the level database {name} is of {part} {str(found[part])[:80]!r}, not {str(expected)[:80]!r}: "
-                    f"build it again"
-                )
+            manifest = manifest_of(folder, level_recipe(prepared, criterion))
         if shapes != {site.name: [site.out_features, site.in_features] for site in prepared.sites}:
             raise InvalidInput(f"the level database {name} holds other matrices than the model: delete {folder}")
         return cls(folder, manifest)
@@ -85,6 +81,58 @@ class LevelDatabase:
     def ranks(self) -> Path:
         """File of the rank bytes."""
         return self.folder / RANKS
+
+    def check(self, site: str, level: int) -> None:
+        """Refuse a level that there is not.
+
+        Raises:
+            InvalidInput: it is no whole number from 0 to 256.
+        """
+        if type(level) is not int or not 0 <= level <= GONE:
+            raise InvalidInput(
+                f"level {level!r} of {site} is no whole number from 0 to {GONE}: give 256 times a sparsity"
+            )
+
+    @contextmanager
+    def opened(self) -> Iterator[Write]:
+        """What brings a matrix to a level between 0 and 256."""
+        with safe_open(self.ranks, framework="pt") as ranks:
+
+            def write(weights: ResidentWeights, bound: SiteModule, level: int) -> None:
+                keep = ranks.get_tensor(bound.site.name).to(bound.weight().device) >= level
+                weights.write(bound, keep)
+
+            yield write
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Inside, what keeps a database in `folder` from being read is one line.
+
+    Raises:
+        InvalidInput: in place of what file system and parsers raise.
+    """
+    try:
+        yield
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise InvalidInput(f"{folder} holds no readable level database ({type(error).__name__}: {error})") from None
+
+
+def manifest_of(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the database in `folder`.
+
+    Raises:
+        InvalidInput: it is of something else than `recipe` says.
+        OSError, ValueError, AttributeError: it cannot be read; see `readable`.
+    """
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for part, expected in recipe.items():
+        if (found := manifest.get(part)) != expected:
+            raise InvalidInput(
+                f"the level database {folder.name} is of {part} {str(found)[:80]!r}, not {str(expected)[:80]!r}: "
+                f"build it again"
+            )
+    return manifest
 
 
 def level_recipe(prepared: Prepared, criterion: str) -> dict[str, Any]:
@@ -132,22 +180,10 @@ def build_levels(
         return LevelDatabase.open(known, prepared, key)
     sites, statistics = prepared.sites, prepared.statistics()
 
-    def ranked(site: Site) -> Tensor:
-        with safe_open(prepared.dense, framework="pt") as file:
-            weight = file.get_tensor(site.name).to(device)
-        inputs = {
-            **free_inputs(site, weight, recipe["sparsity"]),
-            **statistics.site_statistics(site.name, criterion.needs, device),
-        }
-        scores = criterion.score(site, inputs)
-        if scores.shape != weight.shape:
-            raise InvalidCandidate("TYPE", f"scores of shape {tuple(scores.shape)} for {site.name}")
-        return rank_bytes(scores)
-
     def all_ranked() -> Iterable[Tensor]:
-        for done, site in enumerate(sites):
+        for done, (site, weight) in enumerate(zip(sites, dense_weights(prepared, device), strict=True)):
             progress(done, len(sites))
-            yield ranked(site)
+            yield site_ranks(criterion, site, weight, statistics, recipe["sparsity"])
         progress(len(sites), len(sites))
 
     with disk_errors(cache_folder()), packing(prefix) as packed:
@@ -156,78 +192,27 @@ def build_levels(
     return LevelDatabase.open(packed.name, prepared, key)
 
 
-class ResidentLevels:
-    """The levels of a resident model: a change of levels rewrites the matrices that it concerns and no others.
+def dense_weights(prepared: Prepared, device: torch.device | str) -> Iterator[Tensor]:
+    """[out, in] dense weight of every site in model order, in the model's dtype on `device`, one at a time."""
+    for site in prepared.sites:
+        with safe_open(prepared.dense, framework="pt") as file:
+            yield file.get_tensor(site.name).to(device)
 
-    Args:
-        language_model: dense when it is handed over; its site weights are overwritten.
-        dense: as `ResidentWeights` takes it.
-        database: of the same model.
+
+def site_ranks(criterion: Criterion, site: Site, weight: Tensor, statistics: Statistics, sparsity: float) -> Tensor:
+    """[out, in] uint8 ranks of a matrix by a criterion, on the device of its dense `weight`.
 
     Raises:
-        InvalidInput: the database is of another model.
+        InvalidCandidate, InvalidInput: see `build_levels`.
     """
-
-    def __init__(self, language_model: LanguageModel, dense: Path, database: LevelDatabase) -> None:
-        if database.manifest["fingerprint"] != language_model.fingerprint:
-            raise InvalidInput(
-                f"the level database {database.name} is of the model with fingerprint "
-                f"{database.manifest['fingerprint'][:12]}, not of the one with {language_model.fingerprint[:12]}"
-            )
-        self._bound = {bound.site.name: bound for bound in language_model.sites}
-        self._weights = ResidentWeights(language_model, dense)
-        self._database = database
-        self._device = language_model.device
-        self._levels: dict[str, int | None] = dict.fromkeys(self._bound, 0)
-
-    def complete(self, levels: Mapping[str, int]) -> dict[str, int]:
-        """The level of every site in model order: those that `levels` leaves out are dense, at level 0.
-
-        Raises:
-            InvalidInput: a level outside 0 to 256, or a site that the model does not have.
-        """
-        for name, level in levels.items():
-            if name not in self._bound:
-                raise InvalidInput(f"no site {name[:80]!r} in this model; the first is {next(iter(self._bound))!r}")
-            if type(level) is not int or not 0 <= level <= GONE:
-                raise InvalidInput(
-                    f"level {level!r} of {name} is no whole number from 0 to {GONE}: give 256 times a sparsity"
-                )
-        return {name: levels.get(name, 0) for name in self._bound}
-
-    @torch.no_grad()
-    def apply(self, levels: Mapping[str, int]) -> int:
-        """Bring the model to `levels`, sites left out to the dense weight; the number of matrices rewritten.
-
-        Raises:
-            InvalidInput: see `complete`; nothing is changed then.
-        """
-        changed = {name: level for name, level in self.complete(levels).items() if level != self._levels[name]}
-        with safe_open(self._database.ranks, framework="pt") as ranks:
-            for name, level in changed.items():
-                bound, before = self._bound[name], self._levels[name]
-                # An interrupted write leaves a matrix that is at no level.
-                self._levels[name] = None
-                if level == GONE:
-                    self._weights.empty(bound)
-                elif level:
-                    self._weights.write(bound, ranks.get_tensor(name).to(bound.weight().device) >= level)
-                else:
-                    self._weights.write_dense(bound)
-                if level != GONE and before in (GONE, None):
-                    self._weights.write_bias(bound)
-                self._levels[name] = level
-        return len(changed)
-
-    def restore(self) -> None:
-        """Bring every site to level 0, by writing the dense weights back.
-
-        Raises:
-            AuditFailed: the restored model differs from the one that was handed over.
-        """
-        self._levels = dict.fromkeys(self._bound, None)
-        self._weights.restore()
-        self._levels = dict.fromkeys(self._bound, 0)
+    inputs = {
+        **free_inputs(site, weight, sparsity),
+        **statistics.site_statistics(site.name, criterion.needs, weight.device),
+    }
+    scores = criterion.score(site, inputs)
+    if scores.shape != weight.shape:
+        raise InvalidCandidate("TYPE", f"scores of shape {tuple(scores.shape)} for {site.name}")
+    return rank_bytes(scores)
 
 
 def _write_bytes(path: Path, sites: list[Site], matrices: Iterable[Tensor]) -> None:

@@ -7,6 +7,8 @@ a search holds its workers to one class; the canary catches what the class does 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -19,6 +21,18 @@ from evoprune.metrics.mask import mask
 from evoprune.metrics.records import MaskRule
 
 WINDOWS, TOKENS = 2, 64
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes with so many threads on a CPU; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def numerics(language_model: LanguageModel) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import SiteModule
-from evoprune.fitness.compressors import COMPRESSORS, compress
+from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
 from evoprune.fitness.models import Prunable
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
@@ -17,7 +17,7 @@ from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.interpreter import free_inputs
 from evoprune.metrics.mask import check_finite, check_pattern, global_masks, mask, own_rule
-from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
+from evoprune.metrics.records import GROUPS, Group, MaskRule, Site, parse_pattern, removed_count
 from evoprune.metrics.terminals import STATISTICS
 
 # Where nobody says how much goes.
@@ -34,7 +34,7 @@ class PrunedLayer:
     Attributes:
         name: module path.
         shape: (out, in).
-        removed: weights that the mask removed.
+        removed: weights that went.
         error: relative output error, 0 = lossless and 1 = the layer deleted; None without statistics of its inputs.
     """
 
@@ -60,23 +60,34 @@ def needed_statistics(criterion: Criterion, compressor: str) -> frozenset[str]:
     Raises:
         UnknownName: no such compressor.
     """
-    return (criterion.needs & STATISTICS) | COMPRESSORS[compressor].needs
+    inside = criterion.needs & STATISTICS if COMPRESSORS[compressor].reads_criterion else frozenset()
+    return inside | COMPRESSORS[compressor].needs
 
 
-def mask_rule(criterion: Criterion, sparsity: float | None, pattern: str | None, group: str | None) -> MaskRule:
+def mask_rule(
+    criterion: Criterion, sparsity: float | None, pattern: str | None, group: str | None, compressor: str = "mask"
+) -> MaskRule:
     """How many weights go: half unless told otherwise, compared within the criterion's own group.
 
+    A compressor that reads no criterion counts by matrix, and compares as it likes.
+
     Raises:
-        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group.
+        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group, or one beside a compressor
+            that reads no criterion.
+        UnknownName: no such compressor.
     """
     if sparsity is not None and pattern is not None:
         raise InvalidInput("give a sparsity or a pattern, not both")
     chosen = next((known for known in GROUPS if known == group), None)
     if group is not None and chosen is None:
         raise InvalidInput(f"no group {group[:80]!r}; the groups are {', '.join(GROUPS)}")
+    chooses = not COMPRESSORS[compressor].reads_criterion
+    if chooses and chosen is not None:
+        raise InvalidInput(f"compressor {compressor!r} chooses by itself what goes: leave out the group {group!r}")
     if pattern is not None:
         return MaskRule(None, parse_pattern(pattern), "row")
-    return MaskRule(DEFAULT_SPARSITY if sparsity is None else sparsity, None, chosen or criterion.group)
+    own: Group = "layer" if chooses else criterion.group
+    return MaskRule(DEFAULT_SPARSITY if sparsity is None else sparsity, None, chosen or own)
 
 
 def check_rule(language_model: Prunable, rule: MaskRule) -> None:
@@ -106,9 +117,9 @@ def prune_model(
     Args:
         language_model: dense, or pruned before: its weights are scored as they are.
         criterion: gives the scores, low = removed first.
-        rule: how many weights go, and what their scores are compared within.
+        rule: how many weights go, and what their scores are compared within; see `mask_rule`.
         statistics: at least `needed_statistics`; None if those are none.
-        compressor: what happens to the weights that stay.
+        compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
             `rule` must be the sparsity of its budget, by row.
         progress: called with (done, total) in matrices.
@@ -117,8 +128,9 @@ def prune_model(
         One entry per matrix, in model order.
 
     Raises:
-        InvalidInput: the widths do not fit the pattern, the allocation is of another model, or the criterion gives
-            scores that cannot become a mask. The model may then be pruned in part: load it again.
+        InvalidInput: the widths do not fit the pattern, the allocation is of another model, the criterion gives
+            scores that cannot become a mask, or the compressor can make nothing of the statistics. The model may then
+            be pruned in part: load it again.
     """
     check_rule(language_model, rule)
     if allocation is not None:
@@ -128,18 +140,24 @@ def prune_model(
             )
         check_allocation(language_model, allocation)
     layers = []
-    for bound, keep in _masks(language_model, criterion, rule, statistics, allocation):
+    if COMPRESSORS[compressor].reads_criterion:
+        goals = _masks(language_model, criterion, rule, statistics, allocation)
+    else:
+        goals = _counts(language_model, rule, allocation)
+    for bound, goal in goals:
         site, weight = bound.site, bound.weight()
         names = set(COMPRESSORS[compressor].needs)
         if statistics is not None:
             names.update([name for name in _OF_ERROR if name in statistics.names][:1])
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
-        result = compress(compressor, weight.float(), keep, given)
+        try:
+            result = compress(compressor, weight, goal, given)
+        except (InvalidCandidate, InvalidInput) as error:
+            raise InvalidInput(f"cannot compress {site.name}: {error}") from None
         weight.copy_(result.weight)
-        if not keep.any() and (bias := bound.bias()) is not None:
+        if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        removed = site.weights - int(result.mask.sum())
-        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
+        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), goal.removed, result.error))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 
@@ -160,20 +178,40 @@ def _masks(
     rule: MaskRule,
     statistics: Statistics | None,
     allocation: Allocation | None,
-) -> Iterator[tuple[SiteModule, Tensor]]:
-    """([out, in] bool, True = keep) of every matrix, one at a time unless scores are compared across all of them."""
+) -> Iterator[tuple[SiteModule, Goal]]:
+    """What a criterion removes from every matrix, one at a time unless scores are compared across all of them."""
     if rule.group == "global" and rule.sparsity is not None:
         scores = [site_scores(bound, criterion, rule, statistics) for bound in language_model.sites]
-        yield from zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True)
+        for bound, keep in zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True):
+            yield bound, Goal.of_mask(keep)
         return
     own = {} if allocation is None else allocation.by_name()
     for bound in language_model.sites:
         of_site = own_rule(rule, own, bound.site.name)
         if of_site is None:
-            yield bound, torch.zeros_like(bound.weight(), dtype=torch.bool)
+            yield bound, Goal.of_mask(torch.zeros_like(bound.weight(), dtype=torch.bool))
             continue
         # Scores are those of the budget whatever a matrix loses: a search over levels ranks every weight once.
-        yield bound, mask(site_scores(bound, criterion, rule, statistics), of_site)
+        keep = mask(site_scores(bound, criterion, rule, statistics), of_site)
+        yield bound, Goal.of_mask(keep, of_site.pattern)
+
+
+def _counts(
+    language_model: Prunable, rule: MaskRule, allocation: Allocation | None
+) -> Iterator[tuple[SiteModule, Goal]]:
+    """How much goes of every matrix where a compressor chooses what."""
+    own = {} if allocation is None else {site.name: site.removed for site in allocation.sites}
+    for bound in language_model.sites:
+        site = bound.site
+        yield bound, Goal(own[site.name] if own else _count(site, rule), rule.pattern)
+
+
+def _count(site: Site, rule: MaskRule) -> int:
+    if rule.pattern is not None:
+        n, m = rule.pattern
+        return site.weights // m * (m - n)
+    assert rule.sparsity is not None
+    return removed_count(rule.sparsity, site.weights)
 
 
 def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:

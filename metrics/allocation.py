@@ -110,8 +110,7 @@ class Allocation:
             InvalidInput: names both numbers.
         """
         budget = removed_count(self.sparsity, self.weights)
-        slack = max(min((site.shape[0] for site in self.sites), default=0), self.weights // 10_000)
-        if abs(self.removed - budget) > slack:
+        if abs(self.removed - budget) > slack_of(self.sites):
             raise InvalidInput(
                 f"the allocation's budget is a sparsity of {self.sparsity:g}, but its matrices lose "
                 f"{self.removed / max(self.weights, 1):.6f} of all weights: change one or the other"
@@ -120,6 +119,11 @@ class Allocation:
     def summary(self) -> dict[str, Any]:
         """What made it and its budget: JSON values."""
         return {"allocator": self.allocator, "parameters": dict(self.parameters), "sparsity": self.sparsity}
+
+
+def slack_of(sites: Sequence[SiteSparsity]) -> int:
+    """Weights by which matrices may miss a budget that they claim; see `Allocation.check_budget`."""
+    return max(min((site.shape[0] for site in sites), default=0), sum(site.weights for site in sites) // 10_000)
 
 
 def check_matrices(

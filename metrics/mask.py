@@ -71,6 +71,23 @@ def own_rule(rule: MaskRule, own: Mapping[str, float], site: str) -> MaskRule | 
     return None if own[site] == 1 else MaskRule(own[site])
 
 
+def mask_of_count(scores: Tensor, removed: int) -> Tensor:
+    """The mask that removes so many weights of a matrix, compared across all of it.
+
+    Args:
+        scores: [out, in] float32, low = removed first; ties lose the lower index first.
+        removed: from 0 to out * in.
+
+    Returns:
+        [out, in] bool, True = keep.
+
+    Raises:
+        InvalidCandidate: NONFINITE, a score is NaN or infinite.
+    """
+    check_finite(scores)
+    return _keep_largest(scores.reshape(1, -1), removed)[0].view(scores.shape)
+
+
 def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Masks of several matrices that together lose floor(sparsity * all their weights), compared across all of them.
 

@@ -16,7 +16,14 @@ from evoprune.metrics.files import file_hash, write_atomically
 from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.level_result import allocation_of_row, heldout_jobs, run_facts, sparsities_of, write_whole
+from evoprune.search.level_result import (
+    allocation_of_row,
+    heldout_jobs,
+    provenance,
+    run_facts,
+    sparsities_of,
+    write_whole,
+)
 from evoprune.search.pooled_search import Member
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -146,7 +153,7 @@ class AllocationComparison:
         folder.mkdir(exist_ok=True)
         # Where parts go as a whole, the budget is what came nearest to the target.
         budget = None if self._config.target.drop_only else self._config.target.sparsity
-        parameters = {name: result[name] for name in ("run", "metric", "seed")}
+        parameters = provenance(self._config, result)
         space = self._search.space
         winner = allocation_of_row(result["best"], space, self._model_class, budget, "evolution", parameters)
         write_whole(winner, folder / "allocation.json")

@@ -13,7 +13,7 @@ from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.breeders import Breeder, breeder_of
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import different
-from evoprune.search.level_run import LevelRun, given_formula
+from evoprune.search.level_run import LevelRun, given_formula, sites_of
 from evoprune.search.result import failure
 from evoprune.search.search_run import Ask, Plan
 from evoprune.search.spaces.ladder import Genome, by_genome
@@ -28,6 +28,12 @@ class AllocationRun(LevelRun[AllocationSearch]):
 
     def place(self, space: LevelSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
         return space.near(sparsities, rng)
+
+    def space(self, sites: list[Site]) -> LevelSpace:
+        target = self.config.target
+        return LevelSpace(
+            sites, target.sparsity, target.granularity, target.drop, only=target.drop_only, stored=target.stored
+        )
 
     def plan(self) -> Plan:
         searcher, window = self.config.searcher, self.config.data.window
@@ -47,10 +53,8 @@ class AllocationRun(LevelRun[AllocationSearch]):
         )
 
     def build_search(self, prepared: Summary, ask: Ask) -> AllocationSearch:
-        config = self.config
-        sites = [Site(**site) for site in prepared.facts["sites"]]
-        target = config.target
-        space = LevelSpace(sites, target.sparsity, target.granularity, target.drop, only=target.drop_only)
+        config, sites = self.config, sites_of(prepared)
+        space = self.space(sites)
         self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
         self._named = self.start_genomes(space, prepared, ask)
         payload = self.job_payload(prepared)

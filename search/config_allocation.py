@@ -8,11 +8,14 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evoprune.fitness.allocators import ALLOCATORS, configured
+from evoprune.fitness.compressors import COMPRESSORS, stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.exported import load_metric
+from evoprune.metrics.records import LEVELS
 from evoprune.search.breeders import breeder_of
 from evoprune.search.config_sections import SearchConfig, Section
+from evoprune.search.spaces.levels import spread_levels
 
 DEFAULT_SPARSITY = 0.6
 DEFAULT_RANGE = (0.4, 0.7)
@@ -35,6 +38,14 @@ class AllocationTarget(Section):
         None, description="of a front, the least and the most that goes; 0.4 and 0.7, or 0.1 and 0.5 with drop_only"
     )
     metric: str = Field("wanda", description="the criterion inside: a name, an expression, or an exported file")
+    compressor: str = Field(
+        "mask", description="what becomes of the weights that stay: a name from `evoprune list compressors`"
+    )
+    grid: int | tuple[int, ...] = Field(
+        16,
+        description="for a compressor that changes weights, whose levels are stored: how many around the target beside "
+        "the most that can go, or which, in 256ths",
+    )
     granularity: Literal["matrix", "block", "kind"] = Field(
         "matrix", description="what has a level of its own: every matrix, every block, or every kind of matrix"
     )
@@ -71,6 +82,33 @@ class AllocationTarget(Section):
         if not 0 < sparsity < 1:  # a NaN is refused too
             raise ValueError(f"sparsity {sparsity} is not between 0 and 1: give the fraction to remove, such as 0.6")
         return sparsity
+
+    @field_validator("grid")
+    @classmethod
+    def _within(cls, grid: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        if isinstance(grid, int):
+            if not 4 <= grid <= 128:
+                raise ValueError(f"{grid} levels are out of range: give from 4 to 128, such as 16, or a list of levels")
+        elif not grid or not all(0 < level < LEVELS for level in grid) or sorted(set(grid)) != list(grid):
+            raise ValueError(
+                f"{str(list(grid))[:60]} is no grid: give levels from 1 to {LEVELS - 1} in ascending order, each 256 "
+                "times a sparsity, such as [96, 128, 160, 192]"
+            )
+        return grid
+
+    @property
+    def reads_criterion(self) -> bool:
+        """Whether the metric decides what goes, beside being what allocators read."""
+        return COMPRESSORS[self.compressor].reads_criterion
+
+    @property
+    def stored(self) -> tuple[int, ...] | None:
+        """The levels that are stored, in 256ths; None where masks give all of them."""
+        if not stores_weights(self.compressor):
+            return None
+        if not isinstance(self.grid, int):
+            return self.grid
+        return spread_levels(self.sparsity_range or (self.sparsity, self.sparsity), self.grid)
 
     @model_validator(mode="after")
     def _together(self) -> AllocationTarget:
@@ -237,7 +275,11 @@ class AllocationSearchConfig(SearchConfig):
     def context(self) -> EvaluationContext:
         """What workers have to know."""
         criterion = load_metric(self.target.metric)
-        needs = criterion.needs.union(*(configured(name).needs for name in self.seeds), reading(self.terminals).needs)
+        needs = criterion.needs.union(
+            *(configured(name).needs for name in self.seeds),
+            reading(self.terminals).needs,
+            COMPRESSORS[self.target.compressor].needs,
+        )
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,

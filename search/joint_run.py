@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from evoprune.fitness.prepare import Summary
@@ -48,7 +49,7 @@ class JointRun(WorkerSession[JointSearchConfig]):
         try:
             # A step that has not begun could not know that the model is another: the run as a whole does.
             with self._workers() as executor:
-                prepared = self._prepare(executor, stopping)
+                prepared = self.prepare(partial(self._first, executor, stopping))
             self._announce()
             found = self._steps(stopping)
             result = self._compared(prepared, found, stopping)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evoprune.metrics.allocation import Allocation, SiteSparsity
+from evoprune.metrics.allocation import Allocation, SiteSparsity, slack_of
 from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.errors import EvopruneError
 from evoprune.metrics.files import content_hash
@@ -49,6 +49,8 @@ def run_facts(
         "model": config.model.name,
         "target": f"{config.target.sparsity:g}",
         "metric": config.target.metric,
+        "compressor": config.target.compressor,
+        "stored_levels": None if config.target.stored is None else list(config.target.stored),
         "granularity": config.target.granularity,
         "drop": config.target.drop,
         "drop_only": config.target.drop_only,
@@ -76,6 +78,14 @@ def calibration_facts(data: DataConfig) -> dict[str, Any]:
     }
 
 
+def provenance(config: AllocationSearchConfig, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported allocation says of its origin, and what `prune` needs to give the same weights again."""
+    found = {name: result[name] for name in ("run", "metric", "seed")}
+    if config.target.stored is not None:
+        found |= {"compressor": config.target.compressor, "threads": config.threads}
+    return found
+
+
 def allocation_of_row(
     row: Mapping[str, Any],
     space: LevelSpace,
@@ -90,7 +100,8 @@ def allocation_of_row(
         row: has the ``allocation``, by name of the matrices.
         space: has the matrices.
         model_class: what the allocation is of.
-        budget: as a fraction of all weights; None is what goes.
+        budget: as a fraction of all weights; None is what goes, as it is where the steps of the space are so coarse
+            that the budget is met to less than a file may claim.
         allocator: who made it, with its `parameters`.
 
     Raises:
@@ -100,7 +111,7 @@ def allocation_of_row(
         SiteSparsity(site.name, (site.out_features, site.in_features), row["allocation"][site.name])
         for site in space.sites
     )
-    if budget is None:
+    if budget is None or space.tolerance > slack_of(sites):
         budget = sum(site.removed for site in sites) / sum(site.weights for site in sites)
     allocation = Allocation(model_class, budget, sites, allocator, parameters)
     allocation.check_budget()

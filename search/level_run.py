@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from evoprune.fitness.prepare import Summary
+from evoprune.fitness.stored_levels import stored_bytes
 from evoprune.metrics.allocation import Allocation, repair
 from evoprune.metrics.allocation_file import read_allocation, to_json
 from evoprune.metrics.allocation_formula import AllocationFormula, read_formula
@@ -15,7 +16,7 @@ from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash, derived_seed
-from evoprune.metrics.records import removed_count
+from evoprune.metrics.records import Site, removed_count
 from evoprune.search.breeders import breeder_of
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
@@ -24,7 +25,7 @@ from evoprune.search.kinds.allocation import KIND
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.result import failure
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Ask, SearchRun
+from evoprune.search.search_run import Ask, First, SearchRun
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
 
@@ -40,6 +41,15 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
     kind = KIND
     worker_factory = "evoprune.fitness.allocation_worker:build"
     pure_jobs: ClassVar[tuple[str, ...]] = ("allocate", "levels", "heldout")
+    _database = ""
+
+    @abstractmethod
+    def space(self, sites: list[Site]) -> LevelSpace:
+        """The genomes that the configuration allows.
+
+        Raises:
+            InvalidInput: the budget is beyond the levels that there are.
+        """
 
     @abstractmethod
     def place(self, space: Any, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
@@ -58,8 +68,21 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
             "formula": None if formula is None else formula.to_json(),
         }
 
-    def prepare_payload(self) -> dict[str, Any]:
-        return {"criterion": self.criterion()}
+    def prepare(self, first: First) -> Summary:
+        prepared = super().prepare(first)
+        self.space(sites_of(prepared))  # what cannot be is refused before the work of hours
+        payload = self._making(prepared)
+        grid = payload["grid"]
+        size = stored_bytes(sites_of(prepared), prepared.facts["identity"]["dtype"], grid)
+        details = (
+            f": {len(grid)} levels of every matrix by {payload['compressor']}, {size / 2**20:,.0f} MiB in the cache"
+        )
+        self.phase("building the level database", details if grid else "")
+        self._database = first("database", payload)["database"]
+        self._hold(database=self._database)
+        # What levels are worth depends on the bits of the database.
+        self.identity = content_hash([self.identity, self._database])
+        return prepared
 
     @property
     def counted_by_loop(self) -> bool:
@@ -71,10 +94,16 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
 
     def job_payload(self, prepared: Summary) -> dict[str, Any]:
         """What every measurement of levels has to know."""
+        return {**self._making(prepared), "database": self._database}
+
+    def _making(self, prepared: Summary) -> dict[str, Any]:
+        """What the level database is made from."""
+        target = self.config.target
         return {
             "prepared": prepared.name,
             "criterion": self.criterion(),
-            "database": self.prepared_values["database"],
+            "compressor": target.compressor,
+            "grid": list(target.stored or ()),
         }
 
     def start_genomes(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
@@ -153,6 +182,11 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
     def _placed(self, space: LevelSpace, seed: str, sparsities: list[float], budget: float) -> Genome:
         rng = random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
         return self.place(space, sparsities, budget, rng)
+
+
+def sites_of(prepared: Summary) -> list[Site]:
+    """The matrices of a prepared model, in model order."""
+    return [Site(**site) for site in prepared.facts["sites"]]
 
 
 def criterion_json(given: str, criterion: Criterion) -> dict[str, Any]:

@@ -12,7 +12,14 @@ from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.costs import Cost, saved_percent
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.front import Point
-from evoprune.search.level_result import allocation_of_row, heldout_jobs, run_facts, sparsities_of, write_whole
+from evoprune.search.level_result import (
+    allocation_of_row,
+    heldout_jobs,
+    provenance,
+    run_facts,
+    sparsities_of,
+    write_whole,
+)
 from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -146,7 +153,7 @@ class ParetoComparison:
         """
         folder = run.path / "export"
         (folder / "front").mkdir(parents=True, exist_ok=True)
-        parameters = {name: result[name] for name in ("run", "metric", "seed")}
+        parameters = provenance(self._config, result)
 
         def allocation(row: Mapping[str, Any]) -> Any:
             return allocation_of_row(row, self._search.space, self._model_class, None, ALLOCATOR, parameters)

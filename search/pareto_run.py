@@ -11,7 +11,7 @@ from evoprune.metrics.records import Site
 from evoprune.search.costs import Cost, Latency, MultiplyAdds, Parameters, parts_of
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import different
-from evoprune.search.level_run import LevelRun
+from evoprune.search.level_run import LevelRun, sites_of
 from evoprune.search.pareto_result import ParetoComparison
 from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.result import failure
@@ -25,6 +25,13 @@ class ParetoRun(LevelRun[ParetoSearch]):
 
     def place(self, space: RangeSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
         return space.near_budget(sparsities, budget, rng)
+
+    def space(self, sites: list[Site]) -> RangeSpace:
+        target = self.config.target
+        assert target.sparsity_range is not None
+        return RangeSpace(
+            sites, target.sparsity_range, target.granularity, target.drop, only=target.drop_only, stored=target.stored
+        )
 
     def plan(self) -> Plan:
         config, window = self.config, self.config.data.window
@@ -44,10 +51,8 @@ class ParetoRun(LevelRun[ParetoSearch]):
         )
 
     def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch:
-        config, target = self.config, self.config.target
-        assert target.sparsity_range is not None
-        sites = [Site(**site) for site in prepared.facts["sites"]]
-        space = RangeSpace(sites, target.sparsity_range, target.granularity, target.drop, only=target.drop_only)
+        config, target, sites = self.config, self.config.target, sites_of(prepared)
+        space = self.space(sites)
         self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
         self._named = self.start_genomes(space, prepared, ask)
         payload = self.job_payload(prepared)

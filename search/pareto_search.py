@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
-from evoprune.search.breeders.switches import SPANS
 from evoprune.search.costs import Cost
 from evoprune.search.front import Buckets, Point, mates, nondominated, survivors
 from evoprune.search.loop import Birth
@@ -148,7 +147,7 @@ class ParetoSearch(PooledSearch[RangeSpace]):
             parents.append(second)
             genome = self.space.crossed(first.genome, second.genome, rng)
         else:
-            genome = self.space.switched(first.genome, rng, SPANS)
+            genome = self.space.switched(first.genome, rng, self.space.spans)
         if genome is None:
             return None
         births = tuple(parent.birth for parent in parents if parent.birth is not None)

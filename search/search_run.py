@@ -41,6 +41,7 @@ _FIXED = {
     "code": "code of evoprune",
     "prepared": "model or data",
     "files": "bits of the statistics or of the teacher (another processor, or another library)",
+    "database": "bits of the level database (another processor, or another library)",
     "seeds": "candidates to start from",
     "allocation": "allocation that candidates are masked at",
 }
@@ -77,6 +78,17 @@ class Ask(Protocol):
 
     def __call__(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
         """Outcomes of `jobs`; `limited` ones take as long as a pass over the held-out text, or count as hung.
+
+        Raises:
+            Interrupted: the user wants to stop.
+        """
+
+
+class First(Protocol):
+    """Has a worker do what every session begins with, whatever is in the run's log; what is cached takes no time."""
+
+    def __call__(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        """The values of the one job of this kind.
 
         Raises:
             Interrupted: the user wants to stop.
@@ -153,17 +165,12 @@ class WorkerSession(ABC, Generic[Config]):
         self._seconds_per_token = 0.0
         self._deadline = Deadline(None, 0.0)
         self._facts: dict[str, Any] = {}
-        self.prepared_values: dict[str, Any] = {}
         known = run.identity
         self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
 
     @abstractmethod
     def seeds_identity(self) -> Any:
         """What the search starts from, as JSON values."""
-
-    def prepare_payload(self) -> dict[str, Any]:
-        """What the job `prepare` has to know beside the worker's context."""
-        return {}
 
     def given_facts(self) -> dict[str, str]:
         """What else must not change between the run's sessions and is known without workers: hashes by name."""
@@ -259,11 +266,18 @@ class WorkerSession(ABC, Generic[Config]):
             self.progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
         self._watch.tick()
 
-    def _prepare(self, executor: Executor, stopping: Callable[[], bool]) -> Summary:
+    def prepare(self, first: First) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
-        job = Job(f"prepare-{self._run.run_id}", "prepare", self.prepare_payload())
-        executor.submit([job])
+        values = first("prepare", {})
+        self._seconds_per_token = values["seconds_per_token"]
+        return self.identify(Summary.from_json(values))
+
+    def _first(
+        self, executor: Executor, stopping: Callable[[], bool], kind: str, payload: dict[str, Any]
+    ) -> dict[str, Any]:
+        """See `First`."""
+        executor.submit([Job(f"{kind}-{self._run.run_id}", kind, payload)])
         arrived: list[Outcome] = []
         while not arrived:
             if stopping():
@@ -276,9 +290,7 @@ class WorkerSession(ABC, Generic[Config]):
         (outcome,) = arrived
         if outcome.status != "ok":
             raise failure(outcome)
-        self._seconds_per_token = outcome.values["seconds_per_token"]
-        self.prepared_values = outcome.values
-        return self.identify(Summary.from_json(outcome.values))
+        return dict(outcome.values)
 
     def identify(self, prepared: Summary) -> Summary:
         """Hold the run to what was prepared.
@@ -379,7 +391,7 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
 
     def _search(self, executor: Executor, stopping: Callable[[], bool]) -> dict[str, Any]:
         """The result, and the winner's files in the run's folder."""
-        prepared = self._prepare(executor, stopping)
+        prepared = self.prepare(partial(self._first, executor, stopping))
         ask = partial(self._ask, executor, stopping)
         search = self.build_search(prepared, ask)
         self._announce(prepared, executor)

@@ -18,6 +18,7 @@ from rich.text import Text
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
+from evoprune.search.removal import PLAIN, removed_by
 
 _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
@@ -203,9 +204,11 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error)
     for column in table.columns[1:]:
         column.justify = "right"
+    inside = None if document["compressor"] == "mask" else document["compressor"]
+    by = " and ".join(name for name in (document["criterion"], inside) if name is not None)
     total = (
         f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%}) by "
-        f"{document['criterion']}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
+        f"{by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     )
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
@@ -294,14 +297,18 @@ def target_text(result: Mapping[str, Any]) -> str:
     target = result["target"]
     if (front := result.get("pareto")) is not None:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
-        inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {result['metric']}"
+        inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":
         if result.get("drop_only"):
             return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"
-        return f"{100 * float(target):.4g}% sparsity by {result['metric']}"
+        return f"{100 * float(target):.4g}% sparsity by {_remover(result)}"
     if (allocation := result.get("allocation")) is not None:
         return f"{100 * float(target):.4g}% sparsity, allocated by {allocation['allocator']}"
     return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"
+
+
+def _remover(result: Mapping[str, Any]) -> str:
+    return removed_by(result["metric"], result.get("compressor", PLAIN))

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evoprune.search.config_sections import DataConfig
+from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.result import closed_gap
 from evoprune.search.site_names import grid
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
@@ -86,7 +87,8 @@ def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
-        "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(result['metric'])} "
+        "prune": f"evoprune prune {shlex.quote(result['model'])} "
+        f"{removal_options(result['metric'], result.get('compressor', PLAIN))} "
         f"--allocation {shlex.quote(str(file))} --out DIR{calibration_options(result)}",
     }
     if "formula" in result:

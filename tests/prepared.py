@@ -14,10 +14,10 @@ from tests.models import random_windows
 
 
 def tiny_prepared(folder: Path, language_model: LanguageModel, *, seed: int = 9) -> Prepared:
-    """Dense weights and input norms of `language_model` in the new folder `folder`; `seed` draws text A."""
+    """Weights, input norms and Gram matrices of `language_model` in the new folder `folder`; `seed` draws text A."""
     folder.mkdir()
     calibration = random_windows(4, 16, seed=seed)
-    collect_statistics(language_model, calibration, ("X_l2",), folder=folder / "statistics")
+    collect_statistics(language_model, calibration, ("X_l2", "H"), folder=folder / "statistics")
     save_file(
         {bound.site.name: bound.weight().contiguous() for bound in language_model.sites}, folder / "dense.safetensors"
     )

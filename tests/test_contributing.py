@@ -12,6 +12,7 @@ import pytest
 
 from evoprune.fitness.adapters import ADAPTERS
 from evoprune.fitness.allocators import ALLOCATORS
+from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit_formula import latex, to_text
 from evoprune.metrics.expression import parse
@@ -24,13 +25,14 @@ RECIPES = {
     "metrics/library/wanda_l1.py": "tests/metrics/test_wanda_l1.py",
     "metrics/operators/hypotenuse.py": "tests/metrics/test_hypotenuse.py",
     "fitness/allocators/first_block.py": "tests/fitness/test_first_block.py",
+    "fitness/compressors/rescaled.py": "tests/fitness/test_rescaled.py",
     "fitness/adapters/gpt_neox.py": "tests/fitness/test_gpt_neox.py",
 }
 
 
 @pytest.fixture(autouse=True)
 def _registries_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS):
+    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS):
         assert len(registry) > 0  # read, so that what a recipe adds comes on top
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 

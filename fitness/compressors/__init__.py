@@ -1,35 +1,69 @@
-"""Compressors: what happens to a matrix once its mask is known. Plug-ins, one file each."""
+"""Compressors: what becomes of a matrix that has to lose weights. Plug-ins, one file each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from evoprune.metrics.errors import EvopruneError
+from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.registry import Registry
 
 
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What has to go from one matrix.
+
+    Attributes:
+        removed: how many weights, exactly.
+        pattern: (n, m): n weights kept of every m consecutive columns; None: any of them.
+        mask: [out, in] bool, True = keep, by which a criterion removes as many; None if nobody reads it.
+    """
+
+    removed: int
+    pattern: tuple[int, int] | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of_mask(cls, mask: Tensor, pattern: tuple[int, int] | None = None) -> Goal:
+        """What the [out, in] bool `mask`, True = keep, removes."""
+        return cls(mask.numel() - int(mask.sum()), pattern, mask)
+
+
 class Compressor(Protocol):
-    """Turns a dense matrix and a mask into the matrix that replaces it.
+    """Turns a dense matrix into those that replace it, one for each goal.
 
     Attributes:
         needs: names of the statistics it reads, such as ``H`` (Gram matrix of the inputs, [in, in] float32).
-        keeps_mask: it prunes exactly by the mask it is given; one that does not takes it as a start.
+        reads_criterion: it is given the mask of a criterion. One that is not chooses by itself what goes.
+        keeps_mask: it prunes exactly by that mask; one that does not takes it as a start.
+        keeps_weights: weights that stay are as they were.
     """
 
     needs: frozenset[str]
+    reads_criterion: bool
     keeps_mask: bool
+    keeps_weights: bool
 
-    def compress(self, weight: Tensor, mask: Tensor, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The new weight and its mask; no argument is changed.
+    def compress(
+        self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The new weight and its mask for each goal, in their order; no argument is changed.
+
+        What goals have in common, such as a factor of the statistics, is computed once.
 
         Args:
             weight: [out, in] float32.
-            mask: [out, in] bool, True = keep.
-            statistics: by name, at least those of `needs`.
+            goals: with a `mask` each if `reads_criterion`.
+            statistics: by name, at least those of `needs`, float32.
+
+        Yields:
+            [out, in] float32, zero outside the mask; [out, in] bool, True = keep, which removes as many weights as the
+            goal says, in its pattern.
         """
         ...
 
@@ -39,7 +73,7 @@ class Compressed:
     """The replacement of one matrix.
 
     Attributes:
-        weight: [out, in] float32, zero outside `mask`.
+        weight: [out, in] in the dtype of the dense one, zero outside `mask`.
         mask: [out, in] bool, True = keep.
         error: relative output error, or None without statistics of the inputs.
     """
@@ -52,24 +86,67 @@ class Compressed:
 COMPRESSORS: Registry[Compressor] = Registry("compressor", "evoprune.fitness.compressors")
 
 
-def compress(name: str, weight: Tensor, mask: Tensor, statistics: Mapping[str, Tensor]) -> Compressed:
-    """Run the compressor `name` on one matrix and measure what it did.
-
-    Args:
-        name: one of `COMPRESSORS`.
-        weight: [out, in] float32.
-        mask: [out, in] bool, True = keep.
-        statistics: what the compressor needs, and ``H`` or ``X_ss`` for the error.
+def stores_weights(name: str) -> bool:
+    """Whether the levels of a matrix are weights of their own: not where they are one dense matrix under masks.
 
     Raises:
         UnknownName: no such compressor.
-        EvopruneError: the compressor broke its contract: not finite, or a weight outside its mask.
     """
-    new, kept = COMPRESSORS[name].compress(weight, mask, statistics)
-    if not bool(new.isfinite().all()) or bool((new[~kept] != 0).any()):
-        raise EvopruneError(f"compressor {name!r} returned weights that are not finite or lie outside its mask")
-    error = relative_output_error(weight, new, gram=statistics.get("H"), input_squares=statistics.get("X_ss"))
-    return Compressed(new, kept, error)
+    return not (COMPRESSORS[name].keeps_mask and COMPRESSORS[name].keeps_weights)
+
+
+def compress(name: str, weight: Tensor, goal: Goal, statistics: Mapping[str, Tensor]) -> Compressed:
+    """`compress_all` for one goal."""
+    return next(compress_all(name, weight, [goal], statistics))
+
+
+@torch.no_grad()
+def compress_all(
+    name: str, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor], *, measured: bool = True
+) -> Iterator[Compressed]:
+    """Run the compressor `name` on one matrix, for each goal in turn, and measure what it did.
+
+    Args:
+        name: one of `COMPRESSORS`.
+        weight: [out, in] of any floating dtype, in which the results come back.
+        goals: what has to go.
+        statistics: what the compressor needs, and ``H`` or ``X_ss`` for the error.
+        measured: whether anybody wants to know the error.
+
+    Raises:
+        UnknownName: no such compressor.
+        InvalidInput: a statistic that it needs is not there, or of no use to it.
+        EvopruneError: the compressor broke its contract: not finite, a weight outside its mask, or a mask that is not
+            what the goal says.
+    """
+    compressor = COMPRESSORS[name]
+    for missing in sorted(compressor.needs - set(statistics)):
+        raise InvalidInput(f"compressor {name!r} reads {missing}, which was not collected: add it to the statistics")
+    asked: deque[Goal] = deque()  # a compressor may want to see all goals before its first result
+
+    def noted() -> Iterator[Goal]:
+        for goal in goals:
+            asked.append(goal)
+            yield goal
+
+    for new, kept in compressor.compress(weight.float().contiguous(), noted(), statistics):
+        cast = new.to(weight.dtype)
+        if not bool(cast.isfinite().all()) or bool((cast[~kept] != 0).any()):
+            raise EvopruneError(f"compressor {name!r} returned weights that are not finite or lie outside its mask")
+        _check_mask(name, kept, asked.popleft())
+        gram, squares = (statistics.get(name) if measured else None for name in ("H", "X_ss"))
+        error = relative_output_error(weight.float(), cast.float(), gram=gram, input_squares=squares)
+        yield Compressed(cast, kept, error)
+
+
+def _check_mask(name: str, kept: Tensor, goal: Goal) -> None:
+    removed = kept.numel() - int(kept.sum())
+    if removed != goal.removed:
+        raise EvopruneError(f"compressor {name!r} removed {removed:,} weights and not {goal.removed:,}")
+    if goal.pattern is not None:
+        n, m = goal.pattern
+        if bool((kept.view(kept.shape[0], -1, m).sum(2) != n).any()):
+            raise EvopruneError(f"compressor {name!r} left the pattern {n}:{m}")
 
 
 def relative_output_error(

@@ -28,6 +28,7 @@ from evoprune.fitness.allocating import (
 )
 from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured
 from evoprune.fitness.amia import TokenChoice
+from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
 from evoprune.fitness.samples import Calibration
@@ -36,13 +37,14 @@ from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.allocation_formula import AllocationFormula, read_formula
 from evoprune.metrics.criterion import Criterion
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import MaskRule
 
 # Windows of text B on which an allocator that tries things out compares losses.
 LOSS_SEQUENCES = 8
 SEARCHED = "searched"
+_MOST_THREADS = 1024
 
 
 def allocate(
@@ -129,6 +131,34 @@ def allocate(
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """What a searched allocation says of the search, as far as its weights depend on it.
+
+    Attributes:
+        compressor: None if it does not say.
+        threads: of torch, in the search's workers; None if nothing depends on them.
+
+    Raises:
+        InvalidInput: it says what cannot be.
+    """
+
+    compressor: str | None = None
+    threads: int | None = None
+
+    @classmethod
+    def of(cls, allocation: Allocation | None) -> Provenance:
+        """That of an allocation, if there is one."""
+        if allocation is None or "compressor" not in allocation.parameters:
+            return cls()
+        compressor, threads = (allocation.parameters.get(name) for name in ("compressor", "threads"))
+        if not isinstance(compressor, str) or compressor not in COMPRESSORS:
+            raise UnknownName("compressor", str(compressor), COMPRESSORS)
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
+            raise InvalidInput(f"the allocation was searched with {str(threads)[:40]!r} threads: give a whole number")
+        return cls(compressor, threads)
+
+
+@dataclass(frozen=True)
 class GivenAllocation:
     """The allocation that `prune` was asked for, with what else was said of the target.
 
@@ -162,8 +192,8 @@ class GivenAllocation:
         elif _is_json(self.allocation):
             if self.parameters:
                 raise InvalidInput("an allocation in a .json has its parameters in it: give none beside it")
-            if self._formula is None:
-                self._checked(read_allocation(self.allocation))
+            if self._read is not None:
+                self._checked(self._read)
         elif not _is_file(self.allocation):
             configured(str(self.allocation))  # which says what name may be meant
 
@@ -171,6 +201,19 @@ class GivenAllocation:
     def _named(self) -> str | None:
         """The allocator's name, if it is one."""
         return str(self.allocation) if isinstance(self.allocation, str) and self.allocation in ALLOCATORS else None
+
+    @cached_property
+    def provenance(self) -> Provenance:
+        """What an `Allocation`, or a file that holds one, says of the search that found it."""
+        return Provenance.of(self.allocation if isinstance(self.allocation, Allocation) else self._read)
+
+    @cached_property
+    def _read(self) -> Allocation | None:
+        """The allocation in the file, if it is one of ours that holds one."""
+        if self.allocation is None or isinstance(self.allocation, Allocation) or self._named is not None:
+            return None
+        known = _is_json(self.allocation) and self._formula is None
+        return read_allocation(self.allocation) if known else None
 
     @cached_property
     def _formula(self) -> AllocationFormula | None:

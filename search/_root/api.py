@@ -16,8 +16,10 @@ from evoprune.fitness.adapters import rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
+from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.text import token_windows
@@ -45,7 +47,7 @@ def prune(
     allocation: str | Path | Allocation | None = None,
     allocation_parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
-    compressor: str = "mask",
+    compressor: str | None = None,
     out: str | Path | None = None,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
@@ -60,7 +62,8 @@ def prune(
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is: the result has a copy.
         metric: a name of the criteria, an expression such as ``mul(abs(W),X_l2)``, an exported ``.json`` or ``.py``
-            (read, never executed), or a criterion.
+            (read, never executed), or a criterion. A compressor that chooses by itself what goes does not read it; an
+            allocator may.
         sparsity: fraction of the prunable weights to remove, in [0, 1); 0.5 unless `pattern` is given.
         pattern: ``N:M``, N kept of every M consecutive inputs.
         group: compare scores within a ``row``, a ``layer`` or the ``global`` model; None takes the criterion's own.
@@ -69,7 +72,9 @@ def prune(
             `sparsity` is the budget; a file of sparsities has its own.
         allocation_parameters: of that allocator; for EvoPress's text ``step``, the weights in a level.
         budgets: sparsity of each group of matrices; see `allocate`. Without an `allocation` each group is uniform.
-        compressor: what happens to the weights that stay; ``mask`` leaves them as they are.
+        compressor: a name of `evoprune list compressors`: what happens to the weights that stay. ``mask`` leaves them
+            as they are; ``sparsegpt`` chooses itself what goes, and lets the weights that stay make up for it. None is
+            the one that `allocation` was searched for, if its file says so, else ``mask``.
         out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing.
         calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
             read if the criterion needs no statistics.
@@ -82,7 +87,8 @@ def prune(
     criterion = load_metric(metric) if isinstance(metric, str) else metric
     named = "uniform" if allocation is None and budgets else allocation
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
-    rule = mask_rule(criterion, sparsity, pattern, group)
+    compressor = compressor or given.provenance.compressor or "mask"
+    rule = mask_rule(criterion, sparsity, pattern, group, compressor)
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
@@ -99,19 +105,21 @@ def prune(
     own = given.resolved(language_model, criterion, text)
     if own is not None:
         rule = MaskRule(own.sparsity)
-    statistics = collect_statistics(language_model, needs, **text) if needs else None
-    layers = prune_model(
-        language_model,
-        criterion,
-        rule,
-        statistics=statistics,
-        compressor=compressor,
-        allocation=own,
-        progress=lambda done, total: progress("pruning matrices", done, total),
-    )
+    # Weights that a search has measured come out again, bit for bit, from sums in the same order.
+    with torch_threads(given.provenance.threads):
+        statistics = collect_statistics(language_model, needs, **text) if needs else None
+        layers = prune_model(
+            language_model,
+            criterion,
+            rule,
+            statistics=statistics,
+            compressor=compressor,
+            allocation=own,
+            progress=lambda done, total: progress("pruning matrices", done, total),
+        )
     pruned = Pruned(
         language_model=language_model,
-        criterion=criterion_label(metric, criterion),
+        criterion=criterion_label(metric, criterion) if COMPRESSORS[compressor].reads_criterion else None,
         rule=rule,
         compressor=compressor,
         layers=layers,
@@ -119,7 +127,7 @@ def prune(
     )
     recipe = {
         "criterion": pruned.criterion,
-        "source": criterion.source,
+        "source": None if pruned.criterion is None else criterion.source,
         "sparsity": rule.sparsity,
         "pattern": str(rule) if rule.pattern else None,
         "group": rule.group,

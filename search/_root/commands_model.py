@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,28 +58,30 @@ def prune(
     ],
     model: ModelArgument = "reference",
     metric: Annotated[
-        str,
-        typer.Option(
+        str | None,
+        option(
             "--metric",
             metavar="M",
             help="a listed criterion, an expression such as mul(abs(W),X_l2), or an exported .json or .py",
-            rich_help_panel=TARGET,
+            panel=TARGET,
+            default="wanda",
             autocompletion=completion.plugins("evoprune.metrics.library"),
         ),
-    ] = "wanda",
+    ] = None,
     sparsity: PruneSparsity = None,
     pattern: Pattern = None,
     group: PruneGroup = None,
     compressor: Annotated[
-        str,
-        typer.Option(
+        str | None,
+        option(
             "--compressor",
             metavar="C",
-            help="what the other weights become",
-            rich_help_panel=TARGET,
+            help="what the other weights become: one of `evoprune list compressors`",
+            panel=TARGET,
+            default="that of the allocation's file, or mask",
             autocompletion=completion.plugins("evoprune.fitness.compressors"),
         ),
-    ] = "mask",
+    ] = None,
     allocation: Annotated[
         str | None,
         option(
@@ -143,7 +146,7 @@ def prune(
         from evoprune.search.tables import layers_table
 
         target: dict[str, Any] = {
-            "metric": metric,
+            "metric": metric or "wanda",
             "sparsity": sparsity,
             "allocation_parameters": _settings(allocation_set or []),
             "budgets": _budgets(budget or []),
@@ -153,7 +156,7 @@ def prune(
         pipeline = is_pipeline(model)
         pruned: Removal
         if pipeline:
-            if pattern is not None or group is not None or compressor != "mask" or components is not None:
+            if pattern is not None or group is not None or compressor not in (None, "mask") or components is not None:
                 raise InvalidInput(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
@@ -172,6 +175,8 @@ def prune(
                 **_calibration(calibration, calibration_sequences, calibration_window),
                 **_loading(dtype, device, revision, trust_remote_code, components),
             )
+            for remark in _remarks(pruned, metric):
+                output.tell(remark)
         document = pruned.to_json()
         if as_json:
             output.json(document)
@@ -319,6 +324,17 @@ def stats(
                 f"{calibration or 'corpus'}; {size / 2**20:.1f} MiB"
             )
             output.line(str(found.folder))
+
+
+def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
+    """What of the options was not read, or does not fit together as well as it could."""
+    allocation, name = pruned.allocation, pruned.compressor
+    if metric is not None and pruned.criterion is None:
+        said = f"{name} chooses by itself what goes and does not read --metric"
+        yield said if allocation is None else f"{said}; an allocator may have"
+    searched = name if allocation is None else allocation.parameters.get("compressor", name)
+    if searched != name:
+        yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"
 
 
 def check_writable(folder: Path) -> None:

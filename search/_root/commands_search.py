@@ -201,6 +201,17 @@ def search_allocation(
             autocompletion=completion.plugins("evoprune.metrics.library"),
         ),
     ] = None,
+    compressor: Annotated[
+        str | None,
+        option(
+            "--compressor",
+            metavar="C",
+            help="what the other weights become: one of `evoprune list compressors`",
+            panel=TARGET,
+            default="mask",
+            autocompletion=completion.plugins("evoprune.fitness.compressors"),
+        ),
+    ] = None,
     granularity: Annotated[
         Literal["matrix", "block", "kind"] | None,
         option("--granularity", help="what has a sparsity of its own", panel=TARGET, default="matrix"),
@@ -314,6 +325,8 @@ def search_allocation(
         from evoprune.search.search_run import Resources
         from evoprune.sessions import start
 
+        if metric is not None and not resolved.target.reads_criterion:
+            output.tell(f"{resolved.target.compressor} chooses by itself what goes: only allocators read --metric")
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
         finish(output, start(resolved, resources, run_dir=run_dir, argv=command_line(storage)))
 

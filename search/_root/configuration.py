@@ -49,6 +49,7 @@ ALLOCATION_KEYS = {
     **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "allocation", "objective")},
     "population": "searcher.offspring",
     "metric": "target.metric",
+    "compressor": "target.compressor",
     "granularity": "target.granularity",
     "drop": "target.drop",
     "drop_only": "target.drop_only",

@@ -98,7 +98,9 @@ def _compressors() -> list[Row]:
         {
             "name": name,
             "needs": sorted(COMPRESSORS[name].needs),
+            "reads_criterion": COMPRESSORS[name].reads_criterion,
             "keeps_mask": COMPRESSORS[name].keeps_mask,
+            "keeps_weights": COMPRESSORS[name].keeps_weights,
             "what": _first_line(type(COMPRESSORS[name])),
         }
         for name in COMPRESSORS

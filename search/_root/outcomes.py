@@ -20,7 +20,7 @@ class Removal:
     """What was done to a model.
 
     Attributes:
-        criterion: the name of the criterion, or its expression.
+        criterion: the name of the criterion, or its expression; None if the compressor read none.
         rule: how many weights went, and what their scores were compared within.
         compressor: what happened to the weights that stayed.
         layers: one entry per matrix, in model order.
@@ -28,7 +28,7 @@ class Removal:
         allocation: the sparsity of each matrix; None if all had the same.
     """
 
-    criterion: str
+    criterion: str | None
     rule: MaskRule
     compressor: str
     layers: tuple[PrunedLayer, ...]

@@ -109,6 +109,7 @@ def search_allocation(
     *,
     sparsity: float | None = None,
     metric: str | Path | None = None,
+    compressor: str | None = None,
     granularity: Literal["matrix", "block", "kind"] | None = None,
     drop: Literal["none", "parts", "blocks"] | None = None,
     drop_only: bool | None = None,
@@ -150,6 +151,8 @@ def search_allocation(
         model: see `search_metric`.
         sparsity: fraction of all prunable weights to remove, in (0, 1); 0.6 unless given.
         metric: the criterion inside, which says what a matrix loses first: a name, an expression, or an exported file.
+        compressor: what becomes of the weights that stay: ``mask`` unless given, or another name from `evoprune list
+            compressors`. For one that changes them, levels on a grid are computed before the search and kept.
         granularity: what has a sparsity of its own: every ``matrix``, every ``block``, or every ``kind`` of matrix.
         drop: what may go as a whole: ``none``, the attention and MLP ``parts`` of blocks, or ``blocks``.
         drop_only: drop parts or blocks, and prune nothing else.
@@ -173,11 +176,12 @@ def search_allocation(
         InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     options = {
-        "model": model, "sparsity": sparsity, "metric": as_text(metric), "granularity": granularity, "drop": drop,
-        "drop_only": drop_only, "pareto": pareto, "sparsity_range": sparsity_range, "evaluations": evaluations,
-        "minutes": minutes, "population": population, "seed": seed, "data": data, "calibration": calibration,
-        "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "searcher": searcher, "surrogate": surrogate, "seed_from": as_text(seed_from), "window": window,
+        "model": model, "sparsity": sparsity, "metric": as_text(metric), "compressor": compressor,
+        "granularity": granularity, "drop": drop, "drop_only": drop_only, "pareto": pareto,
+        "sparsity_range": sparsity_range, "evaluations": evaluations, "minutes": minutes, "population": population,
+        "seed": seed, "data": data, "calibration": calibration, "calibration_sequences": calibration_sequences,
+        "calibration_window": calibration_window, "searcher": searcher, "surrogate": surrogate,
+        "seed_from": as_text(seed_from), "window": window,
         "threads": threads, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip

@@ -10,8 +10,6 @@ from evoprune.search.breeders import BREEDERS, BreederPlugin, Plain
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
 
-SPANS = (1, 2, 4, 8, 16, 32, 64)
-"""How many of 256 levels a gene moves at once: a quarter of a row at most, for some matrices do best nearly empty."""
 _ATTEMPTS_PER_CHILD = 20
 
 
@@ -33,7 +31,7 @@ class Switches(Plain):
         for _ in range(_ATTEMPTS_PER_CHILD * count):
             if len(found) == count:
                 break
-            made = self._space.switched(parent, rng, SPANS)
+            made = self._space.switched(parent, rng, self._space.spans)
             if made is not None and made != parent:
                 found[made] = None
         return list(found)

@@ -149,10 +149,27 @@ class AllocationKind:
             raise InvalidInput(
                 "formulas that may read nothing say nothing: name some of searcher.terminals, or leave it out"
             )
+        self._check_compressor(config)
         for name in config.searcher.seeds or ():
             _ = ALLOCATORS[name]
         load_metric(config.target.metric)
         given_allocation(config)
+
+    def _check_compressor(self, config: AllocationSearchConfig) -> None:
+        from evoprune.search.breeders import breeder_of
+
+        name, target = config.target.compressor, config.target
+        if target.stored is None:
+            if target.grid != type(target).model_fields["grid"].default:
+                raise InvalidInput(f"{name} has every level without storing it: leave out target.grid")
+            return
+        if target.drop_only:
+            raise InvalidInput(f"where parts only go as a whole there is nothing for {name} to compress: leave it out")
+        if breeder_of(config.searcher.name).reads:
+            raise InvalidInput(
+                f"a formula asks for levels that are not stored for {name}: leave out --compressor, or choose another "
+                "--searcher"
+            )
 
 
 def steps_of(config: AllocationSearchConfig) -> int:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.report import document, figures_allocation, figures_result
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
@@ -83,7 +84,9 @@ def typeset(found: Mapping[str, Any]) -> Markup | str:
 
 def target_text(data: AllocationData) -> str:
     """What is removed, in words."""
-    return f"{100 * data.config.target.sparsity:g} % of all prunable weights"
+    target = data.config.target
+    compressor = "" if target.compressor == PLAIN else f" ({target.compressor})"
+    return f"{100 * target.sparsity:g} % of all prunable weights{compressor}"
 
 
 def verdicts(data: AllocationData) -> list[str]:
@@ -111,19 +114,14 @@ def verdicts(data: AllocationData) -> list[str]:
 def commands(data: AllocationData) -> dict[str, str]:
     """Command lines to go on from here, by what they do."""
     run, model = shlex.quote(str(data.run.path)), shlex.quote(data.config.model.name)
-    file, metric = (
-        shlex.quote(str(data.run.path / "export" / "allocation.json")),
-        shlex.quote(data.config.target.metric),
-    )
+    file, target = shlex.quote(str(data.run.path / "export" / "allocation.json")), data.config.target
+    inside = removal_options(target.metric, target.compressor)
     with_winner = {
-        "Prune the model with the winner": (
-            f"evoprune prune {model} --metric {metric} --allocation {file} --out pruned"
-        ),
+        "Prune the model with the winner": (f"evoprune prune {model} {inside} --allocation {file} --out pruned"),
         "Write the winner as EvoPress reads it": f"evoprune export {run} --to allocation.txt",
         **document.search_on(data),
         "Start another search of this model from the winner": (
-            f"evoprune search allocation {model} --metric {metric} --sparsity {data.config.target.sparsity:g} "
-            f"--seed-from {run}"
+            f"evoprune search allocation {model} {inside} --sparsity {target.sparsity:g} --seed-from {run}"
         ),
     }
     return document.commands(data, with_winner)

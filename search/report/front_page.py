@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evoprune.search.removal import removal_options
 from evoprune.search.report import document, figures_allocation, figures_front, numbers
 from evoprune.search.report.allocation_data import range_text
 from evoprune.search.report.allocation_page import origin_text
@@ -84,18 +85,18 @@ def verdict(data: FrontData) -> str:
 
 def commands(data: FrontData) -> dict[str, str]:
     """Command lines to go on from here, by what they do."""
-    model, metric = shlex.quote(data.config.model.name), shlex.quote(data.config.target.metric)
+    model, target = shlex.quote(data.config.model.name), data.config.target
+    inside = removal_options(target.metric, target.compressor)
     export = data.run.path / "export"
     found = {}
     if data.result is not None:
         member = shlex.quote(str(export / "front" / f"{data.result['best']['saved']}.json"))
-        prune = f"evoprune prune {model} --metric {metric} --allocation"
+        prune = f"evoprune prune {model} {inside} --allocation"
         found = {
             "Prune the model with a member of the front": f"{prune} {member} --out pruned",
             **document.search_on(data),
             "Search on at one sparsity, from the member nearest to it": (
-                f"evoprune search allocation {model} --metric {metric} --sparsity {data.config.target.sparsity:g} "
-                f"--seed-from {member}"
+                f"evoprune search allocation {model} {inside} --sparsity {target.sparsity:g} --seed-from {member}"
             ),
         }
     return document.commands(data, found)

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median_low
 
 from evoprune.metrics.errors import InvalidInput
 
@@ -59,8 +60,17 @@ class Gene:
     @cached_property
     def step(self) -> int:
         """Weights of its smallest step, 0 if it has only one option."""
-        differences = (high - low for low, high in zip(self.removed, self.removed[1:], strict=False))
-        return min((difference for difference in differences if difference), default=0)
+        return min(self._steps, default=0)
+
+    @cached_property
+    def stride(self) -> int:
+        """Weights of its usual step, the median; 0 if it has only one option."""
+        return median_low(self._steps) if self._steps else 0
+
+    @property
+    def _steps(self) -> list[int]:
+        pairs = zip(self.removed, self.removed[1:], strict=False)
+        return [high - low for low, high in pairs if high > low]
 
 
 class LadderSpace:
@@ -196,7 +206,7 @@ class LadderSpace:
             for at, gene in enumerate(self.genes):
                 if at in never:
                     continue
-                most_here = max(gene.removed[-1] // _SHARE, gene.step)
+                most_here = max(gene.removed[-1] // _SHARE, gene.stride)
                 moved = gene.nearest(gene.removed[options[at]] + max(-most_here, min(residue, most_here)))
                 change = gene.removed[moved] - gene.removed[options[at]]
                 if abs(residue - change) < abs(residue):

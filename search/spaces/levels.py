@@ -14,12 +14,15 @@ from evoprune.search.spaces.ladder import MANY_MOVES, Gene, Genome, LadderSpace
 Granularity = Literal["matrix", "block", "kind"]
 Droppable = Literal["none", "parts", "blocks"]
 
+SPANS = (1, 2, 4, 8, 16, 32, 64)
+"""How many of 256 levels a gene moves at once: a quarter of a row at most, for some matrices do best nearly empty."""
+
 DROP_SHARE = 0.2
 """Of mutations where matrices have levels and parts can be dropped too."""
 
 
 class LevelSpace(LadderSpace):
-    """Genomes of levels that remove `sparsity` of all weights.
+    """Genomes of levels that remove `sparsity` of all weights: to half a usual step of the smallest gene, if stored.
 
     Args:
         sites: the matrices, in model order.
@@ -27,6 +30,11 @@ class LevelSpace(LadderSpace):
         granularity: what has a level of its own.
         drop: what may go as a whole: nothing, the attention or the MLP of a block, or a block.
         only: levels are all or nothing; needs something to drop.
+        stored: from 1 to 255, the only levels of a matrix beside 0 and what is dropped; None has all of them.
+
+    Attributes:
+        sites: the matrices.
+        spans: how many options a gene may sensibly move at once.
 
     Raises:
         InvalidInput: the budget is beyond the highest level, there is no matrix, or the options contradict each other.
@@ -40,6 +48,7 @@ class LevelSpace(LadderSpace):
         drop: Droppable = "none",
         *,
         only: bool = False,
+        stored: Sequence[int] | None = None,
     ) -> None:
         if only and drop == "none":
             raise InvalidInput("nothing may be dropped, and nothing else may be done: say what may be dropped")
@@ -49,7 +58,10 @@ class LevelSpace(LadderSpace):
         groups = parts if only else _grouped(self.sites, granularity)
         if parts and not only and granularity != "matrix":
             raise InvalidInput(f"parts can be dropped where matrices have levels of their own, not each {granularity}")
-        self._levels = (0, GONE) if only else tuple(range(GONE + 1 if parts else LEVELS))
+        within = range(LEVELS) if stored is None else (0, *stored)
+        self._levels = (0, GONE) if only else (*within, *([GONE] if parts else []))
+        most = SPANS[-1] if stored is None else max(len(stored) // 4, 1)
+        self.spans = tuple(span for span in SPANS if span <= most)
         self._members = list(groups.values())
         # Where matrices are genes, their places are those of the genes.
         self._parts = [] if only else list(parts.values())
@@ -62,6 +74,9 @@ class LevelSpace(LadderSpace):
             )
             genes.append(Gene(name, removed, min(site.block for site in matrices)))
         super().__init__(genes, removed_count(sparsity, sum(site.weights for site in self.sites)))
+        if stored is not None and not only:
+            # The ends of a grid may lie nearer, but few genes stand where that helps.
+            self.tolerance = min(gene.stride for gene in genes) // 2
 
     def levels(self, genome: Genome) -> list[int]:
         """The level of every matrix, in model order."""
@@ -108,6 +123,28 @@ class LevelSpace(LadderSpace):
             options[at] = gene.nearest(mean * gene.removed[-1]) if gone else len(gene.removed) - 1
         settled = self._settled(options, rng, most=MANY_MOVES * len(self.genes), never=part)
         return None if settled == genome else settled
+
+
+def spread_levels(sparsities: tuple[float, float], count: int) -> tuple[int, ...]:
+    """Levels to store for searches between two budgets: `count` in equal steps, and 255, where next to nothing stays.
+
+    The steps reach from half of the lower budget to where a quarter of what the higher one leaves still stays, and one
+    of them is at the middle of the budgets. They are equal, so that genes of one shape trade with each other exactly.
+
+    Args:
+        sparsities: least and most that goes, in (0, 1); one budget twice.
+        count: at least 4.
+
+    Returns:
+        Ascending, from 1 to 255; a few less than asked for where steps of 1/256 leave no room.
+    """
+    low, high = sparsities
+    bottom, top = LEVELS * low / 2, LEVELS * (1 - (1 - high) / 4)
+    step = max(round((top - bottom) / (count - 1)), 1)
+    middle = round(LEVELS * (low + high) / 2)
+    below = int((middle - bottom) // step)
+    found = (middle + step * (at - below) for at in range(count))
+    return tuple(sorted({LEVELS - 1, *(level for level in found if 0 < level < LEVELS)}))
 
 
 def part_of(site: Site) -> str:

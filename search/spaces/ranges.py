@@ -27,7 +27,7 @@ class RangeSpace(LevelSpace):
     Args:
         sites: the matrices, in model order.
         sparsities: least and most that goes, as fractions of all weights in (0, 1).
-        granularity, drop, only: see `LevelSpace`.
+        granularity, drop, only, stored: see `LevelSpace`.
 
     Attributes:
         least, most: weights that go.
@@ -44,10 +44,11 @@ class RangeSpace(LevelSpace):
         drop: Droppable = "none",
         *,
         only: bool = False,
+        stored: Sequence[int] | None = None,
     ) -> None:
         self._only = only
-        self._fixed = LevelSpace(sites, sparsities[1], granularity, drop, only=only)
-        super().__init__(sites, sum(sparsities) / 2, granularity, drop, only=only)
+        self._fixed = LevelSpace(sites, sparsities[1], granularity, drop, only=only, stored=stored)
+        super().__init__(sites, sum(sparsities) / 2, granularity, drop, only=only, stored=stored)
         self.weights = sum(site.weights for site in self.sites)
         self.least, self.most = (removed_count(sparsity, self.weights) for sparsity in sparsities)
 

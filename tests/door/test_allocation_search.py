@@ -216,7 +216,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     document = run("search", "allocation", "--dry-run", "--config", "resolved.yaml", "--json").json
     assert document == yaml.safe_load(first.out)
     assert document["kind"] == "allocation" and document["evaluations"] == 500
-    target = {"sparsity": 0.6, "metric": "wanda", "granularity": "block", "drop": "none", "drop_only": False}
+    target = {"sparsity": 0.6, "metric": "wanda", "compressor": "mask", "grid": 16, "granularity": "block"}
+    target |= {"drop": "none", "drop_only": False}
     assert document["target"] == {**target, "pareto": None, "sparsity_range": None}
     timed = run("search", "allocation", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
@@ -228,6 +229,7 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
     given = {
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.55, "metric": "ria", "population": 24,
+        "compressor": "sparsegpt",
         "granularity": "kind", "drop": "parts", "evaluations": 11, "minutes": 2.5, "seed": 5, "window": 9,
         "threads": 2, "searcher": "evolution", "seed_from": "a.json", "pareto": "flops",
     }  # fmt: skip
@@ -250,8 +252,8 @@ def test_the_defaults_in_the_help_are_true(run: Run) -> None:
     text = " ".join(run("search", "allocation", "--help").out.replace("│", " ").split())
     plain = AllocationSearchConfig()
     assert "[default: 0.6]" in text and plain.target.sparsity == 0.6
-    for name in ("evaluations", "population", "metric", "granularity", "drop", "searcher", "seed", "window", "threads",
-                 "dtype", "device", "calibration_sequences", "calibration_window"):  # fmt: skip
+    for name in ("evaluations", "population", "metric", "compressor", "granularity", "drop", "searcher", "seed",
+                 "window", "threads", "dtype", "device", "calibration_sequences", "calibration_window"):  # fmt: skip
         value: Any = plain
         for part in ALLOCATION_KEYS[name].split("."):
             value = getattr(value, part)

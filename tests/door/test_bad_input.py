@@ -205,6 +205,9 @@ def test_metric_names(refused: Callable[..., str], tiny: Path) -> None:
     assert "takes 2 arguments" in refused(*prune, "mul(W)")
     assert "no compressor 'shrink'" in refused("prune", tiny, "--out", "out", "--compressor", "shrink")
     assert "no file 'nowhere.json'" in refused(*prune, "nowhere.json")
+    sparsegpt = ("prune", tiny, "--out", "out", "--compressor", "sparsegpt")
+    assert "chooses by itself what goes: leave out the group 'global'" in refused(*sparsegpt, "--group", "global")
+    assert "needs a width that 5 divides" in refused(*sparsegpt, "--pattern", "2:5")
 
 
 def test_huge_and_deep_expressions(refused: Callable[..., str], tiny: Path, place: Path) -> None:

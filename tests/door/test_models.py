@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,26 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     assert record["recipe"]["sparsity"] == 0.6
     assert record["recipe"]["calibration"]["statistics"] == ["X_l2"]
     assert record["report"]["removed"] == document["removed"]
+
+
+def test_a_compressor_that_changes_weights(run: Run, tiny: Path, place: Path) -> None:
+    pruned = run("prune", tiny, "--out", "out", "--sparsity", 0.6, "--compressor", "sparsegpt", "--json")
+    document = pruned.json
+    assert (document["criterion"], document["compressor"]) == (None, "sparsegpt")
+    assert document["removed"] == sum(int(where.sum()) for where in zeros(place / "out").values())
+    assert all(layer["sparsity"] == int(0.6 * math.prod(layer["shape"])) / math.prod(layer["shape"])
+               for layer in document["layers"])  # fmt: skip
+    recipe = json.loads((place / "out" / "evoprune.json").read_text())["recipe"]
+    assert (recipe["compressor"], recipe["criterion"], recipe["group"]) == ("sparsegpt", None, "layer")
+    assert recipe["calibration"]["statistics"] == ["H"]
+    wanda = run("prune", tiny, "--out", "masked", "--sparsity", 0.6, "--json").json
+    errors = zip(document["layers"], wanda["layers"], strict=True)
+    assert sum(ours["error"] < theirs["error"] for ours, theirs in errors) > 10
+    told = run("prune", tiny, "--out", "out", "--pattern", "2:4", "--compressor", "sparsegpt", "--metric", "ria")
+    assert "sparsegpt chooses by itself what goes and does not read --metric" in told.err
+    assert "removed 7,680 of 15,360 prunable weights (50.00%) by sparsegpt at 2:4" in told.err
+    for where in zeros(place / "out").values():
+        assert (where.reshape(where.shape[0], -1, 4).sum(2) == 2).all()
 
 
 def test_what_people_see(run: Run, tiny: Path, place: Path) -> None:

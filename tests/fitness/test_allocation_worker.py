@@ -13,6 +13,7 @@ import torch
 
 from evoprune.fitness.allocation_worker import AllocationWorker, build
 from evoprune.fitness.allocators import configured
+from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.prepare import Prepared
@@ -23,6 +24,7 @@ from tests.models import save_tiny
 
 BLOCKS = 3
 WINDOWS = 12
+GRID = (64, 128, 154, 192, 255)
 ALLOCATORS = ("atp", "block-influence", "owl", "shortened-llama", "uniform")
 
 
@@ -92,7 +94,23 @@ class Tried:
         return all(torch.equal(bound.weight(), dense) for bound, dense in sites)
 
 
-def make(folder: Path, family: str, criterion: dict[str, Any]) -> Tried:
+class TriedStored(Tried):
+    """The same where levels are stored: by hand each is compressed for itself."""
+
+    def random_levels(self, draw: random.Random) -> list[int]:
+        return [draw.choice((0, *GRID, 256)) for _ in self.plain.sites]
+
+    def mask_by_hand(self, levels: Sequence[int]) -> None:
+        statistics = self.prepared.statistics()
+        for bound, dense, level in zip(self.plain.sites, self.dense, levels, strict=True):
+            goal = Goal(bound.site.out_features * (level * bound.site.in_features // 256))
+            given = statistics.site_statistics(bound.site.name, ["H"])
+            bound.weight().copy_(compress("sparsegpt", dense, goal, given).weight)
+
+
+def make(
+    folder: Path, family: str, criterion: dict[str, Any], compressor: str = "mask", grid: Sequence[int] = ()
+) -> Tried:
     model = save_tiny(folder / "model", family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": BLOCKS})
     text = folder / "text.txt"
     text.write_text("\n".join(f"line {at}: {at * at % 97} apples, {at % 13} pears." for at in range(3000)))
@@ -106,13 +124,20 @@ def make(folder: Path, family: str, criterion: dict[str, Any]) -> Tried:
         calibration=str(text),
         calibration_sequences=4,
         calibration_window=16,
-        statistics=tuple(sorted({"X_l2"}.union(*(configured(name).needs for name in ALLOCATORS)))),
+        statistics=tuple(
+            sorted({"X_l2", *COMPRESSORS[compressor].needs}.union(*(configured(name).needs for name in ALLOCATORS)))
+        ),
         sparsity=0.5,
     )
     worker = build(context.to_json())
-    answer = worker.handle("prepare", {"criterion": criterion})
-    named = {"prepared": answer["name"], "database": answer["database"], "criterion": criterion}
-    return Tried(worker, load_model(str(model), device="cpu"), named)
+    making = {
+        "prepared": worker.handle("prepare", {})["name"],
+        "criterion": criterion,
+        "compressor": compressor,
+        "grid": list(grid),
+    }
+    named = {**making, **worker.handle("database", making)}
+    return (TriedStored if grid else Tried)(worker, load_model(str(model), device="cpu"), named)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "opt", "qwen3"])
@@ -121,6 +146,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("EVOPRUNE_CACHE", str(folder / "cache"))
         yield make(folder, request.param, {"name": "wanda"})
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tried]:
+    folder = tmp_path_factory.mktemp("stored")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("EVOPRUNE_CACHE", str(folder / "cache"))
+        yield make(folder, "llama", {"name": "wanda"}, "sparsegpt", GRID)
 
 
 @pytest.fixture
@@ -148,6 +181,21 @@ def test_a_life_of_a_worker(family: Tried) -> None:
             else:
                 family.check(family.random_levels(draw), family.random_levels(draw), 0, WINDOWS)
             family.check(child, parent, first, last)
+
+
+def test_a_life_of_a_worker_with_stored_levels(stored: Tried) -> None:
+    draw = random.Random(2)
+    for first, last in ((0, 2), (3, 9)):
+        parent = stored.random_levels(draw)
+        stored.check(parent, parent, first, last)
+        for at in (len(parent) - 1, 0, 9):
+            child = list(parent)
+            child[at] = draw.choice([level for level in (0, *GRID, 256) if level != parent[at]])
+            stored.check(child, parent, first, last)
+        stored.check_heldout(child)
+        stored.allocate("owl")
+    with pytest.raises(InvalidInput, match=r"level 97 of .* is not stored; 0, 64, 128, 154, 192, 255 and 256 are"):
+        stored.levels([97, *parent[1:]], parent, 0, 2)
 
 
 def test_held_out_text(family: Tried) -> None:
@@ -191,11 +239,11 @@ def test_allocators_find_a_dense_model_and_leave_one(family: Tried) -> None:
 def test_the_model_is_prepared_dense_whatever_it_did_before(llama: Tried) -> None:
     draw = random.Random(3)
     llama.levels(llama.random_levels(draw), llama.random_levels(draw), 0, 2)
-    again = llama.worker.handle("prepare", {"criterion": {"name": "magnitude"}})
-    assert again["name"] == llama.named["prepared"]
-    assert again["database"] != llama.named["database"]
+    assert llama.worker.handle("prepare", {})["name"] == llama.named["prepared"]
     assert llama.is_dense()
-    other = {**llama.named, "criterion": {"name": "magnitude"}, "database": again["database"]}
+    other = {**llama.named, "criterion": {"name": "magnitude"}}
+    other |= llama.worker.handle("database", other)
+    assert other["database"] != llama.named["database"]
     levels = llama.random_levels(draw)
     payload = {"levels": levels, "parent": levels, "first": 0, "last": 2}
     by_magnitude = llama.worker.handle("levels", {**other, **payload})
@@ -237,7 +285,7 @@ def test_what_has_no_fitness_says_so(llama: Tried) -> None:
 def test_a_metric_without_scores_is_refused(llama: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evoprune.fitness.allocation_worker.criterion_from", lambda value: NoScores())
     with pytest.raises(InvalidInput, match="cannot rank the model's weights: NONFINITE"):
-        llama.worker.handle("prepare", {"criterion": {"name": "no-scores"}})
+        llama.worker.handle("database", {**llama.named, "criterion": {"name": "no-scores"}})
 
 
 class NoScores:

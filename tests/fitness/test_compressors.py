@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 
-from evoprune.fitness.compressors import COMPRESSORS, compress, relative_output_error
+from evoprune.fitness.compressors import COMPRESSORS, Goal, compress, compress_all, relative_output_error
 from evoprune.metrics.errors import EvopruneError, UnknownName
 
 TOKENS, OUT, IN = 200, 6, 8
@@ -33,29 +36,54 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_contract(name: str, inputs: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor) -> None:
-    statistics = {"H": inputs.T @ inputs / TOKENS}
-    before, mask_before = weight.clone(), keep.clone()
-    result = compress(name, weight, keep, statistics)
-    assert torch.equal(weight, before)
+def goals_of(name: str, keep: torch.Tensor) -> list[Goal]:
+    """As few to remove as the mask says, all, none, and half of every 4."""
+    pairs = (torch.arange(IN) % 4 < 2).expand(OUT, IN)
+    goals = [
+        Goal.of_mask(keep),
+        Goal.of_mask(torch.zeros_like(keep)),
+        Goal.of_mask(torch.ones_like(keep)),
+        Goal.of_mask(pairs, (2, 4)),
+    ]
+    return goals if COMPRESSORS[name].reads_criterion else [replace(goal, mask=None) for goal in goals]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_contract(
+    name: str, inputs: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor, dtype: torch.dtype
+) -> None:
+    statistics, dense, goals = {"H": inputs.T @ inputs / TOKENS}, weight.to(dtype), goals_of(name, keep)
+    before, mask_before, gram_before = dense.clone(), keep.clone(), statistics["H"].clone()
+    results = list(compress_all(name, dense, goals, statistics))
+    assert torch.equal(dense, before)
     assert torch.equal(keep, mask_before)
-    assert result.weight.shape == weight.shape
-    assert result.weight.dtype == torch.float32
-    assert torch.equal(result.weight[~result.mask], torch.zeros(int((~result.mask).sum())))
-    assert not COMPRESSORS[name].keeps_mask or torch.equal(result.mask, keep)
-    lost = (inputs @ (weight - result.weight).T).square().sum() / (inputs @ weight.T).square().sum()
-    assert result.error == pytest.approx(lost.item(), rel=1e-4)
+    assert torch.equal(statistics["H"], gram_before)
+    plugin = COMPRESSORS[name]
+    for goal, result in zip(goals, results, strict=True):
+        assert result.weight.shape == weight.shape
+        assert result.weight.dtype == dtype
+        assert int((~result.mask).sum()) == goal.removed
+        assert torch.equal(result.weight[~result.mask], torch.zeros(goal.removed, dtype=dtype))
+        assert not plugin.keeps_mask or torch.equal(result.mask, goal.mask)
+        assert not plugin.keeps_weights or torch.equal(result.weight[result.mask], dense[result.mask])
+        lost = inputs @ (dense.float() - result.weight.float()).T
+        assert result.error == pytest.approx(
+            (lost.square().sum() / (inputs @ dense.float().T).square().sum()).item(), rel=1e-4, abs=1e-12
+        )
+        alone = compress(name, dense, goal, statistics)
+        assert torch.equal(alone.weight, result.weight)
+    assert torch.equal(results[2].weight, dense)
 
 
 def test_the_mask_alone_changes_no_kept_weight(weight: torch.Tensor, keep: torch.Tensor) -> None:
-    result = compress("mask", weight, keep, {})
+    result = compress("mask", weight, Goal.of_mask(keep), {})
     assert torch.equal(result.weight[keep], weight[keep])
     assert result.error is None
 
 
 def test_removed_weights_become_plain_zero() -> None:
     weight = torch.tensor([[float("nan"), -1.0, 2.0]])
-    result = compress("mask", weight, torch.tensor([[False, False, True]]), {})
+    result = compress("mask", weight, Goal.of_mask(torch.tensor([[False, False, True]])), {})
     assert result.weight.tolist() == [[0, 0, 2]]
     assert not result.weight.signbit().any()
 
@@ -72,15 +100,34 @@ def test_error_by_hand() -> None:
     assert relative_output_error(weight, new) is None
 
 
+@pytest.mark.parametrize(
+    ("weights", "masks", "said"),
+    [
+        (lambda weight: weight, lambda keep: keep, "outside its mask"),
+        (lambda weight: weight / 0, lambda keep: keep, "not finite"),
+        (torch.zeros_like, torch.zeros_like, "removed 48 weights and not"),
+    ],
+)
 def test_broken_compressors_are_caught(
-    weight: torch.Tensor, keep: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    weights: Callable[[torch.Tensor], torch.Tensor],
+    masks: Callable[[torch.Tensor], torch.Tensor],
+    said: str,
+    weight: torch.Tensor,
+    keep: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for broken in (weight, weight / 0):
-        monkeypatch.setattr(COMPRESSORS["mask"], "compress", lambda *_, new=broken: (new, keep), raising=False)
-        with pytest.raises(EvopruneError, match="outside its mask"):
-            compress("mask", weight, keep, {})
+    made = weights(weight), masks(keep)
+    monkeypatch.setattr(COMPRESSORS["mask"], "compress", lambda _, goals, given: (made for _ in goals), raising=False)
+    with pytest.raises(EvopruneError, match=said):
+        compress("mask", weight, Goal.of_mask(keep), {})
+
+
+def test_a_pattern_that_is_left_is_caught(weight: torch.Tensor) -> None:
+    other = (torch.arange(IN) < IN // 2).expand(OUT, IN)
+    with pytest.raises(EvopruneError, match="left the pattern 2:4"):
+        compress("mask", weight, Goal(OUT * IN // 2, (2, 4), other), {})
 
 
 def test_unknown_name(weight: torch.Tensor, keep: torch.Tensor) -> None:
     with pytest.raises(UnknownName, match="no compressor 'masc'; did you mean 'mask'"):
-        compress("masc", weight, keep, {})
+        compress("masc", weight, Goal.of_mask(keep), {})

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evoprune.fitness.context import EvaluationContext
-from evoprune.fitness.levels import LevelDatabase, ResidentLevels, build_levels
+from evoprune.fitness.levels import LevelDatabase, build_levels
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.parcels import parcel_folder
 from evoprune.fitness.prepare import Prepared, prepare
 from evoprune.fitness.resident import ResidentWeights
+from evoprune.fitness.resident_levels import ResidentLevels
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import AuditFailed, InvalidCandidate, InvalidInput
 from evoprune.metrics.mask import mask

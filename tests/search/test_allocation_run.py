@@ -305,7 +305,7 @@ def test_a_fork_with_more_evaluations_does_none_again(
     class Watched(InlineExecutor):
         def submit(self, jobs: Any) -> None:
             jobs = list(jobs)
-            asked.extend(job.key for job in jobs if job.kind != "prepare")
+            asked.extend(job.key for job in jobs if job.kind not in ("prepare", "database"))
             super().submit(jobs)
 
     monkeypatch.setattr("evoprune.search.search_run.InlineExecutor", Watched)

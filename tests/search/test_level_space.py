@@ -8,7 +8,7 @@ import pytest
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import Site, removed_count
-from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.spaces.levels import LevelSpace, spread_levels
 
 SPANS = (1, 2, 4, 8, 16, 32, 64)
 SHAPES = {
@@ -19,6 +19,9 @@ SHAPES = {
     "mlp.down": (32, 80),
 }
 SITES = [Site(f"layers.{block}.{kind}", kind, block, 4, *shape) for block in range(4) for kind, shape in SHAPES.items()]
+
+
+GRID = spread_levels((0.5, 0.5), 16)
 
 
 def removed_by_hand(levels: list[int]) -> int:
@@ -36,6 +39,9 @@ def removed_by_hand(levels: list[int]) -> int:
         {"drop": "blocks"},
         {"drop": "parts", "only": True},
         {"drop": "blocks", "only": True},
+        {"stored": GRID},
+        {"stored": GRID, "drop": "parts"},
+        {"stored": GRID, "granularity": "kind"},
     ],
 )
 def test_every_operator_keeps_the_budget(options: dict[str, object]) -> None:
@@ -46,10 +52,11 @@ def test_every_operator_keeps_the_budget(options: dict[str, object]) -> None:
     seen = set()
     for _ in range(2000):
         levels = space.levels(genome)
+        assert "stored" not in options or set(levels) <= {0, *GRID, 256}
         assert removed_by_hand(levels) == space.removed(genome)
         assert abs(space.removed(genome) - budget) <= space.tolerance
         seen.add(genome)
-        genome = space.switched(genome, rng, SPANS) or genome
+        genome = space.switched(genome, rng, space.spans) or genome
     assert len(seen) > (5 if options.get("only") else 200)
 
 
@@ -101,6 +108,24 @@ def test_parts_are_dropped_and_come_back_beside_levels() -> None:
 def test_options_that_contradict_each_other(options: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         LevelSpace(SITES, 0.5, **options)
+
+
+def test_levels_to_store_by_hand() -> None:
+    # From 0.3 to 0.9 in 15 steps of 10.24, so 10; 154 is 0.6.
+    assert spread_levels((0.6, 0.6), 16) == (*range(84, 235, 10), 255)
+    # From 0.2 to 0.925 in 3 steps of 62; the middle is 0.55.
+    assert spread_levels((0.4, 0.7), 4) == (79, 141, 203, 255)
+
+
+@pytest.mark.parametrize("sparsity", [0.02, 0.05, 0.3, 0.5, 0.77, 0.9])
+@pytest.mark.parametrize("count", [4, 8, 16, 128])
+def test_uniform_sparsity_is_near_on_every_default_grid(sparsity: float, count: int) -> None:
+    stored = spread_levels((sparsity, sparsity), count)
+    assert 4 <= len(stored) <= count + 1 and list(stored) == sorted(set(stored))
+    assert stored[0] > 0 and stored[-1] == 255
+    space = LevelSpace(SITES, sparsity, stored=stored)
+    genome = space.near([sparsity] * len(SITES), random.Random(0))
+    assert abs(space.removed(genome) - space.budget) <= space.tolerance
 
 
 def test_sparsities_of_another_model_are_refused() -> None:
