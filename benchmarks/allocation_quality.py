@@ -21,8 +21,8 @@ from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.result import closed_gap
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import start_search
+from evoprune.search.worker_session import Resources
 
 OUT = Path(__file__).parent / "out"
 SEEDS = (0, 1, 2)

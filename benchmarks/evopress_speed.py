@@ -31,7 +31,7 @@ from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.loop import Budget
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
+from evoprune.search.worker_session import Resources
 from figure import Figure
 
 SEEDS = (0, 1, 2)

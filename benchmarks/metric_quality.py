@@ -22,8 +22,8 @@ from evoprune.metrics.expression import parse
 from evoprune.search.config import resolve
 from evoprune.search.result import paired_difference, summary
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import start_search
+from evoprune.search.worker_session import Resources
 
 OUT = Path(__file__).parent / "out"
 SEEDS = (0, 1, 2)

@@ -32,7 +32,7 @@ from evoprune.search.loop import Budget
 from evoprune.search.metric_run import MetricRun
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
+from evoprune.search.worker_session import Resources
 from figure import Figure
 from shared import reference_worker
 

@@ -15,9 +15,10 @@ from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.allocation import different
 from evoprune.search.level_run import LevelRun, given_formula, sites_of
 from evoprune.search.result import failure
-from evoprune.search.search_run import Ask, Plan
+from evoprune.search.search_run import Plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.worker_session import Ask
 
 
 class AllocationRun(LevelRun[AllocationSearch]):

@@ -24,9 +24,9 @@ from evoprune.search.joint_steps import Step, history_line, step_config, steps_o
 from evoprune.search.kinds import config_of
 from evoprune.search.metric_run import seeds_from
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import WorkerSession
 from evoprune.search.session import carry_out
 from evoprune.search.watch import EVENT_SECONDS
+from evoprune.search.worker_session import WorkerSession
 
 
 class JointRun(WorkerSession[JointSearchConfig]):

@@ -25,9 +25,10 @@ from evoprune.search.kinds.allocation import KIND
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.result import failure
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Ask, First, SearchRun
+from evoprune.search.search_run import SearchRun
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.worker_session import Ask, First
 
 GIVEN = "given"
 """Name of the seed that ``seed_from`` brings."""

@@ -21,9 +21,10 @@ from evoprune.search.metric_result import BASELINES, Finalist, MetricComparison,
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.racing import SuccessiveHalving
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Ask, Plan, SearchRun
+from evoprune.search.search_run import Plan, SearchRun
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces.symbolic import MetricSpace
+from evoprune.search.worker_session import Ask
 
 
 class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):

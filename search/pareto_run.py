@@ -15,9 +15,10 @@ from evoprune.search.level_run import LevelRun, sites_of
 from evoprune.search.pareto_result import ParetoComparison
 from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.result import failure
-from evoprune.search.search_run import Ask, Plan
+from evoprune.search.search_run import Plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.ranges import RangeSpace
+from evoprune.search.worker_session import Ask
 
 
 class ParetoRun(LevelRun[ParetoSearch]):

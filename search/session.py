@@ -14,8 +14,8 @@ from evoprune.search.identity import git_commit, versions
 from evoprune.search.kinds import config_of, kind_of
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.signals import stop_on_signals
+from evoprune.search.worker_session import Resources
 
 
 def start_search(

@@ -133,7 +133,7 @@ def search_joint(
         if dry_run:
             show_config(output, resolved)
             return
-        from evoprune.search.search_run import Resources
+        from evoprune.search.worker_session import Resources
         from evoprune.sessions import start
 
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)

@@ -179,7 +179,7 @@ def search_metric(
         if dry_run:
             show_config(output, resolved)
             return
-        from evoprune.search.search_run import Resources
+        from evoprune.search.worker_session import Resources
         from evoprune.sessions import start
 
         resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
@@ -322,7 +322,7 @@ def search_allocation(
         if dry_run:
             show_config(output, resolved)
             return
-        from evoprune.search.search_run import Resources
+        from evoprune.search.worker_session import Resources
         from evoprune.sessions import start
 
         if metric is not None and not resolved.target.reads_criterion:
@@ -350,7 +350,7 @@ def resume(
     """Continue an interrupted run; its history will be what it would have been. --set and --run-dir need --fork."""
     with Output(as_json) as output:
         from evoprune.search.rundir import RunDirectory
-        from evoprune.search.search_run import Resources
+        from evoprune.search.worker_session import Resources
         from evoprune.sessions import drive, fork_run
 
         directory = RunDirectory.open(run)

@@ -10,7 +10,7 @@ from evoprune.configuration import allocation_config, metric_config
 from evoprune.metrics.errors import InvalidInput
 from evoprune.runs import Run
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
+from evoprune.search.worker_session import Resources
 from evoprune.sessions import drive, fork_run, start
 
 __all__ = ["resume", "search_allocation", "search_metric"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from evoprune.configuration import joint_config
 from evoprune.runs import Run
-from evoprune.search.search_run import Resources
+from evoprune.search.worker_session import Resources
 from evoprune.searches import as_files, as_text
 from evoprune.sessions import start
 

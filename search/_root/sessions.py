@@ -22,8 +22,8 @@ from evoprune.search.kinds import kind_of
 from evoprune.search.publishing import publish_result
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory, runs_folder
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search
+from evoprune.search.worker_session import Resources
 from evoprune.summaries import resume_command
 
 

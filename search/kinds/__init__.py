@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from evoprune.search.config_sections import SearchConfig
     from evoprune.search.progress import Progress
     from evoprune.search.rundir import RunDirectory
-    from evoprune.search.search_run import Resources
+    from evoprune.search.worker_session import Resources
 
 KINDS = ("metric", "allocation", "joint")
 

@@ -23,8 +23,8 @@ from evoprune.metrics.exported import load_metric
 from evoprune.search.config import validated
 from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.worker_session import Resources
 from tests.door.conftest import CONFIG, Run
 from tests.models import save_tiny, tiny_model
 

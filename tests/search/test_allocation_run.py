@@ -31,9 +31,9 @@ from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.level_run import criterion_json
 from evoprune.search.loop import Budget
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.worker_session import Resources
 from tests.models import LAYERS, tiny_model
 from tests.search.whole_runs import history, installed_breeders, timeless, tiny_options
 

@@ -21,8 +21,8 @@ from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.whole_runs import history, timeless, tiny_options
 

@@ -24,8 +24,8 @@ from evoprune.search.config import resolve_as
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.whole_runs import history, timeless, tiny_options
 
@@ -263,7 +263,7 @@ import json, sys
 from pathlib import Path
 from evoprune.search.config import validated
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
+from evoprune.search.worker_session import Resources
 from evoprune.search.session import resume_search, start_search
 path, executor = Path(sys.argv[1]), Resources(executor=sys.argv[3], workers=2)
 if (path / "run.json").exists():

@@ -19,8 +19,8 @@ from evoprune.search.config import resolve
 from evoprune.search.engine.deadline import SHORTEST
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.whole_runs import history, timeless, tiny_options
 
@@ -128,7 +128,7 @@ _DRIVER = """
 import sys
 from pathlib import Path
 from evoprune.search.config import validated
-from evoprune.search.search_run import Resources
+from evoprune.search.worker_session import Resources
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.rundir import RunDirectory
 import json

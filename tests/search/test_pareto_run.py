@@ -22,8 +22,8 @@ from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.pareto_result import spread
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.worker_session import Resources
 from tests.models import tiny_model
 from tests.search.html_page import Page
 from tests.search.whole_runs import history, timeless, tiny_options

@@ -12,9 +12,9 @@ import pytest
 from evoprune.search.config import resolve
 from evoprune.search.publishing import publish_result, rebuild_board
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search
 from evoprune.search.trials_metric import MetricTrials
+from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.postgres import PASSWORD, Postgres, running_postgres
 

@@ -34,9 +34,9 @@ from evoprune.search.report.page import render
 from evoprune.search.report.run_data import Contender
 from evoprune.search.report.tree import tree_svg
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import start_search
 from evoprune.search.site_names import split_site
+from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.html_page import Page
 

@@ -23,8 +23,8 @@ from evoprune.search.report import allocation_page, front_page
 from evoprune.search.report.allocation_data import AllocationData
 from evoprune.search.report.front_data import FrontData
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.search_run import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.worker_session import Resources
 from tests.search.whole_runs import history, timeless, tiny_options
 
 INLINE = Resources(executor="inline")
