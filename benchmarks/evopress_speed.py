@@ -90,7 +90,7 @@ class _Resident(InlineExecutor):
         self._worker = worker
 
     def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
-        """See `evoprune.search.search_run.Ask`."""
+        """See `evoprune.search.worker_session.Ask`."""
         self.submit(jobs)
         return [self.poll(0.0)[0] for _ in jobs]
 

@@ -136,7 +136,7 @@ def test_a_fork_reuses_what_the_code_that_measures_has_not_changed(
     code: str, reused: bool, run: Run, finished: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = {"search": "code_hash", "evaluation": "evaluation_code_hash"}
-    monkeypatch.setattr(f"evoprune.search.search_run.{names[code]}", lambda: "another")
+    monkeypatch.setattr(f"evoprune.search.worker_session.{names[code]}", lambda: "another")
     done = run("resume", finished, "--fork", "--executor", "inline", "--run-dir", "fork", "--json")
     assert done.code == 0, done.err
     assert (place / "fork" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()

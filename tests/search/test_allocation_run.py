@@ -308,7 +308,7 @@ def test_a_fork_with_more_evaluations_does_none_again(
             asked.extend(job.key for job in jobs if job.kind not in ("prepare", "database"))
             super().submit(jobs)
 
-    monkeypatch.setattr("evoprune.search.search_run.InlineExecutor", Watched)
+    monkeypatch.setattr("evoprune.search.worker_session.InlineExecutor", Watched)
     monkeypatch.setattr("evoprune.sessions.write_report", lambda run: None)
     more = evoprune.resume(
         finished.path, fork=True, settings={"evaluations": 64}, executor="inline", run_dir=tmp_path / "f", quiet=True

@@ -208,7 +208,7 @@ def test_resume_takes_another_deadline_and_another_time(finished, unfinished):
 
 
 def test_resume_refuses_other_code(finished, unfinished, monkeypatch):
-    monkeypatch.setattr("evoprune.search.search_run.code_hash", lambda: "another")
+    monkeypatch.setattr("evoprune.search.worker_session.code_hash", lambda: "another")
     with pytest.raises(InvalidInput, match=r"the code of evoprune changed since this run began.*--fork"):
         resumed(unfinished)
 
@@ -228,7 +228,7 @@ def test_every_evaluation_has_a_deadline_that_nothing_depends_on(world, tmp_path
             given.extend(jobs)
             super().submit(jobs)
 
-    monkeypatch.setattr("evoprune.search.search_run.InlineExecutor", Watched)
+    monkeypatch.setattr("evoprune.search.worker_session.InlineExecutor", Watched)
     runs = [
         start_search(
             config(world, evaluations=3, deadline=deadline), Resources(executor="inline"), run_dir=tmp_path / name
