@@ -50,6 +50,8 @@ _OBJECTIVES = {"kl": "KL to dense", "perplexity": "loss", "reconstruction": "rel
 
 def label(name: str) -> str:
     """A criterion's or an allocator's name for people; a name that nobody knows stands for itself."""
+    if name.startswith("round-"):
+        return f"Round {name.removeprefix('round-')}"
     return _LABELS.get(name, name)
 
 

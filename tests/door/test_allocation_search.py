@@ -234,7 +234,7 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "threads": 2, "searcher": "evolution", "seed_from": "a.json", "pareto": "flops",
     }  # fmt: skip
     flags = {"trust_remote_code": True, "drop_only": True, "sparsity_range": [0.35, 0.65]}
-    assert given.keys() | flags.keys() | {"model"} == ALLOCATION_KEYS.keys()
+    assert given.keys() | flags.keys() | {"model", "surrogate"} == ALLOCATION_KEYS.keys()
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += ["--trust-remote-code", "--drop-only", "--sparsity-range", 0.35, 0.65]
     plain = run("search", "allocation", "some/model", *words, "--dry-run", "--json").json
@@ -243,9 +243,9 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         for part in ALLOCATION_KEYS[name].split("."):
             found = found[part]
         assert found == value, name
-    assert (
-        run("search", "allocation", "--searcher", "random", "--dry-run", "--json").json["searcher"]["name"] == "random"
-    )
+    # Neither goes with a front.
+    for words, key, value in ((("--searcher", "random"), "name", "random"), (("--surrogate",), "surrogate", True)):
+        assert run("search", "allocation", *words, "--dry-run", "--json").json["searcher"][key] == value
 
 
 def test_the_defaults_in_the_help_are_true(run: Run) -> None:

@@ -88,7 +88,7 @@ def ask(run_folders: list[str]) -> Asked:
     ("line", "expected"),
     [
         (("pr",), {"prune"}),
-        (("search", ""), {"metric", "allocation", "structure", "policy", "experts"}),
+        (("search", ""), {"metric", "allocation", "joint", "structure", "policy", "experts"}),
         (("show", "20260101"), {"20260101-000000-metric-aaaa"}),
         (("show", "la"), {"latest"}),
         (("prune", "ref"), {"reference"}),

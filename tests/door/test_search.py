@@ -185,15 +185,16 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert run("search", "metric", "--dry-run", "--config", "resolved.yaml").out == first.out
     document = run("search", "metric", "--dry-run", "--config", "resolved.yaml", "--json").json
     assert document == yaml.safe_load(first.out)
-    assert document["target"] == {"sparsity": None, "pattern": "2:4", "group": "row"}
+    half = {"sparsity": None, "pattern": "2:4", "group": "row", "allocation": None}
+    assert document["target"] == half
     replaced = run("search", "metric", "--dry-run", "--config", "resolved.yaml", "--sparsity", 0.7, "--json").json
-    assert replaced["target"] == {"sparsity": 0.7, "pattern": None, "group": "row"}
+    assert replaced["target"] == half | {"sparsity": 0.7, "pattern": None}
     both = run("search", "metric", "--dry-run", "--sparsity", 0.7, "--set", "target.pattern=2:4")
     assert both.code == 2 and "not both" in both.err
     Path("default.yaml").write_text(run("search", "metric", "--dry-run").out)
     assert yaml.safe_load(Path("default.yaml").read_text())["target"]["sparsity"] == 0.6
     pattern = ("--dry-run", "--config", "default.yaml", "--set", "target.pattern=2:4", "--json")
-    assert run("search", "metric", *pattern).json["target"] == {"sparsity": None, "pattern": "2:4", "group": "row"}
+    assert run("search", "metric", *pattern).json["target"] == half
     assert {path.name for path in place.iterdir()} == {"resolved.yaml", "default.yaml"}
 
 
