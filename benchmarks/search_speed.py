@@ -108,6 +108,7 @@ class _Resident(InlineExecutor):
 
 def _naive(births: list[Expression], evaluator: Evaluator, windows: int) -> tuple[float, list[torch.Tensor]]:
     """(seconds, KL by window of the best quarter of the births)."""
+    evaluator.restore()  # the search has left its last candidate in the model
     model = evaluator.language_model.model
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     screened = []

@@ -35,7 +35,15 @@ from evoprune.search.session import resume_search, start_search
 from evoprune.search.spaces.levels import LevelSpace
 from evoprune.search.worker_session import Resources
 from tests.models import LAYERS, tiny_model
-from tests.search.whole_runs import history, installed_breeders, timeless, tiny_options
+from tests.search.whole_runs import (
+    history,
+    installed_breeders,
+    lines_of,
+    result_of,
+    stopping_in,
+    timeless,
+    tiny_options,
+)
 
 EVALUATIONS = 48
 OFFSPRING = 8
@@ -67,16 +75,6 @@ def finished(world: Path) -> RunDirectory:
 @pytest.fixture(scope="module")
 def sites() -> list[Site]:
     return [bound.site for bound in list_sites(tiny_model())]
-
-
-def lines_of(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in history(run).splitlines()]
-
-
-def result_of(run: RunDirectory) -> dict[str, Any]:
-    result = run.result
-    assert result is not None
-    return result
 
 
 def study(run: RunDirectory) -> optuna.Study:
@@ -166,17 +164,6 @@ def stopping_after(polls: int) -> Callable[[], Any]:
     """In place of `stop_on_signals`: the user stops a session when it has asked so many times."""
     asked = itertools.count()
     return lambda: nullcontext(lambda: next(asked) >= polls)
-
-
-def stopping_in(path: Path, phase: str, polls: int) -> Callable[[], Any]:
-    """The same, counted in one phase of the run in `path`."""
-    asked = itertools.count()
-
-    def stopping() -> bool:
-        phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
-        return phases[-1] == phase and next(asked) >= polls
-
-    return lambda: nullcontext(stopping)
 
 
 def test_a_run_stopped_again_and_again_is_the_same_run(

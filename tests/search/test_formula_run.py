@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
-from tests.search.whole_runs import history, timeless, tiny_options
+from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options
 
 INLINE = Resources(executor="inline")
 TERMINALS = ["position", "attention", "share", "outliers_block", "tail", "error", "diversity", "influence"]
@@ -48,15 +45,6 @@ def config(world: Path, **changes: Any) -> AllocationSearchConfig:
 @pytest.fixture(scope="module")
 def finished(world: Path) -> RunDirectory:
     return start_search(config(world), INLINE, run_dir=world / "run")
-
-
-def result_of(run: RunDirectory) -> dict[str, Any]:
-    assert run.result is not None
-    return run.result
-
-
-def lines_of(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in history(run).splitlines()]
 
 
 def test_the_result_has_the_best_formula(finished: RunDirectory) -> None:
@@ -104,17 +92,6 @@ def test_a_run_stopped_again_and_again_is_the_same_run(
     assert timeless(run.result) == timeless(finished.result)
     for name in ("allocation.txt", "allocation.py"):
         assert (run.path / "export" / name).read_bytes() == (finished.path / "export" / name).read_bytes()
-
-
-def stopping_in(path: Path, phase: str, polls: int) -> Callable[[], Any]:
-    """In place of `stop_on_signals`: the user stops a session in this phase when it has asked so many times."""
-    asked = itertools.count()
-
-    def stopping() -> bool:
-        phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
-        return phases[-1] == phase and next(asked) >= polls
-
-    return lambda: nullcontext(stopping)
 
 
 @pytest.mark.ray

@@ -27,7 +27,7 @@ from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
-from tests.search.whole_runs import history, timeless, tiny_options
+from tests.search.whole_runs import history, result_of, timeless, tiny_options
 
 INLINE = Resources(executor="inline")
 STEPS = ("1-metric", "2-allocation", "3-metric", "4-allocation")
@@ -62,11 +62,6 @@ def finished(world: Path) -> RunDirectory:
 
 def step(run: RunDirectory, name: str) -> RunDirectory:
     return RunDirectory(run.path / "steps" / name)
-
-
-def result_of(run: RunDirectory) -> dict[str, Any]:
-    assert run.result is not None
-    return run.result
 
 
 def test_each_step_is_at_what_the_other_found(finished: RunDirectory) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from evoprune.search.session import resume_search, start_search
 from evoprune.search.worker_session import Resources
 from tests.models import tiny_model
 from tests.search.html_page import Page
-from tests.search.whole_runs import history, timeless, tiny_options
+from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options
 
 EVALUATIONS = 60
 INLINE = Resources(executor="inline")
@@ -57,16 +56,6 @@ def finished(world: Path) -> RunDirectory:
 @pytest.fixture(scope="module")
 def sites() -> list[Site]:
     return [bound.site for bound in list_sites(tiny_model())]
-
-
-def lines_of(run: RunDirectory) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in history(run).splitlines()]
-
-
-def result_of(run: RunDirectory) -> dict[str, Any]:
-    result = run.result
-    assert result is not None
-    return result
 
 
 def test_the_result_has_the_front(finished: RunDirectory, sites: list[Site]) -> None:
@@ -138,17 +127,6 @@ def test_ray_gives_the_same_run(finished: RunDirectory, world: Path) -> None:
     run = start_search(config(world), Resources(workers=2), run_dir=world / "ray")
     assert history(run) == history(finished)
     assert timeless(run.result) == timeless(finished.result)
-
-
-def stopping_in(path: Path, phase: str, polls: int) -> Callable[[], Any]:
-    """In place of `stop_on_signals`: the user stops a session when it has asked so many times in a phase."""
-    asked = itertools.count()
-
-    def stopping() -> bool:
-        phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
-        return phases[-1] == phase and next(asked) >= polls
-
-    return lambda: nullcontext(stopping)
 
 
 def stopped_again_and_again(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from evoprune.search.report.front_data import FrontData
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.worker_session import Resources
-from tests.search.whole_runs import history, timeless, tiny_options
+from tests.search.whole_runs import history, result_of, stopping_in, timeless, tiny_options
 
 INLINE = Resources(executor="inline")
 
@@ -47,11 +45,6 @@ def config(world: Path, **changes: Any) -> AllocationSearchConfig:
 @pytest.fixture(scope="module")
 def finished(world: Path) -> RunDirectory:
     return start_search(config(world), INLINE, run_dir=world / "stored")
-
-
-def result_of(run: RunDirectory) -> dict[str, Any]:
-    assert run.result is not None
-    return run.result
 
 
 def test_only_stored_levels_are_tried_and_the_budget_holds(finished: RunDirectory, world: Path) -> None:
@@ -111,16 +104,6 @@ def test_the_report_says_who_made_the_weights(finished: RunDirectory) -> None:
     assert "50 % of all prunable weights (sparsegpt)" in page
     assert "--compressor sparsegpt --allocation" in page
     assert "--metric" not in page
-
-
-def stopping_in(path: Path, phase: str, polls: int) -> Callable[[], Any]:
-    asked = iter(range(10**6))
-
-    def stopping() -> bool:
-        phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
-        return bool(phases) and phases[-1] == phase and next(asked) >= polls
-
-    return lambda: nullcontext(stopping)
 
 
 def test_the_same_seed_gives_the_same_run_however_often_it_is_stopped(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,10 +31,30 @@ def history(run: RunDirectory) -> bytes:
     return (run.path / "history.jsonl").read_bytes()
 
 
+def lines_of(run: RunDirectory) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in history(run).splitlines()]
+
+
+def result_of(run: RunDirectory) -> dict[str, Any]:
+    assert run.result is not None
+    return run.result
+
+
 def timeless(result: dict[str, Any] | None) -> dict[str, Any]:
     """A result without what names the run."""
     assert result is not None
     return {name: value for name, value in result.items() if name != "run"}
+
+
+def stopping_in(path: Path, phase: str, polls: int) -> Callable[[], Any]:
+    """In place of `stop_on_signals`: the user stops a session of the run in `path` when a phase has asked so often."""
+    asked = itertools.count()
+
+    def stopping() -> bool:
+        phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
+        return bool(phases) and phases[-1] == phase and next(asked) >= polls
+
+    return lambda: nullcontext(stopping)
 
 
 def installed_breeders() -> list[str]:
