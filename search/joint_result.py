@@ -12,11 +12,11 @@ from typing import Any, Literal
 from evoprune.metrics.criterion import CRITERIA
 from evoprune.metrics.expression import parse
 from evoprune.metrics.files import content_hash
+from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.joint_steps import Step
 from evoprune.search.kinds.joint import KIND
-from evoprune.search.level_result import calibration_facts
 from evoprune.search.metric_result import criterion_json
 from evoprune.search.result import failure, paired_difference, standard_error, summary
 from evoprune.search.rundir import RunDirectory

@@ -11,8 +11,8 @@ from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.errors import EvopruneError
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import LEVELS
+from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.config_sections import DataConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.spaces.ladder import Genome
@@ -66,15 +66,6 @@ def run_facts(
         "data": config.data.source,
         "calibration": calibration_facts(config.data),
         "prunable": sum(site.weights for site in search.space.sites),
-    }
-
-
-def calibration_facts(data: DataConfig) -> dict[str, Any]:
-    """What ``result.json`` says of text A."""
-    return {
-        "text": data.calibration or data.source,
-        "sequences": data.calibration_sequences,
-        "window": data.calibration_window,
     }
 
 

@@ -15,6 +15,7 @@ from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
 from evoprune.metrics.files import content_hash
+from evoprune.search.calibration import calibration_facts
 from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
@@ -164,6 +165,7 @@ class MetricComparison:
             "rung_correlations": search.racing.correlations(),
             "window": config.data.window,
             "data": config.data.source,
+            "calibration": calibration_facts(config.data),
             "dense": {"heldout": summary(losses["dense"])},
             "baselines": [
                 self._baseline(name, values, losses["winner"])

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evoprune.search.calibration import calibration_options
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
@@ -124,7 +125,7 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
         "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(metric))} "
-        f"{target} --out DIR",
+        f"{target} --out DIR{calibration_options(result.get('calibration', {}), result['seed'])}",
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
 

@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from evoprune.search.config_sections import DataConfig
+from evoprune.search.calibration import calibration_options
 from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.result import closed_gap
 from evoprune.search.site_names import grid
@@ -89,7 +89,7 @@ def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
         "prune": f"evoprune prune {shlex.quote(result['model'])} "
         f"{removal_options(result['metric'], result.get('compressor', PLAIN))} "
-        f"--allocation {shlex.quote(str(file))} --out DIR{calibration_options(result)}",
+        f"--allocation {shlex.quote(str(file))} --out DIR{calibration_options(result['calibration'], result['seed'])}",
     }
     if "formula" in result:
         formula = file.with_name("formula.json")
@@ -99,15 +99,3 @@ def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
             f"{shlex.quote(str(formula))} --sparsity {result['target']} --out DIR"
         )
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
-
-
-def calibration_options(result: Mapping[str, Any]) -> str:
-    """Options of `prune` that give the statistics, and so the masks, of the search; the usual ones not."""
-    used, known = result["calibration"], DataConfig()
-    options = {
-        "--calibration": (used["text"], known.source),
-        "--calibration-sequences": (used["sequences"], known.calibration_sequences),
-        "--calibration-window": (used["window"], known.calibration_window),
-        "--seed": (result["seed"], 0),
-    }
-    return "".join(f" {name} {shlex.quote(str(value))}" for name, (value, usual) in options.items() if value != usual)

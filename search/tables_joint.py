@@ -13,9 +13,10 @@ from rich.text import Text
 
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.expression import parse
+from evoprune.search.calibration import calibration_options
 from evoprune.search.joint_steps import FOLDER
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
-from evoprune.search.tables_allocation import calibration_options, map_table
+from evoprune.search.tables_allocation import map_table
 
 
 def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
@@ -49,7 +50,7 @@ def prune_command(result: Mapping[str, Any], run: Path) -> str:
     """The command that prunes a model with both winners."""
     metric, allocation = (shlex.quote(str(run / "export" / name)) for name in ("metric.json", "allocation.json"))
     model = shlex.quote(result["model"])
-    options = calibration_options(result)
+    options = calibration_options(result["calibration"], result["seed"])
     return f"evoprune prune {model} --metric {metric} --allocation {allocation} --out DIR{options}"
 
 

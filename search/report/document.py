@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from evoprune.metrics.files import write_atomically
+from evoprune.search.calibration import calibration_facts, calibration_options
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.report import canvas, numbers
 from evoprune.search.report.latex_table import latex_table
@@ -189,6 +190,11 @@ def commands(data: RunData[Any], with_winner: Mapping[str, str]) -> dict[str, st
         # The address of a database may hold a password, and a page is there to be shown around.
         found["As it was started"] = re.sub(r"://[^/@\s]*@", "://***@", shlex.join(map(str, argv)))
     return found
+
+
+def same_statistics(data: RunData[Any]) -> str:
+    """Options of `prune` that give the run's statistics, each after a space; nothing for the usual ones."""
+    return calibration_options(calibration_facts(data.config.data), data.config.seed)
 
 
 def search_on(data: RunData[Any]) -> dict[str, str]:

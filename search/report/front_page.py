@@ -93,7 +93,8 @@ def commands(data: FrontData) -> dict[str, str]:
         member = shlex.quote(str(export / "front" / f"{data.result['best']['saved']}.json"))
         prune = f"evoprune prune {model} {inside} --allocation"
         found = {
-            "Prune the model with a member of the front": f"{prune} {member} --out pruned",
+            "Prune the model with a member of the front": f"{prune} {member} --out pruned"
+            f"{document.same_statistics(data)}",
             **document.search_on(data),
             "Search on at one sparsity, from the member nearest to it": (
                 f"evoprune search allocation {model} {inside} --sparsity {target.sparsity:g} --seed-from {member}"

@@ -146,7 +146,8 @@ def commands(data: ReportData) -> dict[str, str]:
     if data.config.target.allocation is not None:
         target = f"--allocation {shlex.quote(str(data.run.path / 'export' / 'allocation.json'))}"
     with_winner = {
-        "Prune a model with the winner": f"evoprune prune {model} --metric {metric} {target} --out pruned",
+        "Prune a model with the winner": f"evoprune prune {model} --metric {metric} {target} --out pruned"
+        f"{document.same_statistics(data)}",
         **document.search_on(data),
         "Start another search from this front": f"evoprune search metric OTHER_MODEL --seed-from {run}",
     }

@@ -92,8 +92,9 @@ def test_the_winner_is_masked_as_prune_masks_it(
 
     (command,) = [line for line in done.err.splitlines() if line.startswith("prune ")]
     words = shlex.split(command.removeprefix("prune").strip())[1:]
-    calibration = ("--calibration", story, "--calibration-sequences", 4, "--calibration-window", 32, "--seed", 1)
-    pruned = run(*[word if word != "DIR" else place / "pruned" for word in words], *calibration, "--json")
+    calibration = ["--calibration", str(story), "--calibration-sequences", "4", "--calibration-window", "32"]
+    assert words[-8:] == [*calibration, "--seed", "1"]
+    pruned = run(*[word if word != "DIR" else place / "pruned" for word in words], "--json")
     assert pruned.code == 0, pruned.err
     assert pruned.json["removed"] == by_hand().removed
     weights = load_file(place / "pruned" / "model.safetensors")
