@@ -42,6 +42,8 @@ KNOCK_SECONDS = 10.0
 GROW_SECONDS = 2.0
 """Between two looks at how many workers a cluster has room for."""
 
+_CLIENT_ATTEMPTS = 3
+
 _process_token = secrets.token_hex(32)
 """Ray reads its token once per process, so all private instances of a process use the same one."""
 
@@ -290,7 +292,7 @@ def _connected(address: str, workers: int | None, gpus_per_worker: float | None)
         else:
             options = {"runtime_env": stack.enter_context(_shipment())}
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            _start(ray, address, options)
         except Exception as problem:
             place = "on this machine" if address == LOCAL else f"at {address}"
             lacks = isinstance(problem, ImportError) and address.startswith("ray://")
@@ -302,6 +304,21 @@ def _connected(address: str, workers: int | None, gpus_per_worker: float | None)
         yield ray
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """`ray.init`, again where the head has started a server for this client and does not reach it.
+
+    The head forks for that server while its own connections are at work, which gRPC does not always survive.
+    """
+    for left in reversed(range(_CLIENT_ATTEMPTS)):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
+        except RuntimeError as problem:
+            if not left or "Starting Ray client server failed" not in str(problem):
+                raise
+            ray.shutdown()
 
 
 def _take_sigterm_back() -> None:

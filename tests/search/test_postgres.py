@@ -53,11 +53,12 @@ def test_a_server_that_is_away_delays_the_board_and_not_the_search(
     monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
     options = {
         "model.name": str(save_tiny(tmp_path / "model")),
-        "data.window": 256,  # evaluations that take a while: the board at the end has hundreds of trials, not thousands
+        # Evaluations that take a while, so that the board has hundreds of trials at the end and not thousands.
+        "data.window": 64,
         "data.calibration_window": 32,
         "data.calibration_sequences": 4,
         "data.heldout_windows": 4,
-        "racing.rungs": [8, 16, 32],
+        "racing.rungs": [32, 64, 128],
         "minutes": 0.9,  # the outage is over long before
     }
     config = resolve(overrides=options)

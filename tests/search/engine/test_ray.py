@@ -243,6 +243,37 @@ def test_a_factory_that_is_not_there_is_an_error_not_a_wait() -> None:
         executor.close()
 
 
+class FailingRay:
+    """A head that fails as Ray's does, so many times."""
+
+    def __init__(self, failures: int, message: str) -> None:
+        self.failures, self.message = failures, message
+        self.started, self.shut = 0, 0
+
+    def init(self, **options: object) -> None:
+        self.started += 1
+        if self.started <= self.failures:
+            raise RuntimeError(self.message)
+
+    def shutdown(self) -> None:
+        self.shut += 1
+
+
+def test_a_client_that_its_head_did_not_reach_tries_again() -> None:
+    fault = "Starting Ray client server failed. See ray_client_server_23000.err for detailed logs."
+    twice = FailingRay(2, fault)
+    engine_ray._start(twice, "ray://head:10001", {})
+    assert (twice.started, twice.shut) == (3, 2)
+    always = FailingRay(9, fault)
+    with pytest.raises(RuntimeError, match="client server failed"):
+        engine_ray._start(always, "ray://head:10001", {})
+    assert always.started == 3
+    other = FailingRay(1, "no such host")
+    with pytest.raises(RuntimeError, match="no such host"):
+        engine_ray._start(other, "ray://head:10001", {})
+    assert other.started == 1
+
+
 def test_senseless_sizes_are_refused() -> None:
     with pytest.raises(InvalidInput, match="--workers is 0"):
         RayExecutor("fake_workers:build", {}, workers=0)
