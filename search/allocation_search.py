@@ -179,7 +179,9 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         if self._surrogate is None or not self._surrogate.ready:
             return self._proposals(count, rng)
         proposals = {member.genome: member for member in self._proposals(PROPOSALS * count, rng)}
-        free = list(proposals)[:: PROPOSALS * PROPOSALS][:count]
+        quarter = -(-count // PROPOSALS)
+        # Spread over all, for crossings come first.
+        free = list(proposals)[:: max(len(proposals) // quarter, 1)][:quarter]
         rest = [genome for genome in proposals if genome not in free]
         chosen = [*free, *self._surrogate.best(rest, count - len(free))]
         return [proposals[genome] for genome in chosen]

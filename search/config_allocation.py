@@ -14,7 +14,7 @@ from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import LEVELS
 from evoprune.search.breeders import breeder_of
-from evoprune.search.config_sections import SearchConfig, Section
+from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.spaces.levels import spread_levels
 
 DEFAULT_SPARSITY = 0.6
@@ -26,7 +26,7 @@ DEFAULT_DROP_RANGE = (0.1, 0.5)
 class AllocationTarget(Section):
     """How much of all prunable weights goes, and by which scores."""
 
-    sparsity: float = Field(
+    sparsity: Sparsity = Field(
         DEFAULT_SPARSITY,
         description="fraction of all prunable weights to remove, in (0, 1); of a front, which member is exported as "
         "the allocation: the middle of its range unless given",
@@ -75,13 +75,6 @@ class AllocationTarget(Section):
                 "lower first, such as 0.4 0.7"
             )
         return ends
-
-    @field_validator("sparsity")
-    @classmethod
-    def _between(cls, sparsity: float) -> float:
-        if not 0 < sparsity < 1:  # a NaN is refused too
-            raise ValueError(f"sparsity {sparsity} is not between 0 and 1: give the fraction to remove, such as 0.6")
-        return sparsity
 
     @field_validator("grid")
     @classmethod

@@ -6,28 +6,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.search.config_allocation import DEFAULT_SPARSITY, GenerationsConfig
 from evoprune.search.config_metric import DEFAULT_STATISTICS, MetricSearchConfig, RacingConfig, SearcherConfig
-from evoprune.search.config_sections import SearchConfig, Section
+from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 
 
 class JointTarget(Section):
     """How much of all prunable weights goes, and how it may be shared out."""
 
-    sparsity: float = Field(DEFAULT_SPARSITY, description="fraction of all prunable weights to remove, in (0, 1)")
+    sparsity: Sparsity = Field(DEFAULT_SPARSITY, description="fraction of all prunable weights to remove, in (0, 1)")
     granularity: Literal["matrix", "block", "kind"] = Field(
         "matrix", description="what has a level of its own: every matrix, every block, or every kind of matrix"
     )
-
-    @field_validator("sparsity")
-    @classmethod
-    def _between(cls, sparsity: float) -> float:
-        if not 0 < sparsity < 1:  # a NaN is refused too
-            raise ValueError(f"sparsity {sparsity} is not between 0 and 1: give the fraction to remove, such as 0.6")
-        return sparsity
 
 
 class MetricPart(Section):

@@ -13,7 +13,7 @@ from evoprune.metrics.allocation_file import to_json
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS, TERMINALS
-from evoprune.search.config_sections import SearchConfig, Section
+from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.given import read_named
 
 # Forward, backward and Hessian statistics that a search may read unless told otherwise.
@@ -28,7 +28,7 @@ DEFAULT_SPARSITY = 0.6
 class TargetConfig(Section):
     """How much goes, and what is compared."""
 
-    sparsity: float | None = Field(None, description="fraction to remove, in (0, 1); 0.6 unless there is a pattern")
+    sparsity: Sparsity | None = Field(None, description="fraction to remove, in (0, 1); 0.6 unless there is a pattern")
     pattern: str | None = Field(None, description="N:M, N kept of every M")
     group: Literal["row", "layer", "global"] = Field("row", description="what scores are compared within")
     allocation: str | None = Field(
@@ -56,10 +56,6 @@ class TargetConfig(Section):
     def _one_of_two(self) -> TargetConfig:
         if self.sparsity is not None and self.pattern is not None:
             raise ValueError("give --sparsity or --pattern, not both")
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise ValueError(
-                f"sparsity {self.sparsity} is not between 0 and 1: give the fraction to remove, such as 0.6"
-            )
         if self.pattern is not None:
             parse_pattern(self.pattern)
         assert self.group in GROUPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.metrics.files import content_hash
@@ -15,6 +15,16 @@ class Section(BaseModel):
     """Options that belong together."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _inside(sparsity: float) -> float:
+    if not 0 < sparsity < 1:  # a NaN is refused too
+        raise ValueError(f"sparsity {sparsity} is not between 0 and 1: give the fraction to remove, such as 0.6")
+    return sparsity
+
+
+Sparsity = Annotated[float, AfterValidator(_inside)]
+"""A fraction of weights to remove, in (0, 1)."""
 
 
 class ModelConfig(Section):

@@ -47,6 +47,8 @@ class Surrogate:
 
     def best(self, genomes: Sequence[Genome], count: int) -> list[Genome]:
         """So many of these, those with the least predicted KL first; of equals the earlier."""
+        if not genomes:
+            return []
         weights = self._weights()
         # Rounded, so that the order does not hang on the last bits of a sum.
         predicted = np.round(self._features(genomes) @ weights, 9)

@@ -307,15 +307,15 @@ def _connected(address: str, workers: int | None, gpus_per_worker: float | None)
 
 
 def _start(ray: Any, address: str, options: dict[str, Any]) -> None:
-    """`ray.init`, again where the head has started a server for this client and does not reach it.
+    """`ray.init`, again where the server that the head starts for this client ends before it is up.
 
-    The head forks for that server while its own connections are at work, which gRPC does not always survive.
+    Ray's client then raises ConnectionAbortedError, with the head's traceback as its text.
     """
     for left in reversed(range(_CLIENT_ATTEMPTS)):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
             return
-        except RuntimeError as problem:
+        except ConnectionAbortedError as problem:
             if not left or "Starting Ray client server failed" not in str(problem):
                 raise
             ray.shutdown()

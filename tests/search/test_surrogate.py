@@ -48,6 +48,7 @@ def test_it_orders_genomes_that_it_has_not_seen() -> None:
     found = surrogate.best(others, 50)
     assert max(abs(ranked.index(genome) - at) for at, genome in enumerate(found)) <= 2
     assert surrogate.best(others, 5) == found[:5]
+    assert surrogate.best([], 5) == []
 
 
 def test_its_weights_are_those_of_ridge_regression_by_least_error_left_out() -> None:
@@ -106,6 +107,29 @@ def test_a_search_with_it_finds_more(tmp_path: Path) -> None:
         gains.append(costs[0] - costs[1])
     assert statistics.mean(gains) > 0
     assert sum(gain > 0 for gain in gains) >= 4
+
+
+@pytest.mark.parametrize("count", [4, 9, 32])
+def test_a_quarter_is_drawn_without_asking_it(tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are hardly more proposals than children."""
+    session = Session(tmp_path / "run", evaluations=100, surrogate=True)
+    session.go()
+    search = session.search
+    assert search._surrogate is not None and search._surrogate.ready
+    for most in (3, count, 4 * count):
+        drawn = search._proposals(most, random.Random(3))[:most]
+        asked: list[int] = []
+
+        def best(genomes: list[Genome], chosen: int, asked: list[int] = asked) -> list[Genome]:
+            asked.append(len(genomes[:chosen]))
+            return genomes[:chosen]
+
+        monkeypatch.setattr(search, "_proposals", lambda wanted, rng, drawn=drawn: drawn)
+        monkeypatch.setattr(search._surrogate, "best", best)
+        made = search._children(count)
+        monkeypatch.undo()
+        assert len(made) == min(count, len(drawn)) == len({member.genome for member in made})
+        assert len(made) - asked[0] >= len(made) / 4
 
 
 @pytest.mark.parametrize("stop", [70, 150])

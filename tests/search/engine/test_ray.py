@@ -253,7 +253,7 @@ class FailingRay:
     def init(self, **options: object) -> None:
         self.started += 1
         if self.started <= self.failures:
-            raise RuntimeError(self.message)
+            raise ConnectionAbortedError(f"Initialization failure from server:\nTraceback:\n{self.message}")
 
     def shutdown(self) -> None:
         self.shut += 1
@@ -265,11 +265,11 @@ def test_a_client_that_its_head_did_not_reach_tries_again() -> None:
     engine_ray._start(twice, "ray://head:10001", {})
     assert (twice.started, twice.shut) == (3, 2)
     always = FailingRay(9, fault)
-    with pytest.raises(RuntimeError, match="client server failed"):
+    with pytest.raises(ConnectionAbortedError, match="client server failed"):
         engine_ray._start(always, "ray://head:10001", {})
     assert always.started == 3
     other = FailingRay(1, "no such host")
-    with pytest.raises(RuntimeError, match="no such host"):
+    with pytest.raises(ConnectionAbortedError, match="no such host"):
         engine_ray._start(other, "ray://head:10001", {})
     assert other.started == 1
 
