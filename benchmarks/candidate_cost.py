@@ -11,6 +11,7 @@ import time
 import torch
 
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.samples import n_tokens
 from evoprune.metrics.criterion import Metric
 from figure import Figure
 from shared import reference_worker
@@ -23,7 +24,7 @@ WINDOW = 256
 def measure() -> Figure:
     _, evaluator, _ = reference_worker(rungs=(WINDOWS,), window=WINDOW)
     model, windows = evaluator.language_model.model, evaluator.windows[:WINDOWS]
-    assert windows.numel() == 4096
+    assert n_tokens(windows) == 4096
     kl = OBJECTIVES["kl"]
     plain, candidate = [], []
     for turn in range(TURNS + 1):

@@ -21,6 +21,7 @@ from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import build_levels
 from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.resident_levels import ResidentLevels
+from evoprune.fitness.samples import n_tokens
 from evoprune.fitness.teacher import BATCH, window_losses
 from evoprune.metrics.criterion import CRITERIA
 from evoprune.search.spaces.levels import LevelSpace
@@ -45,7 +46,7 @@ def measure() -> list[Figure]:
     language_model = worker.language_model
     model = language_model.model
     windows, teacher = prepared.text("search")
-    assert windows.numel() == 4096
+    assert n_tokens(windows) == 4096
     database = build_levels(prepared, CRITERIA["wanda"], "wanda")
     size = sum(file.stat().st_size for file in database.folder.iterdir())
 

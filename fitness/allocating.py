@@ -20,7 +20,7 @@ from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
 from evoprune.fitness.models import LanguageModel, Prunable
 from evoprune.fitness.pruning import site_scores
-from evoprune.fitness.samples import Batch, Calibration, Samples, forward_batches, n_sequences, text_loss
+from evoprune.fitness.samples import Batch, Sequences, forward_batches, n_sequences
 from evoprune.fitness.site_statistics import SiteStatistics, measure_sites
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, repair
@@ -61,8 +61,8 @@ def allocate_model(
     *,
     criterion: Criterion,
     statistics: Statistics | None = None,
-    calibration: Calibration | None = None,
-    search: Calibration | None = None,
+    calibration: Sequences | None = None,
+    search: Sequences | None = None,
     loss: Callable[[], float] | None = None,
     budgets: Mapping[str, float] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -140,8 +140,8 @@ def searched_budgets(
     *,
     criterion: Criterion,
     statistics: Statistics | None = None,
-    calibration: Calibration | None = None,
-    search: Calibration | None = None,
+    calibration: Sequences | None = None,
+    search: Sequences | None = None,
     loss: Callable[[], float] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, float]:
@@ -181,8 +181,8 @@ def describe_model(
     *,
     criterion: Criterion,
     statistics: Statistics | None = None,
-    calibration: Calibration | None = None,
-    search: Calibration | None = None,
+    calibration: Sequences | None = None,
+    search: Sequences | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> SiteStatistics:
     """Terminals of allocation formulas, measured on a model; see `measure_sites`. Arguments as in `allocate_model`."""
@@ -230,8 +230,8 @@ class ModelEvidence:
         target: float,
         criterion: Criterion,
         statistics: Statistics | None,
-        calibration: Calibration | None,
-        search: Calibration | None,
+        calibration: Sequences | None,
+        search: Sequences | None,
         progress: Callable[[str, int, int], None],
         *,
         chosen: Sequence[int] | None = None,
@@ -326,8 +326,6 @@ class ModelEvidence:
                 loss = self._loss()
                 return loss if math.isfinite(loss) else _LOST
             windows, language_model = self._given(self._search, "loss"), self._reader()
-            if isinstance(windows, Samples):
-                return text_loss(language_model.model, windows, language_model.device)
             return evaluate_language_model(language_model.model, windows).loss
         except InvalidCandidate:
             return _LOST
@@ -340,7 +338,7 @@ class ModelEvidence:
             )
         return self._language_model
 
-    def _given(self, windows: Calibration | None, use: str) -> Calibration:
+    def _given(self, windows: Sequences | None, use: str) -> Sequences:
         if windows is None:
             raise EvopruneError(f"the allocator reads {use}, which is not among its uses")
         return windows

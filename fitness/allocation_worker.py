@@ -7,8 +7,6 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
 from evoprune.fitness.allocating import allocate_model, describe_model
 from evoprune.fitness.allocators import ALLOCATORS, Use
 from evoprune.fitness.compressors import stores_weights
@@ -20,6 +18,7 @@ from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, 
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import Prepared, calibration_windows
 from evoprune.fitness.resident_levels import Levels
+from evoprune.fitness.samples import Sequences
 from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
 from evoprune.fitness.teacher import window_losses
@@ -116,7 +115,7 @@ class AllocationWorker(ModelWorker):
         }
 
     @cached_property
-    def _calibration(self) -> Tensor:
+    def _calibration(self) -> Sequences:
         """Text A, which takes its time to be found and cut into tokens."""
         return calibration_windows(self.language_model, self.context)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evoprune.fitness.samples import Batch, Sequences, forward_batches, n_predictions
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 
 # Log-probabilities of this many tokens exist at a time: the logits themselves are the only [tokens, vocabulary] tensor.
@@ -19,7 +20,9 @@ MAX_LOSS = 700.0
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What a model is worth on a text; every mean is over predicted tokens, all windows being equally long.
+    """What a model is worth on a text: means over windows, each of the mean over its predicted tokens.
+
+    All windows of a text are equally long; samples of images and text count alike, however long they are.
 
     Attributes:
         loss: mean negative log-likelihood in nats.
@@ -52,32 +55,36 @@ class HeldOut:
 
 @torch.inference_mode()
 def evaluate_language_model(
-    model: PreTrainedModel, windows: Tensor, *, dense: PreTrainedModel | None = None, batch: int = 8
+    model: PreTrainedModel, windows: Sequences, *, dense: PreTrainedModel | None = None, batch: int = 8
 ) -> HeldOut:
-    """Measure a model on windows of tokens.
+    """Measure a model on windows of tokens, or on samples of images and text.
 
     Args:
         model: in eval mode.
-        windows: [n, window] int64 token ids.
+        windows: [n, window] int64 token ids, or samples, of which text alone is predicted.
         dense: the model before pruning, with the same vocabulary; adds the KL divergence.
         batch: windows in a forward pass.
 
     Raises:
-        InvalidInput: the windows have no token to predict, or the vocabularies differ.
+        InvalidInput: a window has no token to predict, or the vocabularies differ.
         InvalidCandidate: the model's output is not finite.
     """
-    n, window = windows.shape
-    if n < 1 or window < 2:
-        raise InvalidInput(f"windows of shape {[n, window]} hold no token to predict: give [1 or more, 2 or more]")
+    if isinstance(windows, Tensor) and (len(windows) < 1 or windows.shape[1] < 2):
+        raise InvalidInput(
+            f"windows of shape {list(windows.shape)} hold no token to predict: give [1 or more, 2 or more]"
+        )
+    counts = n_predictions(windows)
+    if not counts.all():
+        raise InvalidInput("a sample holds no text to predict: give texts of two tokens or more beside the images")
+    n = len(counts)
     losses, divergences = [], []
-    for chunk in windows.split(max(batch, 1)):
-        loss, divergence = _window_sums(_logits(model, chunk), None if dense is None else _logits(dense, chunk), chunk)
+    for given in forward_batches(windows, max(batch, 1), _device(model)):
+        loss, divergence = _window_sums(_logits(model, given), None if dense is None else _logits(dense, given), given)
         losses.append(loss)
         divergences.append(divergence)
-    predicted = window - 1
-    per_window = torch.cat(losses) / predicted
+    per_window = torch.cat(losses) / counts
     mean = per_window.mean().item()
-    kls = None if dense is None else torch.cat(divergences) / predicted
+    kls = None if dense is None else torch.cat(divergences) / counts
     if not (math.isfinite(mean) and (kls is None or bool(kls.isfinite().all()))):
         raise InvalidCandidate("NONFINITE", "the model's output is not finite on this text")
     return HeldOut(
@@ -85,19 +92,22 @@ def evaluate_language_model(
         perplexity=math.exp(min(mean, MAX_LOSS)),
         kl=None if kls is None else kls.mean().item(),
         stderr=None if n == 1 else (per_window.std() / math.sqrt(n)).item(),
-        tokens=n * predicted,
+        tokens=int(counts.sum()),
         window_losses=tuple(per_window.tolist()),
         window_kls=None if kls is None else tuple(kls.tolist()),
     )
 
 
-def _logits(model: PreTrainedModel, windows: Tensor) -> Tensor:
+def _device(model: PreTrainedModel) -> torch.device:
+    return model.get_input_embeddings().get_parameter("weight").device
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """[n, window, vocabulary] in the model's dtype, on its device."""
-    device = model.get_input_embeddings().get_parameter("weight").device
-    return model(input_ids=windows.to(device), use_cache=False).logits
+    return model(**batch.to(_device(model)).inputs, use_cache=False).logits
 
 
-def _window_sums(logits: Tensor, dense: Tensor | None, windows: Tensor) -> tuple[Tensor, Tensor]:
+def _window_sums(logits: Tensor, dense: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
     """Sums over the predicted tokens of each window: negative log-likelihood and KL divergence, [n] float64 on the CPU.
 
     Log-probabilities are float32 whatever the model's dtype; sums are float64.
@@ -107,17 +117,18 @@ def _window_sums(logits: Tensor, dense: Tensor | None, windows: Tensor) -> tuple
             f"the dense model has a vocabulary of {dense.shape[-1]}, this one of {logits.shape[-1]}: "
             f"KL needs the model that was pruned"
         )
-    n, window = windows.shape
-    targets = windows.to(logits.device)
+    targets = batch.inputs["input_ids"].to(logits.device)
+    predicted = batch.predicted
+    n, window = targets.shape
     loss = torch.zeros(n, dtype=torch.float64)
     divergence = torch.zeros(n, dtype=torch.float64)
     for row in range(n):
-        for first in range(0, window - 1, TOKENS_PER_CHUNK):
-            last = min(first + TOKENS_PER_CHUNK, window - 1)
-            log_q = torch.log_softmax(logits[row, first:last].float(), dim=-1)
-            picked = log_q.gather(-1, targets[row, first + 1 : last + 1, None])
+        places = torch.arange(window - 1) if predicted is None else predicted[row].nonzero()[:, 0]
+        for part in places.to(logits.device).split(TOKENS_PER_CHUNK):
+            log_q = torch.log_softmax(logits[row, part].float(), dim=-1)
+            picked = log_q.gather(-1, targets[row, part + 1, None])
             loss[row] -= picked.double().sum().cpu()
             if dense is not None:
-                log_p = torch.log_softmax(dense[row, first:last].float().to(log_q.device), dim=-1)
+                log_p = torch.log_softmax(dense[row, part.to(dense.device)].float().to(log_q.device), dim=-1)
                 divergence[row] += (log_p.exp() * (log_p - log_q)).double().sum().cpu()
     return loss, divergence

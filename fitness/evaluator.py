@@ -18,6 +18,7 @@ from torch import Tensor
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import Objective
 from evoprune.fitness.resident import ResidentWeights
+from evoprune.fitness.samples import Sequences
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.teacher import Teacher, WindowLosses, linear_head, window_losses
 from evoprune.metrics.criterion import Criterion
@@ -34,7 +35,7 @@ class Evaluator:
         language_model: its weights are overwritten; `restore` brings them back.
         dense: safetensors file with the dense [out, in] weight of every site, by site name.
         statistics: of the dense model.
-        windows: [n, w] token ids of text B.
+        windows: of text B.
         teacher: of the same windows; None if no objective needs it.
         rule: how many weights go.
         own: sparsity of every site by name, in [0, 1], in place of one; empty if there is one. `rule` is then their
@@ -49,7 +50,7 @@ class Evaluator:
         language_model: LanguageModel,
         dense: Path,
         statistics: Statistics,
-        windows: Tensor,
+        windows: Sequences,
         teacher: Teacher | None,
         rule: MaskRule,
         own: Mapping[str, float] | None = None,
@@ -60,7 +61,7 @@ class Evaluator:
         self.rule = rule
         self.own: Mapping[str, float] = own or {}
         self.statistics = statistics
-        self.head = linear_head(language_model.model, windows[:1, :8].to(language_model.device))
+        self.head = linear_head(language_model.model, windows)
         self._resident = ResidentWeights(language_model, dense)
 
     @property

@@ -1,4 +1,4 @@
-"""The user's images with texts: read, split into sides like every text, and encoded by the model's processor."""
+"""The user's texts, and images with texts: split into sides, and encoded as the model reads them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from transformers import AutoProcessor
 
 from evoprune.fitness.hub import one_line, silence
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Samples
-from evoprune.fitness.text import ENOUGH_DOCUMENTS, SIDES
+from evoprune.fitness.samples import Samples, Sequences
+from evoprune.fitness.text import ENOUGH_DOCUMENTS, SIDES, token_windows
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import file_hash, user_path
 
@@ -28,7 +28,7 @@ METADATA = "metadata.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One calibration example.
+    """An image with its text, or text alone.
 
     Attributes:
         image: the file; None for text alone.
@@ -52,6 +52,11 @@ def holds_images(source: str) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and "image" in first
+
+
+def reads_images(language_model: LanguageModel, source: str) -> bool:
+    """Whether a model is run on the images of a source, rather than on windows of its text."""
+    return language_model.multimodal and holds_images(source)
 
 
 def read_examples(source: str) -> list[Example]:
@@ -100,19 +105,51 @@ def side_examples(examples: Sequence[Example], side: str) -> list[Example]:
     return found
 
 
-def encode_examples(language_model: LanguageModel, source: str, side: str, *, count: int, seed: int) -> Samples:
-    """Up to `count` examples of one side of a source, drawn by `seed`, as the model's processor encodes them.
+def read_side(
+    language_model: LanguageModel,
+    source: str,
+    side: str,
+    *,
+    window: int,
+    count: int | None,
+    seed: int | None = None,
+    spare: int = 0,
+) -> Sequences:
+    """One side of a source as a model is run on it: windows of text (`token_windows`), or images with texts.
+
+    Of images with texts there may be fewer than `count`.
+
+    Raises:
+        InvalidInput: the source cannot be read, is too short, or does not fit the model.
+    """
+    if reads_images(language_model, source):
+        wanted = None if count is None else count + spare
+        return encode_examples(language_model, source, side, count=wanted, seed=seed)
+    tokenizer = language_model.tokenizer
+    return token_windows(tokenizer, source, side, window=window, count=count, seed=seed, spare=spare)
+
+
+def encode_examples(
+    language_model: LanguageModel, source: str, side: str, *, count: int | None = None, seed: int | None = None
+) -> Samples:
+    """Examples of one side of a source, as the model's processor encodes them, each a batch of its own.
+
+    Args:
+        count: how many at most; None takes all.
+        seed: draws them, in random order; None takes the first ones in order.
 
     Raises:
         InvalidInput: the source or an image cannot be read, the model reads no images or has no processor, or an
             example is longer than its context.
     """
-    if count < 1:
+    if count is not None and count < 1:
         raise InvalidInput(f"{count} examples are too few: give 1 or more")
     examples = side_examples(read_examples(source), side)
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
+    order = torch.arange(len(examples))
+    if seed is not None:
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     processor = load_processor(language_model)
-    encoded = [_encoded(processor, examples[index]) for index in order.tolist()]
+    encoded = [_encoded(processor, examples[index]) for index in order[:count].tolist()]
     samples = Samples(encoded, language_model.model.config)
     language_model.check_window(samples.longest)
     return samples

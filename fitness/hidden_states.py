@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Calibration, forward_batches
+from evoprune.fitness.samples import Sequences, forward_batches
 
 
 @torch.no_grad()
-def block_influence(language_model: LanguageModel, windows: Calibration, *, batch: int = 4) -> list[float]:
+def block_influence(language_model: LanguageModel, windows: Sequences, *, batch: int = 4) -> list[float]:
     """Mean over tokens of 1 - cos(input, output) of each block, in float64.
 
     Args:

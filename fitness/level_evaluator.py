@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.prefix import PrefixCache
 from evoprune.fitness.resident_levels import Levels, ResidentLevels
+from evoprune.fitness.samples import Samples, Sequences, first_batch, n_tokens
 from evoprune.fitness.teacher import BATCH, Teacher, WindowLosses, linear_head, window_losses
 from evoprune.metrics.errors import InvalidCandidate
 from evoprune.metrics.records import Site
@@ -26,7 +26,7 @@ class LevelEvaluator:
         language_model: dense when it is handed over; its site weights are overwritten, `restore` brings them back.
         dense: safetensors file with the dense [out, in] weight of every site, by site name, in the model's dtype.
         database: of the same model.
-        windows: [n, w] token ids.
+        windows: of text; of samples each batch is one.
         teacher: of the same windows; None leaves out the KL.
         stride: the parent's hidden states are kept at the inputs of every so-many-th block.
         max_prefix_bytes: what these states may take; None sets no limit.
@@ -40,7 +40,7 @@ class LevelEvaluator:
         language_model: LanguageModel,
         dense: Path,
         database: Levels,
-        windows: Tensor,
+        windows: Sequences,
         teacher: Teacher | None,
         *,
         stride: int = 1,
@@ -49,9 +49,9 @@ class LevelEvaluator:
         self.language_model = language_model
         self.windows = windows
         self.teacher = teacher
-        sample = windows[:1, :8].to(language_model.device)
-        self.head = linear_head(language_model.model, sample)
-        self.prefix = PrefixCache(language_model, sample, stride=stride, max_bytes=max_prefix_bytes)
+        self._per_pass = 1 if isinstance(windows, Samples) else BATCH
+        self.head = linear_head(language_model.model, windows)
+        self.prefix = PrefixCache(language_model, first_batch(windows), stride=stride, max_bytes=max_prefix_bytes)
         self._resident = ResidentLevels(language_model, dense, database)
         self._n_blocks = len(language_model.blocks())
         self._parent = self._resident.complete({})
@@ -87,7 +87,7 @@ class LevelEvaluator:
         if complete != self._parent:
             self.prefix.clear()
             self._parent = complete
-        remember = self.prefix.spread(self.windows[first:last].numel())
+        remember = self.prefix.spread(n_tokens(self.windows[first:last]))
         return self._losses(complete, first, last, remember)
 
     def apply(self, levels: Mapping[str, int]) -> None:
@@ -110,8 +110,8 @@ class LevelEvaluator:
         self._resident.apply(levels)
         block = self._first_difference(levels)
         parts = []
-        for begin in range(first, last, BATCH):
-            batch = begin, min(begin + BATCH, last)
+        for begin in range(first, last, self._per_pass):
+            batch = begin, min(begin + self._per_pass, last)
             teacher = None if self.teacher is None else self.teacher[slice(*batch)]
             with self.prefix.started(batch, block, remember):
                 parts.append(window_losses(self.language_model.model, self.head, self.windows[slice(*batch)], teacher))

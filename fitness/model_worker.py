@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.numerics import numerics
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import Prepared, prepare, seconds_per_token
+from evoprune.fitness.samples import Sequences, n_predictions
 from evoprune.fitness.teacher import WindowLosses
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput
@@ -79,17 +79,17 @@ class ModelWorker:
         return {**prepared.summary(), "seconds_per_token": speed}
 
 
-def heldout_answer(measured: WindowLosses, windows: Tensor) -> dict[str, Any]:
+def heldout_answer(measured: WindowLosses, windows: Sequences) -> dict[str, Any]:
     """Losses by window as a job returns them, with the number of predictions.
 
     Args:
-        windows: [n, w] token ids that they were measured on.
+        windows: what they were measured on.
     """
     assert measured.kl is not None
     return {
         "nll": measured.nll.tolist(),
         "kl": measured.kl.tolist(),
-        "tokens": windows.shape[0] * (windows.shape[1] - 1),
+        "tokens": int(n_predictions(windows).sum()),
     }
 
 

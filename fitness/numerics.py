@@ -69,7 +69,7 @@ def _canary(language_model: LanguageModel) -> torch.Tensor:
     width = min(TOKENS, language_model.context or TOKENS)
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     windows = (torch.arange(WINDOWS * width) * 7919 + 13).remainder(vocabulary).view(WINDOWS, width)
-    head = linear_head(model, windows[:1, :8].to(language_model.device))
+    head = linear_head(model, windows)
     dense = window_losses(model, head, windows, None).nll
     last = [bound for bound in language_model.sites if bound.site.block == language_model.sites[-1].site.block]
     kept = [bound.weight().clone() for bound in last]

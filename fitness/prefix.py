@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.samples import Batch
 
-Batch = tuple[int, int]
+Pass = tuple[int, int]
 """The windows of a forward pass: the first, and the one after the last."""
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class PrefixCache:
 
     Args:
         language_model: run as it is.
-        sample: [1, w] token ids to try the model on.
+        sample: what to try the model on.
         stride: remember at the inputs of every so-many-th block.
         max_bytes: what the states may take; None sets no limit. Beyond it states lie further apart, and at last some
             windows have none.
@@ -45,11 +46,11 @@ class PrefixCache:
     """
 
     def __init__(
-        self, language_model: LanguageModel, sample: Tensor, *, stride: int = 1, max_bytes: int | None = None
+        self, language_model: LanguageModel, sample: Batch, *, stride: int = 1, max_bytes: int | None = None
     ) -> None:
         self._blocks = [block for _, block in language_model.blocks()]
         self._max_bytes = max_bytes
-        self._states: dict[Batch, dict[int, Tensor]] = {}
+        self._states: dict[Pass, dict[int, Tensor]] = {}
         self._outputs: list[tuple[Any, ...] | None] = [None] * len(self._blocks)
         self._bytes_per_token = 0
         candidates = range(stride, len(self._blocks), stride)
@@ -79,7 +80,7 @@ class PrefixCache:
         return tuple(self.boundaries[round(step * place) - 1] for place in range(1, count + 1))
 
     @contextmanager
-    def started(self, batch: Batch, block: int, remember: Sequence[int] = ()) -> Iterator[int]:
+    def started(self, batch: Pass, block: int, remember: Sequence[int] = ()) -> Iterator[int]:
         """Inside, a forward pass over the windows of `batch` starts at the last remembered boundary up to `block`.
 
         Args:
@@ -101,7 +102,7 @@ class PrefixCache:
                     stack.enter_context(_input_seen(self._blocks[at], partial(self._keep, batch, at)))
             yield start
 
-    def _keep(self, batch: Batch, at: int, hidden: Tensor) -> None:
+    def _keep(self, batch: Pass, at: int, hidden: Tensor) -> None:
         if self._max_bytes is None or self.bytes + hidden.nbytes <= self._max_bytes:
             _put_copy(self._states.setdefault(batch, {}), at, hidden)
 
@@ -114,25 +115,25 @@ class PrefixCache:
             yield
 
     @torch.no_grad()
-    def _tried(self, language_model: LanguageModel, sample: Tensor, candidates: Sequence[int]) -> tuple[int, ...]:
+    def _tried(self, language_model: LanguageModel, sample: Batch, candidates: Sequence[int]) -> tuple[int, ...]:
         """Those of `candidates` from which `sample` gives the same bits; learns what blocks return on the way."""
         seen: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for at, block in enumerate(self._blocks):
                 stack.enter_context(_input_seen(block, partial(_put_copy, seen, at)))
                 stack.enter_context(_output_seen(block, partial(self._learn, at)))
-            expected = language_model.model(input_ids=sample, use_cache=False).logits
+            expected = language_model.model(**sample.inputs, use_cache=False).logits
         if len(seen) < len(self._blocks):
             return ()
-        self._bytes_per_token = seen[0].nbytes // sample.numel()
+        self._bytes_per_token = seen[0].nbytes // sample.inputs["input_ids"].numel()
         return tuple(at for at in candidates if self._equal_from(at, seen[at], language_model, sample, expected))
 
     def _equal_from(
-        self, at: int, hidden: Tensor, language_model: LanguageModel, sample: Tensor, expected: Tensor
+        self, at: int, hidden: Tensor, language_model: LanguageModel, sample: Batch, expected: Tensor
     ) -> bool:
         with self._from(at, hidden):
             try:
-                return torch.equal(language_model.model(input_ids=sample, use_cache=False).logits, expected)
+                return torch.equal(language_model.model(**sample.inputs, use_cache=False).logits, expected)
             except Exception:  # whatever a block of any family does that misses what an earlier one leaves for it
                 return False
 

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.examples import read_side, reads_images
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.parcels import find, link, packing, require
 from evoprune.fitness.pruning import check_allocation
+from evoprune.fitness.samples import Samples, Sequences, n_predictions, n_tokens
 from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
 from evoprune.fitness.statistics_store import KNOWN, stored_names
 from evoprune.fitness.teacher import Teacher, build_teacher, linear_head, window_losses
-from evoprune.fitness.text import token_windows
 from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
@@ -36,7 +36,7 @@ from evoprune.metrics.probe import Probe, spread_sites
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import STATISTICS
 
-FORMAT = "evoprune-prepared/3"
+FORMAT = "evoprune-prepared/4"
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Prepared:
     """The shared files of a search on this node: a parcel.
 
     Attributes:
-        folder: holds ``prepared.json``, ``search.safetensors``, ``heldout.safetensors``, ``probe.safetensors``,
-            ``dense.safetensors`` and ``statistics``.
+        folder: holds ``prepared.json``, ``search.safetensors``, ``heldout.safetensors`` and their teachers,
+            ``probe.safetensors``, ``dense.safetensors`` and ``statistics``.
         facts: the content of ``prepared.json``: sites, hashes, sizes.
     """
 
@@ -77,16 +77,18 @@ class Prepared:
         """The calibration statistics."""
         return Statistics.open(self.folder / "statistics", fingerprint=self.facts["fingerprint"])
 
-    def text(self, side: str) -> tuple[Tensor, Teacher]:
-        """([n, w] token ids, their teacher) of ``search`` (text B) or ``heldout`` (text C)."""
-        tensors = load_file(self.folder / f"{side}.safetensors")
-        windows, teacher = tensors.pop("windows"), Teacher(**tensors)
-        return windows[: len(teacher.negative_entropy)], teacher
+    def text(self, side: str) -> tuple[Sequences, Teacher]:
+        """(windows or samples, their teacher) of ``search`` (text B) or ``heldout`` (text C)."""
+        teacher = Teacher(**load_file(self.folder / f"{side}-teacher.safetensors"))
+        return self._sequences(side)[: len(teacher.negative_entropy)], teacher
 
-    def final_windows(self) -> Tensor:
-        """[n, w] token ids of text B: those of the search, and behind them the ones that only finalists see."""
-        with safe_open(self.folder / "search.safetensors", framework="pt") as file:
-            return file.get_tensor("windows")
+    def final_windows(self) -> Sequences:
+        """All of text B: what is for the search, and behind it what only finalists see."""
+        return self._sequences("search")
+
+    def _sequences(self, side: str) -> Sequences:
+        tensors = load_file(self.folder / f"{side}.safetensors")
+        return tensors["windows"] if "windows" in tensors else Samples.from_tensors(tensors)
 
     def probe(self) -> Probe:
         """Slices of real weights and statistics, for rank signatures."""
@@ -132,21 +134,10 @@ def prepare(
         InvalidInput: a text is too short, a statistic does not exist, the width does not fit the pattern, the
             allocation is of another model, or the disk is full or read-only.
     """
-    tokenizer = language_model.tokenizer
     check_widths(language_model, context)
     windows = {
-        "search": token_windows(
-            tokenizer,
-            context.place(context.data),
-            "B",
-            window=context.window,
-            count=context.rungs[-1],
-            seed=context.seed,
-            spare=context.final_windows,
-        ),
-        "heldout": token_windows(
-            tokenizer, context.place(context.data), "C", window=context.window, count=context.heldout_windows
-        ),
+        "search": _evaluated(language_model, context, "B", context.rungs[-1], context.seed, context.final_windows),
+        "heldout": _evaluated(language_model, context, "C", context.heldout_windows),
     }
     calibration = calibration_windows(language_model, context)
     needs = (frozenset(context.statistics) & KNOWN) | OBJECTIVES[context.objective].needs
@@ -156,7 +147,7 @@ def prepare(
         "dtype": str(language_model.model.dtype),
         "threads": torch.get_num_threads(),
         "statistics": [statistics_key(language_model, calibration), *sorted(stored_names(needs))],
-        "windows": {side: content_hash(tokens.tolist()) for side, tokens in windows.items()},
+        "windows": {side: _content(sequences) for side, sequences in windows.items()},
         "probe": sorted(needs),
         "sparsity": context.rule.fraction,
     }
@@ -170,11 +161,13 @@ def prepare(
     with disk_errors(cache_folder()), packing(prefix) as packed:
         folder = packed.folder
         taught = {"search": context.rungs[-1], "heldout": None}  # finalists are compared by loss, without a teacher
-        head = linear_head(language_model.model, windows["search"][:1, :8].to(language_model.device))
-        for side, tokens in windows.items():
-            progress(f"teacher on {side} text", 0, len(tokens))
-            teacher = build_teacher(language_model.model, head, tokens[: taught[side]])
-            save_file({"windows": tokens, **teacher.tensors()}, folder / f"{side}.safetensors")
+        head = linear_head(language_model.model, windows["search"])
+        for side, sequences in windows.items():
+            progress(f"teacher on {side} text", 0, len(sequences))
+            teacher = build_teacher(language_model.model, head, sequences[: taught[side]])
+            save_file(teacher.tensors(), folder / f"{side}-teacher.safetensors")
+            tensors = sequences.tensors() if isinstance(sequences, Samples) else {"windows": sequences}
+            save_file(tensors, folder / f"{side}.safetensors")
         _build_probe(language_model, statistics, needs, context).save(folder / "probe.safetensors")
         link(_dense_file(language_model), folder / "dense.safetensors")
         for file in statistics.folder.iterdir():
@@ -187,7 +180,9 @@ def prepare(
             "prunable": sum(bound.site.weights for bound in language_model.sites),
             "model_bytes": sum(p.numel() * p.element_size() for p in language_model.model.parameters()),
             "statistics_bytes": sum(file.stat().st_size for file in statistics.folder.iterdir()),
-            "teacher_bytes": (folder / "search.safetensors").stat().st_size,
+            "teacher_bytes": (folder / "search-teacher.safetensors").stat().st_size,
+            "window": round(n_tokens(windows["search"]) / len(windows["search"])),
+            "images": isinstance(windows["search"], Samples),
             "final_windows": len(windows["search"]),
             "heldout_windows": len(windows["heldout"]),
             "dead": sorted(statistics.dead()),
@@ -197,14 +192,50 @@ def prepare(
     return Prepared.open(packed.name)
 
 
-def calibration_windows(language_model: LanguageModel, context: EvaluationContext) -> Tensor:
-    """[calibration_sequences, calibration_window] int64: text A.
+def _evaluated(
+    language_model: LanguageModel,
+    context: EvaluationContext,
+    side: str,
+    count: int | None,
+    seed: int | None = None,
+    spare: int = 0,
+) -> Sequences:
+    """What candidates are measured on: `count` windows or examples, and up to `spare` more.
+
+    Raises:
+        InvalidInput: there are fewer, or an example has no text to predict.
+    """
+    found = read_side(
+        language_model,
+        context.place(context.data),
+        side,
+        window=context.window,
+        count=count,
+        seed=seed,
+        spare=spare,
+    )
+    if count is not None and len(found) < count:
+        raise InvalidInput(
+            f"side {side} of {context.data!r} has {len(found)} examples, {count} are needed: give more, or search on "
+            f"fewer (searcher.windows of an allocation, racing.rungs of a metric, data.heldout_windows)"
+        )
+    if not n_predictions(found).all():
+        raise InvalidInput(f"an example of {context.data!r} has no text to predict: give each two words or more")
+    return found
+
+
+def _content(sequences: Sequences) -> str:
+    return sequences.digest() if isinstance(sequences, Samples) else content_hash(sequences.tolist())
+
+
+def calibration_windows(language_model: LanguageModel, context: EvaluationContext) -> Sequences:
+    """Text A: [calibration_sequences, calibration_window] int64, or up to so many examples.
 
     Raises:
         InvalidInput: the text is too short, or nowhere.
     """
-    return token_windows(
-        language_model.tokenizer,
+    return read_side(
+        language_model,
         context.place(context.calibration),
         "A",
         window=context.calibration_window,
@@ -213,16 +244,12 @@ def calibration_windows(language_model: LanguageModel, context: EvaluationContex
     )
 
 
-def seconds_per_token(language_model: LanguageModel, windows: Tensor) -> float:
-    """How long this worker needs for a token of text: a measurement, so no part of what is prepared.
-
-    Args:
-        windows: [n, w] token ids to measure it on.
-    """
-    head = linear_head(language_model.model, windows[:1, :8].to(language_model.device))
+def seconds_per_token(language_model: LanguageModel, windows: Sequences) -> float:
+    """How long this worker needs for a token of what it is measured on: no part of what is prepared."""
+    head = linear_head(language_model.model, windows)
     began = time.perf_counter()
     window_losses(language_model.model, head, windows, None)
-    return (time.perf_counter() - began) / windows.numel()
+    return (time.perf_counter() - began) / n_tokens(windows)
 
 
 def check_widths(language_model: LanguageModel, context: EvaluationContext) -> None:
@@ -238,7 +265,12 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
         for bound in language_model.sites:
             check_pattern(context.pattern, bound.site.in_features, bound.site.name)
     longest = language_model.context
-    if longest is not None and max(context.window, context.calibration_window) > longest:
+    windows = [
+        window
+        for source, window in ((context.data, context.window), (context.calibration, context.calibration_window))
+        if not reads_images(language_model, context.place(source))
+    ]
+    if longest is not None and max(windows, default=0) > longest:
         raise InvalidInput(
             f"the windows have {context.window} tokens, those of the calibration {context.calibration_window}, and "
             f"this model reads at most {longest}: give --set data.window={min(context.window, longest)} "

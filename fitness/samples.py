@@ -1,8 +1,7 @@
-"""What calibration runs a model on: windows of text, or samples that mix modalities."""
+"""What a model is run on: windows of text, or samples that mix modalities."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from evoprune.metrics.errors import InvalidCandidate, InvalidInput
+from evoprune.metrics.errors import InvalidInput
 
 TEXT_TOKEN = 0
 # Attributes of a config that name placeholder tokens, and what `mm_token_type_ids` calls their modality.
@@ -43,6 +41,23 @@ class Batch:
     def tokens(self) -> int:
         """Tokens in it, padding aside."""
         return self.inputs["input_ids"].numel() if self.keep is None else int(self.keep.sum())
+
+    @property
+    def predicted(self) -> Tensor | None:
+        """[rows, tokens - 1] bool: of all tokens but the first of a row, those that are predicted; None: all are.
+
+        Placeholders of images and padding are read and not predicted.
+        """
+        if self.keep is None and self.modality is None:
+            return None
+        chosen = torch.ones_like(self.inputs["input_ids"][:, 1:], dtype=torch.bool, device="cpu")
+        if self.modality is not None:
+            chosen &= self.modality[:, 1:].cpu() == TEXT_TOKEN
+        if self.keep is not None:
+            keep = self.keep.cpu()
+            # Behind padding a first token has nothing that it could be predicted from.
+            chosen &= keep[:, 1:] & keep[:, :-1]
+        return chosen
 
     def real(self, hidden: Tensor) -> Tensor:
         """The rows of [sequences, tokens, features] that are no padding, as [n, features]."""
@@ -80,8 +95,52 @@ class Samples:
         if not self._batches:
             raise InvalidInput("there is no calibration sample: give at least one")
 
+    @classmethod
+    def _of(cls, batches: Sequence[Batch]) -> Samples:
+        samples = cls.__new__(cls)
+        samples._batches = list(batches)
+        return samples
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Samples:
+        """What `tensors` gave."""
+        batches: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            number, _, inside = name.partition(".")
+            batches.setdefault(int(number), {})[inside] = value
+        return cls._of(
+            [
+                Batch(
+                    {name.removeprefix("inputs."): value for name, value in found.items() if "inputs." in name},
+                    found.get("keep"),
+                    found.get("modality"),
+                )
+                for _, found in sorted(batches.items())
+            ]
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is, by a name, to be saved."""
+        named: dict[str, Tensor] = {}
+        for number, batch in enumerate(self._batches):
+            named |= {f"{number}.inputs.{name}": value.contiguous() for name, value in batch.inputs.items()}
+            named |= {
+                f"{number}.{name}": value.contiguous()
+                for name, value in (("keep", batch.keep), ("modality", batch.modality))
+                if value is not None
+            }
+        return named
+
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getitem__(self, sequences: slice) -> Samples:
+        """Some of the sequences, where every batch holds one."""
+        assert all(batch.rows == 1 for batch in self._batches)
+        return self._of(self._batches[sequences])
 
     @property
     def sequences(self) -> int:
@@ -114,23 +173,48 @@ class Samples:
         return digest.hexdigest()
 
 
-Calibration = Tensor | Samples
+Sequences = Tensor | Samples
 """[n, window] int64 token ids of a text, or samples that mix modalities."""
 
 
-def forward_batches(calibration: Calibration, batch: int, device: torch.device) -> Iterator[Batch]:
+def forward_batches(sequences: Sequences, batch: int, device: torch.device) -> Iterator[Batch]:
     """Batches on `device`: windows `batch` at a time, samples as they are."""
-    if isinstance(calibration, Samples):
-        for sample in calibration:
+    if isinstance(sequences, Samples):
+        for sample in sequences:
             yield sample.to(device)
     else:
-        for ids in calibration.split(batch):
+        for ids in sequences.split(batch):
             yield Batch({"input_ids": ids.to(device)})
 
 
-def n_sequences(calibration: Calibration) -> int:
+def first_batch(sequences: Sequences, tokens: int = 8) -> Batch:
+    """What a model can be tried on: the first `tokens` of a window, or the first samples."""
+    if isinstance(sequences, Samples):
+        return next(iter(sequences))
+    return Batch({"input_ids": sequences[:1, :tokens]})
+
+
+def n_sequences(sequences: Sequences) -> int:
     """Sequences in it."""
-    return calibration.sequences if isinstance(calibration, Samples) else len(calibration)
+    return sequences.sequences if isinstance(sequences, Samples) else len(sequences)
+
+
+def n_tokens(sequences: Sequences) -> int:
+    """Tokens in it, padding aside."""
+    return sequences.tokens if isinstance(sequences, Samples) else sequences.numel()
+
+
+def n_predictions(sequences: Sequences) -> Tensor:
+    """[n] int64: how many tokens of each sequence are predicted."""
+    if not isinstance(sequences, Samples):
+        n, window = sequences.shape
+        return torch.full((n,), window - 1)
+    counts = []
+    for batch in sequences:
+        predicted = batch.predicted
+        every = batch.inputs["input_ids"].shape[1] - 1
+        counts.append(torch.full((batch.rows,), every) if predicted is None else predicted.sum(1))
+    return torch.cat(counts)
 
 
 def token_modalities(inputs: Mapping[str, Tensor], config: Any) -> Tensor:
@@ -150,40 +234,6 @@ def token_modalities(inputs: Mapping[str, Tensor], config: Any) -> Tensor:
         if placeholder is not None:
             found[ids == placeholder] = modality
     return found
-
-
-@torch.no_grad()
-def text_loss(model: PreTrainedModel, samples: Samples, device: torch.device) -> float:
-    """Mean negative log-likelihood, in nats, of the text tokens of all samples, given what stands before them.
-
-    Placeholders of images and padding are read and not predicted.
-
-    Raises:
-        InvalidInput: there is no text to predict.
-        InvalidCandidate: the model's output is not finite.
-    """
-    total, count = 0.0, 0
-    for batch in forward_batches(samples, 1, device):
-        logits = model(**batch.inputs, use_cache=False).logits
-        ids = batch.inputs["input_ids"]
-        wanted = torch.ones_like(ids, dtype=torch.bool)
-        if batch.modality is not None:
-            wanted &= batch.modality.to(device) == TEXT_TOKEN
-        if batch.keep is not None:
-            keep = batch.keep.to(device)
-            # Behind padding a first token has nothing that it could be predicted from.
-            wanted[:, 1:] &= keep[:, 1:] & keep[:, :-1]
-        wanted[:, 0] = False
-        for row in range(len(ids)):
-            targets = wanted[row].nonzero()[:, 0]
-            log_q = torch.log_softmax(logits[row, targets - 1].float(), dim=-1)
-            total -= log_q.gather(-1, ids[row, targets, None]).double().sum().item()
-            count += len(targets)
-    if not count:
-        raise InvalidInput("the samples hold no text to predict: give texts of two tokens or more beside the images")
-    if not math.isfinite(total):
-        raise InvalidCandidate("NONFINITE", "the model's output is not finite on these samples")
-    return total / count
 
 
 def _batch(inputs: dict[str, Tensor], config: Any) -> Batch:

@@ -15,7 +15,7 @@ import transformers
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.heap import freed_tensors_released
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Calibration, Samples, n_sequences
+from evoprune.fitness.samples import Samples, Sequences, n_sequences
 from evoprune.fitness.statistics_gradient import loss_scale
 from evoprune.fitness.statistics_passes import PassSettings, Progress, run_passes
 from evoprune.fitness.statistics_reader import Statistics
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def statistics_for(
     language_model: LanguageModel,
-    windows: Calibration,
+    windows: Sequences,
     names: Iterable[str],
     *,
     cache: Path | None = None,
@@ -77,7 +77,7 @@ def statistics_for(
     )
 
 
-def statistics_key(language_model: LanguageModel, windows: Calibration, settings: PassSettings | None = None) -> str:
+def statistics_key(language_model: LanguageModel, windows: Sequences, settings: PassSettings | None = None) -> str:
     """Names what statistics are made from, whichever of them; arguments as in `statistics_for`."""
     settings = (settings or PassSettings()).resolved(language_model, _longest(windows))
     return content_hash(_identity(language_model, windows, settings))[:32]
@@ -85,7 +85,7 @@ def statistics_key(language_model: LanguageModel, windows: Calibration, settings
 
 def collect_statistics(
     language_model: LanguageModel,
-    windows: Calibration,
+    windows: Sequences,
     names: Iterable[str],
     *,
     folder: Path,
@@ -123,7 +123,7 @@ def collect_statistics(
     return found
 
 
-def _longest(windows: Calibration) -> int:
+def _longest(windows: Sequences) -> int:
     """Tokens of the longest sequence.
 
     Raises:
@@ -138,13 +138,13 @@ def _longest(windows: Calibration) -> int:
     return windows.shape[1]
 
 
-def _text_hash(windows: Calibration) -> str:
+def _text_hash(windows: Sequences) -> str:
     if isinstance(windows, Samples):
         return windows.digest()
     return hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _identity(language_model: LanguageModel, windows: Calibration, settings: PassSettings) -> dict[str, Any]:
+def _identity(language_model: LanguageModel, windows: Sequences, settings: PassSettings) -> dict[str, Any]:
     """All that decides a statistic's bits, but for library versions."""
     model = language_model.model
     return {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters.base import SiteModule
 from evoprune.fitness.gram import inverse_diagonals
-from evoprune.fitness.samples import Batch, Calibration, forward_batches
+from evoprune.fitness.samples import Batch, Sequences, forward_batches
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.records import LANGUAGE
 
@@ -226,7 +226,7 @@ class ForwardSums:
 def forward_pass(
     model: nn.Module,
     sums: ForwardSums,
-    calibration: Calibration,
+    calibration: Sequences,
     batch: int,
     device: torch.device,
     advance: Callable[[int], None],

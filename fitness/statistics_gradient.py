@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evoprune.fitness.adapters.base import SiteModule
+from evoprune.fitness.samples import Batch, Sequences, forward_batches
 from evoprune.fitness.statistics_forward import Results
 from evoprune.metrics.errors import EvopruneError
 
@@ -143,22 +144,28 @@ class _Tap(torch.autograd.Function):
         return gradients[0], None, None
 
 
-def backward_from_loss(logits: Tensor, ids: Tensor, scale: float = 1.0) -> None:
+def backward_from_loss(logits: Tensor, batch: Batch, scale: float = 1.0) -> None:
     """Back-propagate the sum over sequences of each sequence's mean causal cross-entropy, times `scale`.
 
     Args:
         logits: [sequences, window, vocabulary], with a graph. Destroyed: their gradient, softmax minus one-hot, is
             written over them, where autograd would need three more tensors of this size.
-        ids: int64 [sequences, window]: the inputs, each predicted from those before it.
+        batch: the inputs, of which text is predicted from what stands before it.
         scale: loss scaling.
     """
     gradient = logits.detach()  # the same memory; autograd objects if a layer still needs what was there
-    targets = ids[:, 1:, None].to(logits.device)
-    step = max(1, LOGIT_ROWS // len(ids))
-    for rows, target in zip(gradient[:, :-1].split(step, dim=1), targets.split(step, dim=1), strict=True):
+    targets = batch.inputs["input_ids"][:, 1:, None].to(logits.device)
+    predicted = batch.predicted
+    if predicted is None:
+        shares = torch.full_like(targets, scale / targets.shape[1], dtype=torch.float32)
+    else:
+        shares = (scale * predicted / predicted.sum(1, keepdim=True).clamp(min=1))[..., None].to(logits.device)
+    step = max(1, LOGIT_ROWS // batch.rows)
+    parts = (part.split(step, dim=1) for part in (gradient[:, :-1], targets, shares))
+    for rows, target, share in zip(*parts, strict=True):
         surplus = torch.softmax(rows, dim=-1, dtype=torch.float32)
         surplus.scatter_add_(-1, target, torch.full_like(target, -1, dtype=torch.float32))
-        rows.copy_(surplus.mul_(scale / targets.shape[1]))
+        rows.copy_(surplus.mul_(share))
     gradient[:, -1] = 0  # the last token predicts nothing
     logits.backward(gradient)
 
@@ -183,8 +190,9 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 def gradient_pass(
     model: nn.Module,
     sums: GradientSums,
-    windows: Tensor,
+    windows: Sequences,
     batch: int,
+    device: torch.device,
     scale: float,
     blocks: Sequence[nn.Module],
     recompute: bool,
@@ -195,8 +203,9 @@ def gradient_pass(
     Args:
         model: a transformers causal language model in eval mode whose parameters are frozen.
         sums: takes the gradients in.
-        windows: int64 [n, window] on the device of the embeddings.
+        windows: of text, or samples.
         batch: windows per backward pass.
+        device: of the embeddings.
         scale: loss scaling.
         blocks: the decoder blocks from the first that `sums` listens to, to the last of the model.
         recompute: use activation checkpointing in `blocks`.
@@ -208,10 +217,10 @@ def gradient_pass(
     )
     try:
         with torch.enable_grad(), sums.tapped(), checkpointed(blocks if recompute else ()):
-            for ids in windows.split(batch):
-                sums.expect(len(ids), ids.shape[1])
-                backward_from_loss(model(input_ids=ids, use_cache=False).logits, ids, scale)
-                advance(len(ids))
+            for given in forward_batches(windows, batch, device):
+                sums.expect(given.rows, given.inputs["input_ids"].shape[1])
+                backward_from_loss(model(**given.inputs, use_cache=False).logits, given, scale)
+                advance(given.rows)
     finally:
         start.remove()
 
@@ -219,8 +228,9 @@ def gradient_pass(
 def regional_pass(
     model: nn.Module,
     sums: GradientSums,
-    windows: Tensor,
+    windows: Sequences,
     batch: int,
+    device: torch.device,
     scale: float,
     blocks: Sequence[nn.Module],
     advance: Callable[[int], None],
@@ -232,6 +242,7 @@ def regional_pass(
     Source: Yang et al. 2025, Wanda++, arXiv:2503.04992 (regional gradient score).
     """
     running = False
+    keep: Tensor | None = None
 
     def replay(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal running
@@ -243,6 +254,8 @@ def regional_pass(
                 args, kwargs = _with_gradient(args, kwargs)
                 result = block(*args, **kwargs)
                 hidden = result if isinstance(result, Tensor) else result[0]
+                if keep is not None:
+                    hidden = hidden * keep[..., None].to(hidden.device)
                 norms = torch.linalg.vector_norm(hidden.float(), dim=(1, 2))  # one per sequence
                 (norms.sum() * scale).backward()
         finally:
@@ -252,10 +265,11 @@ def regional_pass(
     body = getattr(model, "base_model", model)
     try:
         with torch.no_grad(), sums.tapped():
-            for ids in windows.split(batch):
-                sums.expect(len(ids), ids.shape[1])
-                body(input_ids=ids, use_cache=False)
-                advance(len(ids))
+            for given in forward_batches(windows, batch, device):
+                sums.expect(given.rows, given.inputs["input_ids"].shape[1])
+                keep = given.keep
+                body(**given.inputs, use_cache=False)
+                advance(given.rows)
     finally:
         for handle in handles:
             handle.remove()

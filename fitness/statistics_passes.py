@@ -11,12 +11,13 @@ from torch import Tensor
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Calibration, Samples, n_sequences
+from evoprune.fitness.samples import Sequences, n_sequences
 from evoprune.fitness.statistics_amia import ChosenSums
 from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
 from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
 from evoprune.fitness.statistics_store import SetWriter, encode
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import LANGUAGE
 
 Progress = Callable[[int, int], None]
 
@@ -65,7 +66,7 @@ class PassSettings:
 
 def run_passes(
     language_model: LanguageModel,
-    calibration: Calibration,
+    calibration: Sequences,
     stored: frozenset[str],
     settings: PassSettings,
     writer: SetWriter,
@@ -74,11 +75,12 @@ def run_passes(
     """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics.
 
     Raises:
-        InvalidInput: gradients of samples are asked for, or a site never runs.
+        InvalidInput: gradients of a tower are asked for, or a site never runs.
     """
     sequences = n_sequences(calibration)
-    if isinstance(calibration, Samples) and (asked := stored & (GRADIENT_NAMES | REGIONAL_NAMES)):
-        raise InvalidInput(f"{min(asked)} is a gradient, which is collected on text: calibrate on text for it")
+    asked, towers = stored & (GRADIENT_NAMES | REGIONAL_NAMES), set(language_model.components or ()) - {LANGUAGE}
+    if asked and towers:
+        raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
     plan = _plan(language_model, stored)
     done = 0
     leaders: dict[str, str] = {}
@@ -92,9 +94,7 @@ def run_passes(
     for names, group in plan:
         sites = [bound for bound in language_model.sites if bound.site.block in group]
         if names & (GRADIENT_NAMES | REGIONAL_NAMES):
-            assert isinstance(calibration, Tensor)
-            ids = calibration.to(language_model.device)
-            results = _gradients(language_model, sites, group, names, ids, settings, advance)
+            results = _gradients(language_model, sites, group, names, calibration, settings, advance)
         else:
             sums = _forward_sums(language_model, sites, names, settings)
             batch = settings.forward_batch or 1
@@ -121,20 +121,20 @@ def _gradients(
     sites: list[SiteModule],
     group: range,
     names: frozenset[str],
-    ids: Tensor,
+    calibration: Sequences,
     settings: PassSettings,
     advance: Callable[[int], None],
 ) -> Results:
-    scale = loss_scale(language_model.model.dtype)
+    scale, device = loss_scale(language_model.model.dtype), language_model.device
     blocks = [block for _, block in language_model.blocks()][group.start :]
     sums = GradientSums(sites, names, scale)
     batch = settings.gradient_batch or 1
     if names <= REGIONAL_NAMES:
-        regional_pass(language_model.model, sums, ids, batch, scale, blocks[: len(group)], advance)
+        regional_pass(language_model.model, sums, calibration, batch, device, scale, blocks[: len(group)], advance)
     else:
         recompute = bool(settings.checkpointing)
-        gradient_pass(language_model.model, sums, ids, batch, scale, blocks, recompute, advance)
-    return sums.results(len(ids))
+        gradient_pass(language_model.model, sums, calibration, batch, device, scale, blocks, recompute, advance)
+    return sums.results(n_sequences(calibration))
 
 
 def _plan(language_model: LanguageModel, stored: frozenset[str]) -> list[tuple[frozenset[str], range]]:

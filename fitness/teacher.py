@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evoprune.fitness.samples import Batch, Sequences, first_batch, forward_batches, n_predictions
 from evoprune.metrics.errors import InvalidInput
 
 # Tokens whose logits exist at one time: small enough for a processor's cache.
@@ -32,13 +33,13 @@ MAX_LOG_PROBABILITY_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Teacher:
-    """What is kept of the dense model over n windows of w tokens (w - 1 predictions each).
+    """What is kept of the dense model over n sequences of up to m predictions, behind which there are zeros.
 
     Attributes:
-        negative_entropy: [n, w - 1] float32, sum over the vocabulary of p log p.
-        embedding: [n, w - 1, hidden] float32, expected output embedding; None if logits are not linear.
-        offset: [n, w - 1] float32, expected output bias; None without a bias.
-        log_probabilities: [n, w - 1, vocabulary] float32 or float16; None if logits are linear.
+        negative_entropy: [n, m] float32, sum over the vocabulary of p log p.
+        embedding: [n, m, hidden] float32, expected output embedding; None if logits are not linear.
+        offset: [n, m] float32, expected output bias; None without a bias.
+        log_probabilities: [n, m, vocabulary] float32 or float16; None if logits are linear.
     """
 
     negative_entropy: Tensor
@@ -56,13 +57,17 @@ class Teacher:
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def __getitem__(self, windows: slice) -> Teacher:
-        return Teacher(**{name: tensor[windows] for name, tensor in self.tensors().items()})
+    def __getitem__(self, sequences: slice) -> Teacher:
+        return Teacher(**{name: tensor[sequences] for name, tensor in self.tensors().items()})
+
+    def flat(self) -> Teacher:
+        """The same memory, with all predictions along one axis."""
+        return Teacher(**{name: tensor.view(-1, *tensor.shape[2:]) for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """Means over the predictions of each window, float64, in nats per token.
+    """Means over the predictions of each sequence, float64, in nats per token.
 
     Attributes:
         kl: [n], divergence from the teacher's distribution to the model's; None without a teacher.
@@ -73,134 +78,166 @@ class WindowLosses:
     nll: Tensor
 
 
-def linear_head(model: PreTrainedModel, sample: Tensor) -> nn.Linear | None:
+def linear_head(model: PreTrainedModel, sequences: Sequences) -> nn.Linear | None:
     """The output embedding if the model's logits are its linear image of the last hidden state, else None.
 
     Args:
         model: a causal language model.
-        sample: [1, w] token ids to check it on.
+        sequences: it is checked on the beginning of the first.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return None
+    sample = first_batch(sequences).to(model.device)
     with torch.no_grad():
         hidden = _last_hidden(model, sample)
         if hidden is None or hidden.shape[-1] != head.in_features:
             return None
-        logits = model(input_ids=sample, use_cache=False).logits
+        logits = model(**sample.inputs, use_cache=False).logits
         # The model itself does the same product, so anything but rounding is a cap or a scale.
         expected = head(hidden).float()
         largest = expected.abs().max().item()
         return head if torch.allclose(expected, logits.float(), rtol=0, atol=1e-6 * largest) else None
 
 
-def _last_hidden(model: PreTrainedModel, windows: Tensor) -> Tensor | None:
-    output = model.base_model(input_ids=windows, use_cache=False)
+def _last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    output = model.base_model(**batch.inputs, use_cache=False)
     return getattr(output, "last_hidden_state", None)
 
 
-def _logit_chunks(
-    model: PreTrainedModel, head: nn.Linear | None, windows: Tensor
-) -> Iterator[tuple[slice, Tensor | None, Tensor]]:
-    """(which predictions, hidden states, float32 logits) over the flattened predictions of `windows`."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Some predictions of one forward pass.
+
+    Attributes:
+        places: where they stand in [sequences of the pass, longest], flattened.
+        hidden: [k, hidden] float32 last hidden states; None without a linear head.
+        logits: [k, vocabulary] float32.
+        targets: [k] int64, the tokens that follow.
+    """
+
+    places: slice | Tensor
+    hidden: Tensor | None
+    logits: Tensor
+    targets: Tensor
+
+
+def _chunks(model: PreTrainedModel, head: nn.Linear | None, batch: Batch, longest: int) -> Iterator[_Chunk]:
+    """The predictions of one forward pass, `CHUNK` at a time."""
     if head is None:
-        flat = model(input_ids=windows, use_cache=False).logits[:, :-1].flatten(0, 1)
-        for start in range(0, len(flat), CHUNK):
-            part = slice(start, start + CHUNK)
-            yield part, None, flat[part].float()
-        return
-    hidden = _last_hidden(model, windows)
-    assert hidden is not None
-    hidden = hidden[:, :-1].flatten(0, 1)
-    for start in range(0, len(hidden), CHUNK):
-        part = slice(start, start + CHUNK)
-        yield part, hidden[part].float(), head(hidden[part]).float()
+        states = model(**batch.inputs, use_cache=False).logits
+    else:
+        states = _last_hidden(model, batch)
+    flat, targets = states[:, :-1].flatten(0, 1), batch.inputs["input_ids"][:, 1:].flatten()
+    predicted, places = batch.predicted, None
+    if predicted is not None:
+        rank = predicted.cumsum(1) - 1
+        places = (rank + longest * torch.arange(batch.rows)[:, None])[predicted]
+        chosen = predicted.flatten()
+        flat, targets = flat[chosen.to(flat.device)], targets[chosen.to(targets.device)]
+    for start in range(0, len(flat), CHUNK):
+        part = slice(start, min(start + CHUNK, len(flat)))
+        where = part if places is None else places[part]
+        if head is None:
+            yield _Chunk(where, None, flat[part].float(), targets[part])
+        else:
+            yield _Chunk(where, flat[part].float(), head(flat[part]).float(), targets[part])
 
 
 @torch.no_grad()
-def build_teacher(model: PreTrainedModel, head: nn.Linear | None, windows: Tensor, *, batch: int = BATCH) -> Teacher:
-    """Run the dense model over `windows` and keep what `window_losses` needs.
+def build_teacher(
+    model: PreTrainedModel, head: nn.Linear | None, sequences: Sequences, *, batch: int = BATCH
+) -> Teacher:
+    """Run the dense model over `sequences` and keep what `window_losses` needs.
 
     Args:
-        windows: [n, w] token ids, on any device.
+        sequences: on any device.
         head: what `linear_head` found.
 
     Raises:
         InvalidInput: log-probabilities are needed and exceed `MAX_LOG_PROBABILITY_BYTES` even in half precision.
     """
-    n, predictions = len(windows), windows.shape[1] - 1
-    negative_entropy = torch.empty(n * predictions)
+    counts = n_predictions(sequences)
+    n, longest = len(counts), int(counts.max())
+    negative_entropy = torch.zeros(n, longest)
     embedding = offset = log_probabilities = None
     if head is not None:
-        embedding = torch.empty(n * predictions, head.in_features)
+        embedding = torch.zeros(n, longest, head.in_features)
         if head.bias is not None:
-            offset = torch.empty(n * predictions)
+            offset = torch.zeros(n, longest)
     else:
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        dtype = torch.float32 if n * predictions * vocabulary * 4 <= MAX_LOG_PROBABILITY_BYTES else torch.float16
-        if n * predictions * vocabulary * 2 > MAX_LOG_PROBABILITY_BYTES:
+        dtype = torch.float32 if n * longest * vocabulary * 4 <= MAX_LOG_PROBABILITY_BYTES else torch.float16
+        if n * longest * vocabulary * 2 > MAX_LOG_PROBABILITY_BYTES:
             raise InvalidInput(
-                f"log-probabilities of {n * predictions} tokens for a vocabulary of {vocabulary} take more than "
+                f"log-probabilities of {n * longest} tokens for a vocabulary of {vocabulary} take more than "
                 f"{MAX_LOG_PROBABILITY_BYTES >> 30} GiB: use fewer or shorter windows of text"
             )
-        log_probabilities = torch.empty(n * predictions, vocabulary, dtype=dtype)
-    for first in range(0, n, batch):
-        chunk = windows[first : first + batch].to(model.device)
-        for part, _, logits in _logit_chunks(model, head, chunk):
-            log_p = logits.log_softmax(1)
+        log_probabilities = torch.zeros(n, longest, vocabulary, dtype=dtype)
+    teacher = Teacher(negative_entropy, embedding, offset, log_probabilities)
+    first = 0
+    for given in forward_batches(sequences, batch, model.device):
+        local = teacher[slice(first, first + given.rows)].flat()
+        for chunk in _chunks(model, head, given, longest):
+            log_p = chunk.logits.log_softmax(1)
             p = log_p.exp()
-            rows = slice(first * predictions + part.start, first * predictions + part.start + len(p))
-            negative_entropy[rows] = (p * log_p).sum(1).cpu()
-            if head is not None:
-                assert embedding is not None
-                embedding[rows] = (p @ head.weight.float()).cpu()
-                if offset is not None:
-                    offset[rows] = (p @ head.bias.float()).cpu()
-            else:
-                assert log_probabilities is not None
-                log_probabilities[rows] = log_p.to(log_probabilities.dtype).cpu()
-    kept = {"embedding": embedding, "offset": offset, "log_probabilities": log_probabilities}
-    shaped = {
-        name: None if tensor is None else tensor.view(n, predictions, *tensor.shape[1:])
-        for name, tensor in kept.items()
-    }
-    return Teacher(negative_entropy.view(n, predictions), **shaped)
+            local.negative_entropy[chunk.places] = (p * log_p).sum(1).cpu()
+            if local.embedding is not None:
+                assert head is not None
+                local.embedding[chunk.places] = (p @ head.weight.float()).cpu()
+                if local.offset is not None:
+                    local.offset[chunk.places] = (p @ head.bias.float()).cpu()
+            elif local.log_probabilities is not None:
+                local.log_probabilities[chunk.places] = log_p.to(local.log_probabilities.dtype).cpu()
+        first += given.rows
+    return teacher
 
 
 @torch.no_grad()
 def window_losses(
-    model: PreTrainedModel, head: nn.Linear | None, windows: Tensor, teacher: Teacher | None, *, batch: int = BATCH
+    model: PreTrainedModel,
+    head: nn.Linear | None,
+    sequences: Sequences,
+    teacher: Teacher | None,
+    *,
+    batch: int = BATCH,
 ) -> WindowLosses:
-    """Losses of `model` on each window.
+    """Losses of `model` on each window of text, or on each sample.
 
     Args:
-        windows: [n, w] token ids; the first token of a window is not predicted.
+        sequences: the first token of each is not predicted, nor are images.
         head: what `linear_head` found for this model.
-        teacher: of the same windows, from a model with the same output embedding; None leaves out the KL.
+        teacher: of the same sequences, from a model with the same output embedding; None leaves out the KL.
     """
-    n, predictions = len(windows), windows.shape[1] - 1
-    kl, nll = torch.empty(n * predictions), torch.empty(n * predictions)
-    for first in range(0, n, batch):
-        chunk = windows[first : first + batch].to(model.device)
-        targets = chunk[:, 1:].flatten()
-        local = None if teacher is None else teacher[slice(first, first + batch)]
-        for part, hidden, logits in _logit_chunks(model, head, chunk):
-            rows = slice(first * predictions + part.start, first * predictions + part.start + len(logits))
-            normaliser = logits.logsumexp(1)
-            nll[rows] = (normaliser - logits.gather(1, targets[part, None]).squeeze(1)).cpu()
+    counts = n_predictions(sequences)
+    n, longest = len(counts), int(counts.max())
+    if teacher is not None:
+        longest = teacher.negative_entropy.shape[1]
+    kl, nll = torch.zeros(n, longest), torch.zeros(n, longest)
+    first = 0
+    for given in forward_batches(sequences, batch, model.device):
+        rows = slice(first, first + given.rows)
+        local = None if teacher is None else teacher[rows].flat()
+        for chunk in _chunks(model, head, given, longest):
+            normaliser = chunk.logits.logsumexp(1)
+            picked = chunk.logits.gather(1, chunk.targets[:, None]).squeeze(1)
+            nll[rows].view(-1)[chunk.places] = (normaliser - picked).cpu()
             if local is not None:
-                kl[rows] = _divergence(local, part, hidden, logits, normaliser).cpu()
-    means = [values.view(n, predictions).double().mean(1) for values in (kl, nll)]
+                kl[rows].view(-1)[chunk.places] = _divergence(local, chunk, normaliser).cpu()
+        first += given.rows
+    means = [values.double().sum(1) / counts for values in (kl, nll)]
     return WindowLosses(None if teacher is None else means[0], means[1])
 
 
-def _divergence(teacher: Teacher, part: slice, hidden: Tensor | None, logits: Tensor, normaliser: Tensor) -> Tensor:
-    negative_entropy = teacher.negative_entropy.flatten()[part].to(logits.device)
+def _divergence(teacher: Teacher, chunk: _Chunk, normaliser: Tensor) -> Tensor:
+    """[k] float32, of the predictions in `chunk`, from the teacher of its forward pass, flattened."""
+    device = normaliser.device
+    negative_entropy = teacher.negative_entropy[chunk.places].to(device)
     if teacher.log_probabilities is not None:
-        log_p = teacher.log_probabilities.flatten(0, 1)[part].to(logits.device).float()
-        return negative_entropy - (log_p.exp() * logits).sum(1) + normaliser
-    assert hidden is not None and teacher.embedding is not None
-    expected = (hidden * teacher.embedding.flatten(0, 1)[part].to(logits.device)).sum(1)
+        log_p = teacher.log_probabilities[chunk.places].to(device).float()
+        return negative_entropy - (log_p.exp() * chunk.logits).sum(1) + normaliser
+    assert chunk.hidden is not None and teacher.embedding is not None
+    expected = (chunk.hidden * teacher.embedding[chunk.places].to(device)).sum(1)
     if teacher.offset is not None:
-        expected = expected + teacher.offset.flatten()[part].to(logits.device)
+        expected = expected + teacher.offset[chunk.places].to(device)
     return negative_entropy - expected + normaliser

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.examples import holds_images, read_examples
 from evoprune.fitness.hub import DESCRIPTIONS, REFERENCE, model_folder, weight_files
 from evoprune.fitness.parcels import packing
+from evoprune.metrics.errors import InvalidInput
 
 
 def pack_inputs(context: EvaluationContext) -> dict[str, str]:
@@ -20,7 +22,7 @@ def pack_inputs(context: EvaluationContext) -> dict[str, str]:
         For `EvaluationContext.places`: name as the user gave it -> the parcel, and the file inside it if it is one.
 
     Raises:
-        InvalidInput: there is no such model.
+        InvalidInput: there is no such model, or images lie elsewhere than the file that names them.
     """
     places: dict[str, str] = {}
     remote_code = context.trust_remote_code
@@ -31,12 +33,27 @@ def pack_inputs(context: EvaluationContext) -> dict[str, str]:
         places[context.model] = _pack("model", folder, {*described, *weight_files(folder)})
     for source in sorted({context.data, context.calibration}):
         path = Path(source).expanduser()
-        if path.is_file():
+        if path.is_file() and holds_images(source):
+            places[source] = f"{_pack('text', path.parent, {path, *_images(path)})}/{path.name}"
+        elif path.is_file():
             places[source] = f"{_pack('text', path.parent, {path})}/{path.name}"
         elif path.is_dir():
             files = {Path(parent) / name for parent, _, names in os.walk(path) for name in names}
             places[source] = _pack("text", path, files)
     return places
+
+
+def _images(file: Path) -> set[Path]:
+    """The images that the lines of a file name.
+
+    Raises:
+        InvalidInput: one lies outside the file's folder, which is what travels.
+    """
+    found = {example.image for example in read_examples(str(file)) if example.image is not None}
+    for image in sorted(found):
+        if not image.is_relative_to(file.parent) or ".." in image.relative_to(file.parent).parts:
+            raise InvalidInput(f"{image} lies outside {file.parent}, which travels to the cluster: put it inside")
+    return found
 
 
 def _pack(kind: str, root: Path, files: set[Path]) -> str:

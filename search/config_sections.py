@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -99,3 +99,11 @@ class SearchConfig(Section):
     def aim(self) -> str:
         """How much goes, in a word or two."""
         return str(self.context().rule)
+
+
+Config = TypeVar("Config", bound=SearchConfig)
+
+
+def with_window(config: Config, window: int) -> Config:
+    """The same configuration with the tokens that a sample has on average, where it is images that are read."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"window": window})})

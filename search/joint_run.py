@@ -136,5 +136,6 @@ class JointRun(WorkerSession[JointSearchConfig]):
             outcomes = self._ask(executor, stopping, comparison.jobs("heldout"))
         result = comparison.result(self._run.run_id, outcomes)
         result["bit_reproducible"] = not self._admission.mixed and all(one["bit_reproducible"] for one in found)
+        result["images"] = self._facts["images"]
         comparison.export(self._run, result)
         return result

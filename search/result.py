@@ -30,6 +30,13 @@ def summary(losses: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def measured_on(document: Mapping[str, Any]) -> str:
+    """What the text was cut into, or that it belongs to images, from a result or what ``eval --json`` prints."""
+    if document.get("images"):
+        return f"images with texts, {document['window']} tokens each on average"
+    return f"windows of {document['window']}"
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 for a single value."""
     if len(values) < 2:

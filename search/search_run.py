@@ -129,6 +129,7 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
         outcomes = ask(comparison.jobs())
         result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
         result["bit_reproducible"] = not self._admission.mixed
+        result["images"] = self._facts["images"]
         comparison.export(self._run, result)
         return result
 

@@ -20,6 +20,7 @@ from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
 from evoprune.search.removal import PLAIN, removed_by
+from evoprune.search.result import measured_on
 
 _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
@@ -52,8 +53,8 @@ def heldout_table(result: Mapping[str, Any]) -> Table:
 def heldout_caption(result: Mapping[str, Any]) -> str:
     """What the numbers of `heldout_rows` are."""
     return (
-        f"{result['best']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), windows of "
-        f"{result['window']}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
+        f"{result['best']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), "
+        f"{measured_on(result)}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
         "The last column is the loss minus the winner's, ± paired standard error."
     )
 
@@ -232,9 +233,7 @@ def evaluation_table(document: Mapping[str, Any], stderr: float | None, dense: s
     if document["kl"] is not None:
         facts["KL"] = f"{document['kl']:.5f} nats per token from {dense}"
     facts["sparsity"] = f"{document['sparsity']:.4%} of the prunable weights are zero"
-    facts["text"] = (
-        f"{document['data']} (text C), {document['tokens']:,} predicted tokens, windows of {document['window']}"
-    )
+    facts["text"] = f"{document['data']} (text C), {document['tokens']:,} predicted tokens, {measured_on(document)}"
     return facts_table(facts)
 
 

@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evoprune.search.result import measured_on
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, plain_box, target_text
 from evoprune.search.tables_allocation import ways_on
 
@@ -66,8 +67,8 @@ def front_caption(result: Mapping[str, Any]) -> str:
     others = f" {members - shown} more members have a fitness only." if members > shown else ""
     return (
         f"Saved: {WHAT_IS_SAVED[result['pareto']['cost']]}. "
-        f"{result['dense']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), windows of "
-        f"{result['window']}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
+        f"{result['dense']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), "
+        f"{measured_on(result)}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
         f"The last column is the loss minus that of {beside(result['drop_only'])} at the same cost, ± paired standard "
         f"error.{others}"
     )

@@ -13,7 +13,7 @@ from evoprune.fitness.prepare import Summary
 from evoprune.fitness.travel import pack_inputs
 from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
 from evoprune.metrics.files import content_hash
-from evoprune.search.config_sections import SearchConfig
+from evoprune.search.config_sections import SearchConfig, with_window
 from evoprune.search.engine.address import EXPOSURE, LOCAL
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.deadline import Deadline
@@ -254,6 +254,9 @@ class WorkerSession(ABC, Generic[Config]):
             InvalidInput: the run began with another model, other data or other code.
         """
         self._facts = prepared.facts
+        if prepared.facts["images"]:
+            self.config = with_window(self.config, prepared.facts["window"])
+            self._run.add_identity(window=prepared.facts["window"])
         self._deadline = Deadline(self.config.deadline, self._seconds_per_token)
         self.identity = content_hash(
             [

@@ -12,7 +12,6 @@ from evoprune.calibration import (
     ALL_TOKENS,
     TEXT,
     Progress,
-    calibration_side,
     collect_statistics,
     default_window,
     loaded,
@@ -29,9 +28,10 @@ from evoprune.fitness.allocating import (
 from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
-from evoprune.fitness.samples import Calibration
+from evoprune.fitness.samples import Sequences
 from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
@@ -108,9 +108,9 @@ def allocate(
     needs = statistics_needed(reads, criterion)
     statistics = collect_statistics(language_model, needs, tokens=tokens, progress=progress, **text) if needs else None
 
-    def windows(side: str, count: int) -> Calibration:
+    def windows(side: str, count: int) -> Sequences:
         window = text["calibration_window"]
-        return calibration_side(language_model, calibration, side, window=window, count=count, seed=seed)
+        return read_side(language_model, calibration, side, window=window, count=count, seed=seed)
 
     given: dict[str, Any] = {
         "criterion": criterion,

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
 from evoprune.allocations import GivenAllocation, allocate
 from evoprune.calibration import ALL_TOKENS, TEXT, Progress, collect_statistics, default_window, loaded, silent
 from evoprune.fitness.adapters import rebind, zero_fraction
@@ -18,11 +16,12 @@ from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
+from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
+from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics import Statistics
-from evoprune.fitness.text import token_windows
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
 from evoprune.metrics.criterion import Criterion
@@ -160,7 +159,8 @@ def evaluate(
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model.
         dense: the model before pruning; None leaves out the KL divergence.
-        data: `corpus`, a file, a folder, or a data set; its side C is read.
+        data: `corpus`, a file, a folder, or a data set; its side C is read. For a model that reads images also a
+            source of images with texts, of which the text is predicted.
         window: tokens in a window; None takes 256, or the model's context if that is shorter.
         tokens: how much text; None takes as much as a search's report, 20,480 tokens, or all there is.
         progress: told what runs.
@@ -174,12 +174,15 @@ def evaluate(
     count = None if tokens is None else tokens // width
     if count == 0:
         raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
-    windows = token_windows(language_model.tokenizer, data, "C", window=width, count=count)
+    windows = read_side(language_model, data, "C", window=width, count=count)
     if tokens is None:
         windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
     reference = None if dense is None else loaded(dense, loading, progress).model
     held_out = _held_out(language_model, windows, reference, progress)
-    return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data)
+    images = isinstance(windows, Samples)
+    if images:
+        width = round(n_tokens(windows) / len(windows))
+    return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data, images)
 
 
 def _copy(language_model: LanguageModel) -> LanguageModel:
@@ -201,8 +204,8 @@ def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str
     }
 
 
-def _held_out(language_model: LanguageModel, windows: Tensor, dense: Any, progress: Progress) -> HeldOut:
-    progress(f"measuring on {windows.numel():,} tokens", 0, 1)
+def _held_out(language_model: LanguageModel, windows: Sequences, dense: Any, progress: Progress) -> HeldOut:
+    progress(f"measuring on {n_tokens(windows):,} tokens", 0, 1)
     held_out = evaluate_language_model(language_model.model, windows, dense=dense)
-    progress(f"measuring on {windows.numel():,} tokens", 1, 1)
+    progress(f"measuring on {n_tokens(windows):,} tokens", 1, 1)
     return held_out

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from evoprune.fitness.amia import TokenChoice
-from evoprune.fitness.examples import encode_examples, holds_images
+from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
-from evoprune.fitness.samples import Calibration, Samples
+from evoprune.fitness.samples import Samples
 from evoprune.fitness.statistics import PassSettings, Statistics, statistics_for
-from evoprune.fitness.text import token_windows
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config_metric import DEFAULT_STATISTICS
 from evoprune.search.config_sections import DataConfig
@@ -65,7 +64,7 @@ def collect_statistics(
     settings = PassSettings(tokens=token_choice(tokens))
     language_model = loaded(model, loading)
     window = default_window(language_model, calibration_window)
-    windows = calibration_side(language_model, calibration, "A", window=window, count=calibration_sequences, seed=seed)
+    windows = read_side(language_model, calibration, "A", window=window, count=calibration_sequences, seed=seed)
     wanted = sorted(names)
     shown = f"{windows.sequences} examples" if isinstance(windows, Samples) else f"{len(windows)} × {window} tokens"
     what = f"{', '.join(wanted)} on {shown}"
@@ -78,19 +77,6 @@ def collect_statistics(
         provenance=provenance,
         progress=lambda done, total: progress(f"collecting {what}", done, total),
     )
-
-
-def calibration_side(
-    language_model: LanguageModel, source: str, side: str, *, window: int, count: int, seed: int
-) -> Calibration:
-    """One side of a source as a model is run on it: `count` windows of text, or up to `count` images with texts.
-
-    Raises:
-        InvalidInput: the source cannot be read, is too short, or does not fit the model.
-    """
-    if language_model.multimodal and holds_images(source):
-        return encode_examples(language_model, source, side, count=count, seed=seed)
-    return token_windows(language_model.tokenizer, source, side, window=window, count=count, seed=seed)
 
 
 def token_choice(tokens: str | TokenChoice) -> TokenChoice | None:

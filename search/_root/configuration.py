@@ -168,6 +168,7 @@ def check_names(config: SearchConfig) -> None:
     Raises:
         InvalidInput: an unknown name, no such model or text, or nothing to start from.
     """
+    from evoprune.fitness.examples import holds_images, read_examples, side_examples
     from evoprune.fitness.models import check_model
     from evoprune.fitness.text import CORPUS, side_documents
 
@@ -175,4 +176,7 @@ def check_names(config: SearchConfig) -> None:
     model = config.model
     check_model(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     for source in sorted({config.data.source, config.data.calibration or CORPUS} - {CORPUS}):
-        side_documents(source, "A")
+        if holds_images(source):
+            side_examples(read_examples(source), "A")
+        else:
+            side_documents(source, "A")

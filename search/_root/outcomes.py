@@ -97,9 +97,10 @@ class Evaluation:
     Attributes:
         model: as it was named.
         held_out: loss, perplexity, KL divergence and their standard errors, also by window.
-        window: tokens in a window.
+        window: tokens in a window, or in a sample on average.
         sparsity: fraction of the prunable weights that is exactly zero.
         data: the text, as it was named.
+        images: whether it is the text of images.
     """
 
     model: str
@@ -107,6 +108,7 @@ class Evaluation:
     window: int
     sparsity: float
     data: str
+    images: bool = False
 
     @property
     def perplexity(self) -> float:
@@ -132,6 +134,7 @@ class Evaluation:
             "kl": self.kl,
             "tokens": self.held_out.tokens,
             "window": self.window,
+            "images": self.images,
             "sparsity": self.sparsity,
             "data": self.data,
         }

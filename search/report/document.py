@@ -17,6 +17,7 @@ from evoprune.search.report import canvas, numbers
 from evoprune.search.report.latex_table import latex_table
 from evoprune.search.report.names import label, reason_text
 from evoprune.search.report.run_data import RunData
+from evoprune.search.result import measured_on
 from evoprune.search.tables import NOT_REPRODUCIBLE
 
 if TYPE_CHECKING:
@@ -141,12 +142,12 @@ def heldout_caption(data: RunData[Any], removed: str) -> str:
     Args:
         removed: what is removed, in words.
     """
-    if not data.contenders:
+    if not data.contenders or data.result is None:
         return ""
     tokens = data.contenders[0].heldout["tokens"]
     return (
         f"{data.config.model.name} with {removed} removed. Held-out text C of {corpus_text(data)}: "
-        f"{numbers.count(tokens)} predicted tokens in non-overlapping windows of {data.config.data.window}. "
+        f"{numbers.count(tokens)} predicted tokens in {measured_on(data.result)}. "
         "Loss and KL are in nats per token. "
         f"Standard errors are over windows; differences are paired, window by window."
         + ("" if data.identity.get("bit_reproducible", True) else f" This run is {NOT_REPRODUCIBLE}.")

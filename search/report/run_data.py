@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config import validated_as
-from evoprune.search.config_sections import SearchConfig
+from evoprune.search.config_sections import SearchConfig, with_window
 from evoprune.search.rundir import RunDirectory
 
 # Outcomes that depend on the machine; another run of the same seed need not repeat them.
@@ -62,8 +62,10 @@ class RunData(ABC, Generic[Config]):
         self.identity = run.identity
         self.state = run.state
         self.seconds = run.seconds
-        self.config = validated_as(config_class, run.config)
         self.result: dict[str, Any] | None = run.result
+        self.config = validated_as(config_class, run.config)
+        if "window" in run.identity:
+            self.config = with_window(self.config, run.identity["window"])
         self.lines: list[dict[str, Any]] = list(run.history())
 
     @abstractmethod

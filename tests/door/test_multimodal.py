@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +215,57 @@ def test_sides_are_disjoint_and_whole(n: int, place: Path) -> None:
     sides = [{example.text for example in side_examples(examples, side)} for side in "ABC"]
     assert sum(map(len, sides)) == n == len(set.union(*sides))
     assert all(sides)
+
+
+# Searching on images
+
+SMALL = (
+    "--data", "images.jsonl", "--sparsity", 0.5, "--evaluations", 12, "--executor", "inline",
+    "--set", "data.heldout_windows=3",
+)  # fmt: skip
+STAGES = "searcher.stages=[{windows: 2, survivors: 2}, {windows: 3, survivors: 1}]"
+LEVELS = (*SMALL, "--set", "searcher.windows=3", "--set", STAGES)
+
+
+def result_of(place: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of the only run, and its result."""
+    (folder,) = (entry for entry in (place / "runs").iterdir() if entry.is_dir())
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def test_an_allocation_searched_on_images_is_pruned_and_measured_there(run: Run, llava: Path, place: Path) -> None:
+    """What the report says of the winner is what `eval` measures of the pruned model, on the same three examples."""
+    done = run("search", "allocation", llava, *LEVELS)
+    assert done.code == 0, done.err
+    folder, result = result_of(place)
+    assert result["images"]
+    found = folder / "export" / "allocation.json"
+    assert len({site["sparsity"] for site in json.loads(found.read_text())["sites"]}) > 1
+    words = ("--metric", "wanda", "--calibration", "images.jsonl", "--allocation", found)
+    pruned = run("prune", llava, *words, "--out", "out")
+    assert pruned.code == 0, pruned.err
+    measured = run("eval", "out", "--dense", llava, "--data", "images.jsonl", "--json").json
+    assert measured["images"]
+    for name in ("loss", "kl", "tokens"):
+        assert measured[name] == pytest.approx(result["best"]["heldout"][name], abs=1e-4)
+    assert "images with texts" in " ".join(run("show", folder).out.split())
+    assert "images with texts" in (folder / "report.html").read_text()
+
+
+def test_a_metric_searched_on_images(run: Run, llava: Path, place: Path) -> None:
+    done = run("search", "metric", llava, *SMALL, "--set", "racing.rungs=[2,3]")
+    assert done.code == 0, done.err
+    _, result = result_of(place)
+    assert result["images"]
+    assert result["best"]["heldout"]["tokens"] == result["dense"]["heldout"]["tokens"] < 100
+
+
+def test_too_little_to_search_on(run: Run, llava: Path, place: Path) -> None:
+    done = run("search", "allocation", llava, *SMALL)
+    assert done.code == 2
+    assert "side B of 'images.jsonl' has 3 examples, 192 are needed" in done.err
+    rows = [json.dumps({"image": f"{number}.png", "text": "<image>"}) for number in range(ROWS)]
+    (place / "silent.jsonl").write_text("\n".join(rows))
+    done = run("search", "allocation", llava, *LEVELS, "--data", "silent.jsonl")
+    assert done.code == 2
+    assert "has no text to predict" in done.err

@@ -83,7 +83,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tried]:
 def tried(tmp_path_factory: pytest.TempPathFactory, name: str) -> Tried:
     language_model, plain = (tiny_language_model(name, num_hidden_layers=LAYERS) for _ in range(2))
     prepared = tiny_prepared(tmp_path_factory.mktemp(name) / "set", language_model)
-    teacher = build_teacher(plain.model, linear_head(plain.model, WINDOWS[:1, :8]), WINDOWS)
+    teacher = build_teacher(plain.model, linear_head(plain.model, WINDOWS), WINDOWS)
     return Tried(
         LevelEvaluator(language_model, prepared.dense, build_levels(prepared, WANDA, "wanda"), WINDOWS, teacher),
         prepared,

@@ -17,8 +17,9 @@ from evoprune.fitness.adapters import decoder_blocks, list_sites
 from evoprune.fitness.allocating import ModelEvidence, allocate_model
 from evoprune.fitness.allocators import configured
 from evoprune.fitness.amia import TokenChoice, select_tokens
+from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Samples, text_loss, token_modalities
+from evoprune.fitness.samples import Samples, token_modalities
 from evoprune.fitness.statistics import PassSettings, Statistics, collect_statistics
 from evoprune.fitness.statistics_amia import attention_maps, last_row
 from evoprune.metrics.criterion import CRITERIA
@@ -378,9 +379,34 @@ def test_calibration_that_a_component_never_sees(tmp_path: Path) -> None:
         collect_statistics(model, random_windows(2, 8), ["X_l2"], folder=tmp_path / "set")
 
 
-def test_gradients_of_samples_are_refused(tmp_path: Path) -> None:
-    model = tiny_multimodal_model()
-    with pytest.raises(InvalidInput, match="G_l2 is a gradient, which is collected on text"):
+def test_gradients_are_those_of_the_text(family: str, tmp_path: Path) -> None:
+    """One gradient a sample, of the mean loss over its text tokens; padding adds nothing."""
+    model = tiny_multimodal_model(family)
+    given = [padded(encoded(family, (0,)), 2), encoded(family, (1,), words=7), encoded(family, (2,), text_only=True)]
+    found = collect_statistics(
+        model, Samples(given, model.model.config), ["G_l2", "G_l1", "G_reg"], folder=tmp_path / "set"
+    )
+    squares = {bound.site.name: torch.zeros_like(bound.weight()) for bound in model.sites}
+    sums = {bound.site.name: torch.zeros_like(bound.weight()) for bound in model.sites}
+    for batch in given:
+        ids, mask = batch["input_ids"][0], batch["attention_mask"][0]
+        weights = {bound.site.name: bound.module.get_parameter("weight").requires_grad_(True) for bound in model.sites}
+        log_q = model.model(**batch).logits[0].log_softmax(-1)
+        places = [t for t in range(1, len(ids)) if mask[t - 1] and mask[t] and ids[t] != IMAGE]
+        loss = -torch.stack([log_q[t - 1, ids[t]] for t in places]).mean()
+        for name, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            squares[name] += gradient**2
+            sums[name] += gradient.abs()
+    for bound in model.sites:
+        name = bound.site.name
+        assert torch.allclose(found.tensor(name, "G_l2"), squares[name].sqrt(), rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(found.tensor(name, "G_l1"), sums[name], rtol=1e-3, atol=1e-5), name
+        assert bool(found.tensor(name, "G_reg").isfinite().all())
+
+
+def test_gradients_of_towers_are_refused(tmp_path: Path) -> None:
+    model = tiny_multimodal_model("llava", "vision_tower", "language_model")
+    with pytest.raises(InvalidInput, match="G_l2 is a gradient, which vision_tower has none of"):
         collect_statistics(model, samples(model, "llava"), ["G_l2"], folder=tmp_path / "set")
 
 
@@ -419,6 +445,6 @@ def test_loss_is_that_of_the_text_tokens() -> None:
     ids = batch["input_ids"][0]
     log_q = torch.log_softmax(logits, -1)
     values = [-log_q[t - 1, ids[t]].item() for t in range(1, len(ids)) if ids[t] != IMAGE]
-    found = text_loss(model.model, Samples([padded(batch, 2)], model.model.config), torch.device("cpu"))
-    assert found == pytest.approx(np.mean(values), rel=1e-4)
-    assert len(values) == 8
+    found = evaluate_language_model(model.model, Samples([padded(batch, 2)], model.model.config))
+    assert found.loss == pytest.approx(np.mean(values), rel=1e-4)
+    assert found.tokens == len(values) == 8

@@ -15,6 +15,7 @@ from evoprune.fitness.adapters import ADAPTERS
 from evoprune.fitness.adapters.base import is_linear
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.prefix import PrefixCache
+from evoprune.fitness.samples import first_batch
 from tests.models import random_windows, tiny_language_model
 
 LAYERS = 4
@@ -51,7 +52,7 @@ def logits(language_model: LanguageModel, windows: Tensor = WINDOWS) -> Tensor:
 
 def primed(language_model: LanguageModel, **settings: Any) -> PrefixCache:
     """A cache that remembers `WINDOWS`."""
-    cache = PrefixCache(language_model, WINDOWS[:1, :8], **settings)
+    cache = PrefixCache(language_model, first_batch(WINDOWS), **settings)
     with cache.started(BATCH, 0, cache.spread(WINDOWS.numel())) as start:
         assert start == 0
         logits(language_model)
@@ -100,7 +101,7 @@ def test_results_are_equal_and_earlier_blocks_do_not_run(language_model: Languag
 
 def test_states_remembered_on_the_way_are_those_of_a_whole_pass() -> None:
     language_model = tiny_language_model(num_hidden_layers=LAYERS)
-    cache = PrefixCache(language_model, WINDOWS[:1, :8])
+    cache = PrefixCache(language_model, first_batch(WINDOWS))
     for remember in ((2,), (1, 2, 3)):
         with cache.started(BATCH, LAYERS, remember):
             logits(language_model)

@@ -157,7 +157,8 @@ def test_streamed_gradients_equal_autograd_before_they_are_rounded(
     language_model, windows = tiny_language_model(family), random_windows(4, 10)
     sums = GradientSums(language_model.sites, frozenset({"G_l2"}))
     blocks = [block for _, block in language_model.blocks()]
-    gradient_pass(language_model.model, sums, windows, batch, 1.0, blocks, checkpointing, lambda done: None)
+    model, device = language_model.model, language_model.device
+    gradient_pass(model, sums, windows, batch, device, 1.0, blocks, checkpointing, lambda done: None)
     found = sums.results(len(windows))
     for site, g in loss_gradients(language_model, windows).items():
         truth = g.square().sum(0).sqrt()
