@@ -27,6 +27,7 @@ BENCHMARKS = {
     "memory": "worker_memory",
     "search": "search_speed",
     "levels": "level_cost",
+    "generations": "generation_cost",
 }
 LONG = {"scale": "engine_scale", "evopress": "evopress_speed"}
 """These take over 5 minutes and run only when they are named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from functools import cached_property
@@ -30,6 +31,9 @@ LOSS_WINDOWS = 8
 
 MAX_PREFIX_BYTES = 1 << 30
 """What the parent's remembered hidden states may take in one worker."""
+
+WORTHWHILE = 6
+"""Candidates of a worker on one text that save more than the pass of their parent costs."""
 
 # Restore the dense model and compare its checksum once in so many evaluations.
 _CHECK_EVERY = 200
@@ -62,6 +66,8 @@ class AllocationWorker(ModelWorker):
         self._evaluator: tuple[str, str, LevelEvaluator] | None = None
         self._text: tuple[list[int], int, int] | None = None
         self._adopted = False
+        self._candidates: Counter[int] = Counter()
+        self._expected = 0
         self._evaluations = 0
 
     @property
@@ -146,21 +152,37 @@ class AllocationWorker(ModelWorker):
         self._evaluations += 1
         if self._evaluations % _CHECK_EVERY == 0:
             evaluator.restore()
-        first, last = payload["first"], payload["last"]
-        text = (payload["parent"], first, last)
-        if text == self._text and not self._adopted:
-            # The second candidate beside one parent on one text: what the parent's own pass costs is soon saved. Text
-            # before this one is drawn no more, so what is remembered of it would only take the room.
+        parent, first, last = payload["parent"], payload["first"], payload["last"]
+        adopting = self._adopts(payload["levels"], parent, first, last)
+        if adopting:
+            # Text before this one is drawn no more, so what is remembered of it would only take the room.
             evaluator.prefix.clear()
-            with suppress(InvalidCandidate):
-                evaluator.adopt(self._by_name(payload["parent"]), first, last)
             self._adopted = True
-        elif text != self._text:
-            self._text, self._adopted = text, False
-        losses = evaluator.evaluate(self._by_name(payload["levels"]), first, last)
+        if adopting and payload["levels"] == parent:
+            losses = evaluator.adopt(self._by_name(parent), first, last)
+        else:
+            if adopting:
+                with suppress(InvalidCandidate):
+                    evaluator.adopt(self._by_name(parent), first, last)
+            losses = evaluator.evaluate(self._by_name(payload["levels"]), first, last)
         assert losses.kl is not None
         spread = (losses.kl.std() / len(losses.kl) ** 0.5).item() if len(losses.kl) > 1 else 0.0
         return {"kl": losses.kl.mean().item(), "nll": losses.nll.mean().item(), "stderr": spread}
+
+    def _adopts(self, levels: list[int], parent: list[int], first: int, last: int) -> bool:
+        """Whether the parent's own pass over this text is to be remembered now.
+
+        It is where the parent itself is asked about. Else it costs a pass, which candidates have to save: so the first
+        one on a text runs in full, and the second begins with it if the last text of this length had enough of them.
+        """
+        windows, text = last - first, (parent, first, last)
+        if text == self._text:
+            self._candidates[windows] += 1
+            second = self._candidates[windows] == 2
+            return not self._adopted and (levels == parent or (second and self._expected >= WORTHWHILE))
+        self._expected = self._candidates.get(windows, WORTHWHILE)
+        self._text, self._adopted, self._candidates[windows] = text, False, 1
+        return levels == parent
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload)

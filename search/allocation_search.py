@@ -131,7 +131,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             self._stage += 1
             if self._stage + 1 == len(self._stages):
                 assert self._parent is not None
-                survivors = [*survivors, self._parent]
+                survivors = [self._parent, *survivors]  # its pass is the one that the others may start from
             self._enter(survivors)
         else:
             self._follow(ranked)

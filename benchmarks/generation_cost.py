@@ -1,0 +1,125 @@
+"""What a candidate of a real allocation search costs, stages and parents included, on one worker and on two.
+
+Five generations of the default search on the reference model, seed 0. Counted is all that workers do to answer: passes
+from the parent's prefix, passes in full, the parent's own passes, matrices rewritten. The baseline is transformers' own
+dense forward pass with cross-entropy on the same number of tokens, in the batches that candidates run in or four times
+as many, whichever is faster. The workers take jobs in turn, in this process on one thread; times are of the processor.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evoprune.fitness.allocation_worker import AllocationWorker
+from evoprune.fitness.prepare import Prepared
+from evoprune.fitness.teacher import BATCH
+from evoprune.search.allocation_run import AllocationRun
+from evoprune.search.config import resolve_as
+from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.loop import Budget
+from evoprune.search.progress import Progress
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.worker_session import Resources
+from figure import Figure
+
+GENERATIONS = 5
+WINDOWS = 16
+TURNS = 8
+
+
+class _Turns:
+    """Several workers as one: each takes the next job, and the time that it takes is kept by the text's length."""
+
+    def __init__(self, workers: Sequence[AllocationWorker]) -> None:
+        self._turn = cycle(workers)
+        self.spent: dict[int, list[float]] = defaultdict(list)
+
+    def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
+        worker = next(self._turn)
+        began = time.process_time()
+        answer = worker.handle(kind, payload)
+        if kind == "levels":
+            self.spent[payload["last"] - payload["first"]].append(time.process_time() - began)
+        return answer
+
+
+class _Resident(InlineExecutor):
+    """The workers that exist already."""
+
+    def __init__(self, worker: _Turns) -> None:
+        super().__init__("", {})
+        self._worker = worker  # type: ignore[assignment]
+
+    def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+        """See `evoprune.search.worker_session.Ask`."""
+        self.submit(jobs)
+        return [self.poll(0.0)[0] for _ in jobs]
+
+
+def measure() -> list[Figure]:
+    overrides = {"seed": 0, "evaluations": 10_000, "data.heldout_windows": 16}
+    config = resolve_as(AllocationSearchConfig, overrides=overrides)
+    torch.set_num_threads(config.threads)
+    workers = [AllocationWorker(config.context()) for _ in range(2)]
+    prepared = workers[0].handle("prepare", {})["name"]
+    plain = _seconds_a_window(workers[0], prepared)
+    return [_figure(config, workers[:count], plain) for count in (1, 2)]
+
+
+@torch.no_grad()
+def _seconds_a_window(worker: AllocationWorker, prepared: str) -> float:
+    model, (windows, _) = worker.language_model.model, Prepared.open(prepared).text("search")
+    times: dict[int, list[float]] = {BATCH: [], WINDOWS: []}
+    for _ in range(TURNS):
+        for batch, taken in times.items():
+            began = time.process_time()
+            for first in range(0, WINDOWS, batch):
+                part = windows[first : first + batch]
+                model(input_ids=part, labels=part, use_cache=False).loss.item()
+            taken.append((time.process_time() - began) / WINDOWS)
+    return min(statistics.median(taken) for taken in times.values())
+
+
+def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker], plain: float) -> Figure:
+    turns = _Turns(workers)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunDirectory.create("allocation", config.model_dump(mode="json"), {}, run_dir=Path(scratch) / "run")
+        try:
+            with Progress(title="") as progress:
+                session = AllocationRun(run, config, Resources(executor="inline"), progress)
+                executor = _Resident(turns)
+                prepared = session.prepare(turns.handle)
+                search = session.build_search(prepared, executor.ask)
+                loop = session.build_loop(search, executor)
+
+                def over() -> bool:
+                    if search.generation == 0:
+                        turns.spent.clear()  # the seeds have no parent
+                    return search.generation > GENERATIONS
+
+                loop.run(Budget(None, expired=over))
+        finally:
+            run.close()
+    spent = sum(sum(taken) for taken in turns.spent.values())
+    tokens = sum(windows * len(taken) for windows, taken in turns.spent.items())
+    by_stage = {
+        f"{windows} windows": statistics.mean(taken) / windows / plain for windows, taken in turns.spent.items()
+    }
+    name = "1 worker" if len(workers) == 1 else f"{len(workers)} workers"
+    return Figure(
+        f"mean candidate of a search on {name} / dense forward with cross-entropy",
+        spent / tokens / plain,
+        0.80,
+        details={"by stage": by_stage, "seconds a window": plain},
+    )
