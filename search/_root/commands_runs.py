@@ -157,7 +157,9 @@ def _known_storage(run: RunDirectory) -> str | None:
     Raises:
         InvalidInput: it takes a password, which no run folder has.
     """
+    from evoprune.search.engine.board_storage import lacks_password
+
     url = run.storage
-    if url is not None and "***" in url:
+    if url is not None and lacks_password(url):
         raise InvalidInput(f"the study of this run is in {url}: give --storage with the password")
     return url

@@ -312,7 +312,7 @@ def test_without_room_on_the_cluster_the_command_ends_resumably(
     assert main(words) == 75
     last = capsys.readouterr().err.splitlines()[-1]
     assert "no worker for 5 s" in last
-    assert last.endswith(f"continue with `evoprune resume {run}`")
+    assert last.endswith(f"continue with `evoprune resume {run} --address {nodes.address} --gpus-per-worker 1`")
     assert RunDirectory(run).state == "interrupted"
 
 
