@@ -195,10 +195,12 @@ class WorkerSession(ABC, Generic[Config]):
         )
 
     def _notify(self, level: str, event: str, **fields: Any) -> None:
-        """To the run's log; a refused worker is told on the display too, for the search goes on without it."""
+        """To the run's log; on the display too, what the search goes on without: GPUs, or a refused worker."""
         self._run.events(level, event, **fields)
         if event == "worker_refused" and level == "warning":
             self.progress.line(f"a worker was refused: {fields['error']}")
+        elif event == "no_gpu":
+            self.progress.line(fields["text"])
 
     def _ask(
         self, executor: Executor, stopping: Callable[[], bool], jobs: Sequence[Job], *, limited: bool = True
