@@ -61,6 +61,7 @@ class Watch:
         config: of the run.
         progress: the terminal.
         storage: URL of the board's database, or None.
+        lost_board: where the board was, if this session has no password for it.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Watch:
         config: SearchConfig,
         progress: Progress,
         storage: str | None,
+        lost_board: str | None = None,
     ) -> None:
         self._run = run
         self._config = config
         self._executor: Executor | None = None
         self._progress = progress
         self._storage = storage
+        self._lost_board = lost_board
         self._watched: _Watched | None = None
         self._phase = ""
         self._last_event = self._last_note = 0.0
@@ -107,6 +110,8 @@ class Watch:
         """
         shown = None if self._storage is None else without_password(self._storage, self._storage)
         self._run.events("info", "board", storage=shown)
+        if self._lost_board is not None:
+            self._board_says(f"the board was in {self._lost_board}; give --storage with the password to go on there")
         board = make_board(self._run, kind, self._storage, warn=self._board_says)
         trials = kind.trials(self._config)
         watched = self._watched = _Watched(kind, search, loop, board, trials, [0] * trials.steps)

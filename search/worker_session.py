@@ -53,6 +53,7 @@ class Resources:
         address: ``local`` for a private Ray instance, else a cluster's address.
         storage: Optuna storage URL; None keeps the board in the run folder.
         insecure_cluster: use a cluster that asks for no token; see `evoprune.search.engine.address`.
+        lost_board: the database that the board was in, without the password that this session would need for it.
     """
 
     executor: Literal["ray", "inline"] = "ray"
@@ -61,6 +62,7 @@ class Resources:
     address: str = LOCAL
     storage: str | None = None
     insecure_cluster: bool = False
+    lost_board: str | None = None
 
     @property
     def on_cluster(self) -> bool:
@@ -114,7 +116,7 @@ class WorkerSession(ABC, Generic[Config]):
         self.identity = ""
         self._run = run
         self._resources = resources
-        self._watch = Watch(run, config, progress, resources.storage)
+        self._watch = Watch(run, config, progress, resources.storage, resources.lost_board)
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._stopping: Callable[[], bool] = lambda: False
         self._seconds_per_token = 0.0
@@ -193,10 +195,12 @@ class WorkerSession(ABC, Generic[Config]):
         )
 
     def _notify(self, level: str, event: str, **fields: Any) -> None:
-        """To the run's log; a refused worker is told on the display too, for the search goes on without it."""
+        """To the run's log; on the display too, what the search goes on without: GPUs, or a refused worker."""
         self._run.events(level, event, **fields)
         if event == "worker_refused" and level == "warning":
             self.progress.line(f"a worker was refused: {fields['error']}")
+        elif event == "no_gpu":
+            self.progress.line(fields["text"])
 
     def _ask(
         self, executor: Executor, stopping: Callable[[], bool], jobs: Sequence[Job], *, limited: bool = True

@@ -26,7 +26,7 @@ def document(name: str) -> Any:
 
 def commands() -> list[str]:
     """Every evoprune search that a file or its guide starts."""
-    slurm = re.findall(r"SEARCH=\((evoprune search .*)\)", SLURM)
+    slurm = re.findall(r"SEARCH=\((evoprune search [^)]*)\)", SLURM)
     guide = re.findall(r"-- (evoprune search [^`]+)`", GUIDE.replace("\n", " "))
     return [document("rayjob.yaml")["spec"]["entrypoint"], *slurm, *guide]
 
@@ -46,6 +46,7 @@ def test_evoprune_understands_the_commands(
     assert main([*words, "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["kind"] == "metric"
     check_address(words[words.index("--address") + 1])
+    assert words[words.index("--gpus-per-worker") + 1] == "1"  # or the CPUs that are up first would do the work
 
 
 def test_the_cluster_file_is_what_ray_up_wants() -> None:
@@ -82,7 +83,19 @@ def test_the_slurm_script_is_bash_and_keeps_the_token_out_of_commands() -> None:
     checked = subprocess.run(["bash", "-n", str(DEPLOY / "slurm.sh")], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     assert "ray symmetric-run --address" in SLURM
+    assert "#SBATCH --exclusive" in SLURM  # its `ray stop` would end the Ray of another job on the node
     assert not re.search(r"cat .*TOKEN|--token", SLURM)
+
+
+def test_whoever_resumes_waits_for_gpus_too() -> None:
+    resumed = re.findall(r"evoprune resume [^`)]+", f"{GUIDE} {SLURM}")
+    assert len(resumed) == 3
+    assert all("--gpus-per-worker 1" in " ".join(command.split()) for command in resumed)
+
+
+def test_nobody_is_sent_to_an_index_that_does_not_have_the_package() -> None:
+    files = [path.read_text() for path in DEPLOY.iterdir()]
+    assert not any(re.search(r"pip install .*[\"' ]evoprune(\[\w+\])?[\"'`]", text) for text in files)
 
 
 def test_every_guide_has_ten_lines_and_no_token_in_a_command() -> None:

@@ -40,7 +40,7 @@ def list_kind(
 
 
 def doctor(as_json: Json = False) -> None:
-    """Check what works here: versions, devices, Ray, storage, the embedded model, extras."""
+    """Check what works here: packages (Ray is not started), devices, embedded model and text, folders, extras."""
     from evoprune.checks import all_checks
 
     with Output(as_json) as output:

@@ -9,7 +9,7 @@ import typer
 
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
-from evoprune.options import OUTPUT, Json, RunArgument, Storage
+from evoprune.options import OUTPUT, Json, KnownStorage, RunArgument
 
 if TYPE_CHECKING:
     from evoprune.search.rundir import RunDirectory
@@ -112,7 +112,7 @@ def export(
 def dashboard(
     run: RunArgument = "latest",
     rebuild: Annotated[bool, typer.Option("--rebuild", help="first write the study anew from the history")] = False,
-    storage: Storage = None,
+    storage: KnownStorage = None,
     host: Annotated[str, typer.Option("--host", metavar="H", help="address to listen at")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", metavar="N", help="port to listen at")] = 8080,
     insecure: Annotated[
@@ -157,7 +157,9 @@ def _known_storage(run: RunDirectory) -> str | None:
     Raises:
         InvalidInput: it takes a password, which no run folder has.
     """
+    from evoprune.search.engine.board_storage import lacks_password
+
     url = run.storage
-    if url is not None and "***" in url:
+    if url is not None and lacks_password(url):
         raise InvalidInput(f"the study of this run is in {url}: give --storage with the password")
     return url

@@ -26,6 +26,7 @@ from evoprune.options import (
     GpusPerWorker,
     InsecureCluster,
     Json,
+    KnownStorage,
     Minutes,
     OptionalModel,
     Pattern,
@@ -344,7 +345,7 @@ def resume(
     address: Address = "local",
     insecure_cluster: InsecureCluster = False,
     executor: ExecutorOption = "ray",
-    storage: Storage = None,
+    storage: KnownStorage = None,
     as_json: Json = False,
 ) -> None:
     """Continue an interrupted run; its history will be what it would have been. --set and --run-dir need --fork."""

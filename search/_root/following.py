@@ -24,7 +24,8 @@ _TOLD = {
     "finished": "finished",
     "failed": "failed: {error}",
     "worker_lost": "worker {worker} was lost: {loss}",
-    "worker_refused": "a worker cannot start: {error}",
+    "worker_refused": "a worker was refused: {error}",
+    "no_gpu": "{text}",
     "board_trouble": "{text}",
 }
 

@@ -171,6 +171,16 @@ Storage = Annotated[
     str | None,
     option("--storage", metavar="URL", help="database of the Optuna study", panel=WORKERS, default="in the run"),
 ]
+KnownStorage = Annotated[
+    str | None,
+    option(
+        "--storage",
+        metavar="URL",
+        help="database of the Optuna study",
+        panel=WORKERS,
+        default="where the run's board was",
+    ),
+]
 
 # Configuration
 RunDir = Annotated[

@@ -15,7 +15,12 @@ from evoprune.metrics.errors import Interrupted, InvalidInput, NoCapacity, Worke
 from evoprune.metrics.files import write_atomically
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.address import check_address
-from evoprune.search.engine.board_storage import check_storage, without_password
+from evoprune.search.engine.board_storage import (
+    absolute_storage,
+    check_storage,
+    lacks_password,
+    without_password,
+)
 from evoprune.search.engine.durable import disk_errors
 from evoprune.search.identity import git_commit, versions
 from evoprune.search.kinds import kind_of
@@ -63,7 +68,7 @@ def start(
         if directory.peek() is None and not (log.exists() and log.stat().st_size > len(known)):
             _remove(directory.path, made, parent)
         elif isinstance(error.__cause__, OSError):  # the disk's fault: what was evaluated counts once it is mended
-            raise InvalidInput(f"{error}; then continue with `{resume_command(directory.path)}`") from error
+            raise InvalidInput(f"{error}; then {_go_on(directory.path, resources)}") from error
         raise
 
 
@@ -95,8 +100,8 @@ def drive(directory: RunDirectory, resources: Resources, quiet: bool = False) ->
     _check_resources(resources)
     if resources.on_cluster:
         check_address(resources.address, insecure=resources.insecure_cluster)
-    go_on = f"continue with `{resume_command(directory.path)}`"
-    resources = replace(resources, storage=_storage(directory, resources.storage))
+    resources = _with_storage(directory, resources)
+    go_on = _go_on(directory.path, resources)
     try:
         resume_search(directory, resources, stream=io.StringIO() if quiet else None)
     except KeyboardInterrupt:
@@ -124,18 +129,26 @@ def _check_resources(resources: Resources) -> None:
         raise InvalidInput(f"{resources.gpus_per_worker} GPUs per worker cannot be: give 0, a fraction of one, or more")
 
 
-def _storage(run: RunDirectory, asked: str | None) -> str | None:
-    """Where the board goes: where the user says, else where it was, if that needs no password that we do not know.
+def _with_storage(run: RunDirectory, resources: Resources) -> Resources:
+    """`resources` and where the board goes: where the user says, else where it was, unless that takes a password.
 
     Raises:
         InvalidInput: no database has such a URL, or its driver is not installed.
     """
-    places = (one.storage for one in (run, *kind_of(run.kind).steps(run)))
-    known = next((place for place in places if place is not None), None) if asked is None else asked
-    if known is None or "***" in known:
-        return None
+    places = (resources.storage, *(one.storage for one in (run, *kind_of(run.kind).steps(run))))
+    known = next((place for place in places if place is not None), None)
+    if known is None:
+        return resources
+    if lacks_password(known):
+        return replace(resources, storage=None, lost_board=known)
     check_storage(known, reach=False)
-    return known
+    return replace(resources, storage=absolute_storage(known))
+
+
+def _go_on(path: Path, resources: Resources) -> str:
+    """What to do to continue the run in `path`, for people."""
+    command = resume_command(path, resources)
+    return f"continue with `{command}`{' and the password for ***' if lacks_password(command) else ''}"
 
 
 def _report(directory: RunDirectory) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from evoprune.search.engine.board_storage import without_password
 from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from evoprune.search.worker_session import Resources
 
 _FROM_RESULT = ("best", "dense", "front", "evaluations", "distinct")
 # Of a baseline; `result.json` says more. Beside a front, one allocator is there once for each budget.
@@ -51,6 +55,19 @@ def run_row(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def resume_command(path: Path) -> str:
-    """The command that continues the run in `path`."""
-    return f"evoprune resume {shlex.quote(str(path))}"
+def resume_command(path: Path, resources: Resources | None = None) -> str:
+    """The command that continues the run in `path`.
+
+    Args:
+        resources: of the session that ended. The command names its cluster, which no run folder knows, what was asked
+            of that, and its database, without a password.
+    """
+    words = ["evoprune", "resume", str(path)]
+    if resources is not None and resources.on_cluster:
+        words += ["--address", resources.address]
+        words += [] if resources.workers is None else ["--workers", str(resources.workers)]
+        words += [] if resources.gpus_per_worker is None else ["--gpus-per-worker", f"{resources.gpus_per_worker:g}"]
+        words += ["--insecure-cluster"] if resources.insecure_cluster else []
+    if resources is not None and resources.storage is not None:
+        words += ["--storage", without_password(resources.storage, resources.storage)]
+    return shlex.join(words)

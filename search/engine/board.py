@@ -205,4 +205,4 @@ class Board:
     def _describe(self, problem: BaseException) -> str:
         """One line about a failure, without passwords."""
         problem = problem.__cause__ or problem  # Optuna calls a lost connection invalid data
-        return without_password(f"{type(problem).__name__}: {problem}".splitlines()[0][:300], self._url)
+        return without_password(f"{type(problem).__name__}: {problem}", self._url).splitlines()[0][:300]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 from evoprune.metrics.errors import InvalidInput
 
@@ -17,6 +19,11 @@ LOCK_SECONDS = 5
 """Optuna holds the journal's lock for milliseconds; one that is this old was left by a killed process."""
 CONNECT_SECONDS = 10
 """How long a database may take to answer before it counts as away."""
+
+_MASK = "***"
+_USER_PASSWORD = re.compile(r"(://[^:/?@]*:)([^@]*)@")
+# What drivers call it in a query: libpq password and sslpassword, MySQL's passwd and ssl_key_password, ODBC's pwd.
+_QUERY_PASSWORD = re.compile(r"([?&;][^=&;]*(?:password|passwd|passphrase|pass|pwd|secret|token)=)([^&]*)", re.I)
 
 _DRIVER_OPTIONS = {
     "postgresql": {"connect_timeout": CONNECT_SECONDS},
@@ -74,17 +81,19 @@ def check_storage(url: str, *, reach: bool = True) -> None:
         reach: also connect. A run that goes on does without: the board waits for a database that is away.
 
     Raises:
-        InvalidInput: not a database URL, its driver is not installed, or it cannot be reached.
+        InvalidInput: not a database URL or a wrongly written one, its driver is not installed, or it cannot be reached.
     """
     import sqlalchemy
 
     try:
         parsed = sqlalchemy.make_url(url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # the latter of a port that is no number
         raise InvalidInput(
             "--storage is not a database URL; examples: sqlite:///board.db, postgresql+psycopg://user@host/name"
         ) from None
-    shown = parsed.render_as_string(hide_password=True)
+    if "@" in (parsed.host or ""):
+        raise InvalidInput("--storage has an @ in its password, which must be written as %40")
+    shown = without_password(url, url)
     try:
         engine = sqlalchemy.create_engine(url, connect_args=_connect_args(url))
         if reach:
@@ -96,21 +105,52 @@ def check_storage(url: str, *, reach: bool = True) -> None:
     except sqlalchemy.exc.NoSuchModuleError:
         raise InvalidInput(f"--storage {shown}: SQLAlchemy knows no database {parsed.drivername!r}") from None
     except Exception as problem:
-        line = without_password(str(problem).splitlines()[0][:300], url)
+        line = without_password(str(problem), url).splitlines()[0][:300]
         raise InvalidInput(f"--storage {shown} cannot be reached: {line}") from None
 
 
 def without_password(text: str, url: str | None) -> str:
-    """`text` with the password of `url`, and the URL itself, hidden."""
-    if url is None:
+    """`text` with the passwords of `url` hidden, wherever the URL or a password alone stands in it.
+
+    A password alone is looked for as it is typed, decoded and encoded. One of two or three characters must be a word of
+    its own, and one of a single character is hidden in the URL only: it would be found everywhere.
+    """
+    if not url:
         return text
+    shown = _QUERY_PASSWORD.sub(rf"\1{_MASK}", _USER_PASSWORD.sub(rf"\1{_MASK}@", url))
+    return shown.join(_hidden(part, url) for part in text.split(url))
+
+
+def lacks_password(url: str) -> bool:
+    """Whether `url` has come from `without_password`, and no longer opens its database."""
+    return _MASK in url
+
+
+def absolute_storage(url: str) -> str:
+    """`url`, with the path of an SQLite file from the root, so that it means the same file in every folder.
+
+    Args:
+        url: one that `check_storage` takes.
+    """
     import sqlalchemy
 
-    with contextlib.suppress(sqlalchemy.exc.ArgumentError):
-        parsed = sqlalchemy.make_url(url)
-        text = text.replace(url, parsed.render_as_string(hide_password=True))
-        if parsed.password:
-            text = text.replace(str(parsed.password), "***")
+    parsed = sqlalchemy.make_url(url)
+    file = parsed.database
+    if parsed.get_backend_name() != "sqlite" or not file or file.startswith(("/", ":memory:", "file:")):
+        return url
+    return parsed.set(database=str(Path(file).absolute())).render_as_string(hide_password=False)
+
+
+def _hidden(text: str, url: str) -> str:
+    """`text`, in which `url` does not stand, without the passwords of `url`."""
+    found = (_USER_PASSWORD.search(url), *_QUERY_PASSWORD.finditer(url))
+    typed = {match[2] for match in found if match is not None}
+    plain = typed | {unquote(secret) for secret in typed} | {unquote_plus(secret) for secret in typed}
+    secrets = plain | {quote(secret, safe="") for secret in plain} | {quote_plus(secret) for secret in plain}
+    for secret in sorted(secrets, key=len, reverse=True):
+        if len(secret) > 1:
+            bounds = ("", "") if len(secret) > 3 else (r"(?<!\w)", r"(?!\w)")
+            text = re.sub(re.escape(secret).join(bounds), _MASK, text)
     return text
 
 

@@ -247,7 +247,10 @@ class Crew:
         if len(self._actors) > len(self._starting):
             self._available_at = time.monotonic()
         elif not self._draining and time.monotonic() - self._available_at > self._stall_seconds:
-            raise NoCapacity(f"no worker for {self._stall_seconds:g} s: Ray has no room for one or none gets ready")
+            raise NoCapacity(
+                f"no worker for {self._stall_seconds:g} s: Ray has no room for one or none gets ready "
+                "(searches that share a cluster each need --workers N)"
+            )
 
 
 def room(ray: Any, options: Mapping[str, Any], refused: Collection[str] = ()) -> int:

@@ -20,8 +20,14 @@ IN_FLIGHT = 2
 """Jobs given to each slot of a worker: while one runs, the next waits beside it, so that the worker never does."""
 PROBATION_PATIENCE = 4.0
 """By how much a deadline is stretched in probation, where only a job that really hangs should fail."""
-LIMITS: Mapping[Loss, tuple[int, Status]] = {"died": (3, "crash"), "oom": (2, "oom"), "deadline": (1, "timeout")}
-"""How many losses in probation settle a job, and the status it gets. A node's departure is nobody's fault."""
+LIMITS: Mapping[Loss, tuple[int, Status]] = {
+    "died": (3, "crash"),
+    "oom": (2, "oom"),
+    "deadline": (1, "timeout"),
+    "node": (10, "crash"),
+}
+"""How many losses in probation settle a job, and the status it gets. Nodes leave by themselves, and so often only from
+under a job that takes them down."""
 
 AUDIT_EVERY = 100
 """One job in so many, chosen by its key, is done again by another worker."""
@@ -200,7 +206,7 @@ class Dispatcher:
         if self._second.pop(job.key, None) is not None:
             self._attempts.pop(job.key, None)
             return None
-        if on_probation and loss in LIMITS:
+        if on_probation:
             self._counted[job.key, loss] += 1
             limit, status = LIMITS[loss]
             if self._counted[job.key, loss] >= limit:
@@ -244,5 +250,5 @@ def _explain(job: Job, loss: Loss, cause: str) -> str:
     """Why a job was given up, for people."""
     if loss == "deadline":
         return f"did not finish within {PROBATION_PATIENCE:g} times its deadline of {job.deadline:g} s"
-    what = "memory ran out" if loss == "oom" else "its worker was lost"
+    what = {"oom": "memory ran out", "node": "its node was lost"}.get(loss, "its worker was lost")
     return f"{what} {LIMITS[loss][0]} times while it ran alone; the last time: {cause}"

@@ -41,6 +41,7 @@ STALL_SECONDS = 600.0
 KNOCK_SECONDS = 10.0
 GROW_SECONDS = 2.0
 """Between two looks at how many workers a cluster has room for."""
+NO_GPU = "no GPU in the cluster yet: workers run on CPUs; --gpus-per-worker 1 waits for some"
 
 _CLIENT_ATTEMPTS = 3
 
@@ -221,6 +222,8 @@ class RayExecutor(Executor):
         gpus = self._gpus
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+            if not gpus and self._address != LOCAL:  # an autoscaler may have GPUs to come, and starts them when asked
+                self._notify("info", "no_gpu", text=NO_GPU)
         # Ray leaves all GPUs visible to an actor that asked for none.
         hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
         recipe = replace(

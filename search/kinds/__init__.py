@@ -170,8 +170,9 @@ def board_kind_of(run: RunDirectory) -> BoardKind:
     """
     kind = kind_of(run.kind)
     if not isinstance(kind, BoardKind):
-        step = run.path / "steps" / "1-metric"
-        raise InvalidInput(f"a {kind.name} search has a study for each of its steps: name one, such as {step}")
+        steps = [step.path for step in kind.steps(run)]
+        names = ", ".join([*map(str, steps[:1]), *(step.name for step in steps[1:])]) or "none has begun yet"
+        raise InvalidInput(f"a {kind.name} search has a study for each of its steps, so name one as RUN: {names}")
     return kind
 
 

@@ -227,7 +227,8 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, joined: P
     assert "of 4 offspring cannot go on" in refused(*search, "--set", "allocation.searcher.offspring=4")
     (place / "c.yaml").write_text(yaml.safe_dump({"kind": "metric"}))
     assert "options of another search, 'metric': this one is 'joint'" in refused(*search, "--config", "c.yaml")
-    assert "has a study for each of its steps" in refused("dashboard", joined)
+    steps = f"{joined / 'steps' / '1-metric'}, 2-allocation, 3-metric, 4-allocation"
+    assert f"has a study for each of its steps, so name one as RUN: {steps}\n" in refused("dashboard", joined)
     assert "has a study for each of its steps" in refused("dashboard", joined, "--rebuild")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,18 @@ def test_an_interrupted_run(
     assert run("export", "stopped", "--to", "m.py").code == 2
     assert run("resume", "stopped", "--executor", "inline").code == 0
     assert (place / "stopped" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
+
+
+WITHOUT_RAY = "import sys; sys.modules['ray'] = None; from evoprune.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+def test_a_search_in_this_process_needs_no_ray(tiny: Path, small: Path, finished: Path, place: Path) -> None:
+    words = ["search", "metric", str(tiny), "--config", str(small), "--seed", "1", "--run-dir", "alone"]
+    command = [sys.executable, "-c", WITHOUT_RAY, *words, "--executor", "inline"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (place / "alone" / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
 
 
 def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> None:

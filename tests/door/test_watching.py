@@ -166,23 +166,31 @@ def test_following_a_run_that_is_over_ends_at_once(run: Run, finished: Path) -> 
 
 
 def test_whoever_stops_following_leaves_the_run_alone(
-    run: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def enough(seconds: float) -> None:
-        raise KeyboardInterrupt
+    moments = iter(range(2))
 
-    with RunDirectory(finished) as driver:
+    def enough(seconds: float) -> None:
+        if next(moments):
+            raise KeyboardInterrupt
+        driver.events("warning", "worker_refused", worker=3, error="its evoprune is another")
+        driver.events("info", "no_gpu", text="no GPU yet")
+
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    with RunDirectory(folder) as driver:
         driver.lock()
         monkeypatch.setattr("evoprune.following.time.sleep", enough)
-        done = run("show", finished, "--follow")
+        done = run("show", folder, "--follow")
         assert done.code == 130
+        assert "a worker was refused: its evoprune is another\nno GPU yet\n" in done.err
         assert done.err.splitlines()[-1] == f"interrupted: no longer following {driver.run_id}, which goes on"
         assert driver.state == "running"
 
 
 @pytest.mark.slow
 def test_a_live_search_is_seen_from_outside(tiny: Path, small: Path, place: Path) -> None:
-    """Driver, follower, dashboard and browser are processes of their own."""
+    """Driver, followers and dashboard are processes of their own; the dashboard is asked over HTTP, as by a browser."""
     pytest.importorskip("optuna_dashboard")
     words = ("search", "metric", tiny, "--config", small, "--executor", "inline", "--run-dir", "live")
     with process(*words, "--set", "evaluations=null", "--minutes", "60") as search:  # it ends when all have looked

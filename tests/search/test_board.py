@@ -21,7 +21,7 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine import board as board_module
 from evoprune.search.engine.background import Background
 from evoprune.search.engine.board import Board
-from evoprune.search.engine.board_storage import check_storage, repair_journal, without_password
+from evoprune.search.engine.board_storage import absolute_storage, check_storage, repair_journal, without_password
 from evoprune.search.engine.board_studies import Studies
 from evoprune.search.engine.executor import Outcome
 from evoprune.search.engine.trial_record import Range, TrialRecord, fits
@@ -410,11 +410,50 @@ def test_storages_are_checked_before_a_search_starts(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_passwords_are_not_printed() -> None:
-    url = "postgresql://me:hunter2@host/name"
-    assert without_password(f"cannot open {url}: hunter2 is wrong", url) == (
-        "cannot open postgresql://me:***@host/name: *** is wrong"
-    )
+@pytest.mark.parametrize(
+    ("url", "text", "expected"),
+    [
+        ("postgresql://me:hunter2@h/n", "hunter2 is wrong", "*** is wrong"),
+        ("postgresql://me:hunter2@h/n", "at URL", "at postgresql://me:***@h/n"),
+        ("postgresql+psycopg://me@h/n?password=hunter2", "--storage=URL", "--storage=postgresql+psycopg://me@h/n?password=***"),
+        ("postgresql://h/n?user=me&PassWord=hunter2&x=y", "URL", "postgresql://h/n?user=me&PassWord=***&x=y"),
+        ("postgresql://h/n?sslpassword=hunter2&passfile=file", "URL", "postgresql://h/n?sslpassword=***&passfile=file"),
+        ("mysql+pymysql://h/n?passwd=hunter2", "passwd='hunter2'", "passwd='***'"),
+        ("postgresql://me:p%40ss@h/n", "URL and p%40ss and p@ss", "postgresql://me:***@h/n and *** and ***"),
+        ("postgresql://h/n?password=p+%2F", "p+%2F, p%20%2F or 'p /'", "***, *** or '***'"),
+        ("postgresql://postgres:postgres@h/n", "URL", "postgresql://postgres:***@h/n"),
+        ("postgresql://me:a@h/n", "URL has a table", "postgresql://me:***@h/n has a table"),
+        ("postgresql://me:tab@h/n", "URL: tab is no table", "postgresql://me:***@h/n: *** is no table"),
+        ("postgresql://me:@h/n", "URL has a table", "postgresql://me:***@h/n has a table"),
+        ("sqlite:///board.db", "URL is locked", "sqlite:///board.db is locked"),
+        ("nonsense", "URL has a table", "nonsense has a table"),
+    ],
+)  # fmt: skip
+def test_passwords_are_not_printed(url: str, text: str, expected: str) -> None:
+    assert without_password(text.replace("URL", url), url) == expected
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "oracle9://me@host/name?password=hunter2",
+        "postgresql+pg8000://me@host/name?password=hunter2",
+        "postgresql://me:word@hunter2@host/name",
+        "postgresql://me:word@host:hunter2@host/name",
+    ],
+)
+def test_a_refused_storage_is_named_without_its_password(url: str) -> None:
+    with pytest.raises(InvalidInput, match="--storage") as caught:
+        check_storage(url)
+    assert "hunter2" not in str(caught.value) and "word@" not in str(caught.value)
+
+
+def test_a_database_file_is_the_same_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_storage("sqlite:///board.db") == f"sqlite:///{tmp_path}/board.db"
+    assert absolute_storage("sqlite:///sub/board.db?timeout=5") == f"sqlite:///{tmp_path}/sub/board.db?timeout=5"
+    for url in (f"sqlite:///{tmp_path}/b.db", "sqlite://", "sqlite:///:memory:", "postgresql://me:p%40ss@host/name"):
+        assert absolute_storage(url) == url
 
 
 @pytest.mark.parametrize(

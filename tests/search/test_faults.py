@@ -312,7 +312,7 @@ def test_without_room_on_the_cluster_the_command_ends_resumably(
     assert main(words) == 75
     last = capsys.readouterr().err.splitlines()[-1]
     assert "no worker for 5 s" in last
-    assert last.endswith(f"continue with `evoprune resume {run}`")
+    assert last.endswith(f"continue with `evoprune resume {run} --address {nodes.address} --gpus-per-worker 1`")
     assert RunDirectory(run).state == "interrupted"
 
 
@@ -341,6 +341,7 @@ def test_searches_share_a_cluster_a_cache_and_a_storage(
     for process in together:
         _, errors = process.communicate(timeout=2 * PATIENCE)
         assert process.returncode == 0, errors.decode()[-2000:]
+        assert errors.count(b"no GPU in the cluster yet") == 1
     runs = {run.config["seed"]: run for run in list_runs()}
     monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "other-cache"))
     for seed in (1, 2):

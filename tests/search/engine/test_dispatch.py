@@ -132,8 +132,11 @@ def test_while_draining_only_what_runs_comes_out() -> None:
     assert take_all(dispatcher, 0) == take_all(dispatcher, 2) == []
 
 
-def test_a_lost_node_is_nobodys_fault() -> None:
-    assert settle("node", 20) == []
+def test_a_lost_node_is_nobodys_fault_until_one_job_has_lost_ten() -> None:
+    assert settle("node", 9) == []
+    (outcome,) = settle("node", 10, "its node has died")
+    assert (outcome.status, outcome.telemetry["attempts"]) == ("crash", 11)
+    assert outcome.error == "its node was lost 10 times while it ran alone; the last time: its node has died"
 
 
 def test_deadlines_count_from_the_start_of_the_job_and_are_longer_in_probation() -> None:
