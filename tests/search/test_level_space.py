@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -58,6 +60,54 @@ def test_every_operator_keeps_the_budget(options: dict[str, object]) -> None:
         seen.add(genome)
         genome = space.switched(genome, rng, space.spans) or genome
     assert len(seen) > (5 if options.get("only") else 200)
+
+
+# Two blocks of a few matrices each: equal heads, grouped ones, and sizes that share no divisor, as with biases.
+SMALL = {
+    "equal": {"self_attn.q": (16, 16), "self_attn.o": (16, 16), "mlp.up": (16, 16)},
+    "grouped": {"self_attn.q": (16, 16), "self_attn.k": (4, 16), "mlp.up": (24, 16), "mlp.down": (16, 24)},
+    "odd": {"self_attn.q": (17, 16), "self_attn.k": (5, 16), "mlp.up": (23, 16)},
+}
+GRID_OF_SIX = (64, 96, 128, 160, 192, 255)
+
+
+@pytest.mark.parametrize("shapes", SMALL)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"drop": "parts"}, {"drop": "parts", "only": True}, {"stored": GRID_OF_SIX, "drop": "blocks"}],
+)
+def test_a_hundred_thousand_random_operators_keep_the_budget(shapes: str, options: dict[str, Any]) -> None:
+    """Allocation chapter, list 3: 12 cases of 8,400 calls; switches, drops and crossings of whole families."""
+    n_blocks = 8 if options.get("only") else 2
+    sites = [
+        Site(f"layers.{block}.{kind}", kind, block, n_blocks, *shape)
+        for block in range(n_blocks)
+        for kind, shape in SMALL[shapes].items()
+    ]
+    space = LevelSpace(sites, 0.5, **options)
+    budget, rng = removed_count(0.5, sum(site.weights for site in sites)), random.Random(shapes)
+    steps = [high - low for gene in space.genes for low, high in pairwise(gene.removed) if high > low]
+    assert space.tolerance <= (max(steps) if "stored" in options else min(steps)) // 2
+    genome = space.near(space.even(0.5, rng), rng)
+    base, children, made, merged = genome, [], 0, 0
+    for call in range(8400):
+        if call % 4 == 3:
+            found = space.merged(base, children, rng)
+            merged += found is not None
+            base, children = genome, []
+        else:
+            found = space.switched(base, rng, space.spans)
+            if found is not None:
+                children.append(found)
+        if found is not None:
+            made += 1
+            removed = sum(
+                site.out_features * (level * site.in_features // 256)
+                for site, level in zip(sites, space.levels(found), strict=True)
+            )
+            assert abs(removed - budget) <= space.tolerance
+            genome = found
+    assert made > 4000 and merged > 100, (made, merged)
 
 
 def test_granularity_says_what_shares_a_level() -> None:
