@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evoprune.metrics.records import split_site
 from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.report import document, figures_allocation, figures_result
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.names import label
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.site_names import split_site
 
 if TYPE_CHECKING:
     from jinja2 import Environment
