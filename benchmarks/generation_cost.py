@@ -59,7 +59,7 @@ class _Resident(InlineExecutor):
 
     def __init__(self, worker: _Turns) -> None:
         super().__init__("", {})
-        self._worker = worker  # type: ignore[assignment]
+        self._worker = worker
 
     def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
         """See `evoprune.search.worker_session.Ask`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.adapters import SiteModule
-from evoprune.fitness.allocators import Allocator, Use, parameters_of
+from evoprune.fitness.allocators import Allocator, Use, check_numbers, parameters_of
 from evoprune.fitness.component_budgets import search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
@@ -129,6 +129,33 @@ def allocate_model(
         allocator=name,
         parameters={**parameters, "budgets": dict(budgets)},
     )
+
+
+@torch.no_grad()
+def ask_allocator(
+    language_model: Prunable,
+    allocator: Allocator,
+    target: float,
+    *,
+    criterion: Criterion,
+    statistics: Statistics | None = None,
+    calibration: Sequences | None = None,
+    search: Sequences | None = None,
+) -> list[float]:
+    """What an allocator asks for before any repair, which makes near requests equal. Arguments as in `allocate_model`.
+
+    Returns:
+        One number per site, in model order; may lie outside [0, 1) and miss the budget.
+
+    Raises:
+        InvalidInput: a parameter does not fit this model, or scores or requests are not finite.
+    """
+    evidence = ModelEvidence(
+        language_model, target, criterion, statistics, calibration, search, lambda what, done, total: None
+    )
+    requested = [*allocator.request(evidence)]
+    check_numbers("the sparsity", evidence.sites, [[at] for at in range(len(requested))], requested)
+    return requested
 
 
 @torch.no_grad()

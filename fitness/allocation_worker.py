@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from evoprune.fitness.allocating import allocate_model, describe_model
+from evoprune.fitness.allocating import allocate_model, ask_allocator, describe_model
 from evoprune.fitness.allocators import ALLOCATORS, Use
 from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
@@ -50,7 +50,8 @@ class AllocationWorker(ModelWorker):
     Jobs (kind and payload):
         database: ``prepared``, ``criterion``, ``compressor``, ``grid`` (the levels that are stored, where they are
             weights of their own); returns the name of the level ``database``.
-        allocate: ``prepared``, ``criterion``, ``allocator``, ``target``; returns ``sparsities``, one per site.
+        allocate: ``prepared``, ``criterion``, ``allocator``, ``target``, ``repaired`` (brought to the target, or as
+            they are asked for); returns ``sparsities``, one per site.
         describe: ``prepared``, ``criterion``, ``terminals``, ``target``; returns ``statistics``, one number per site
             for each terminal, and ``faults``, why others are not known.
         levels: what ``database`` was given and its name, ``levels``, ``parent`` (levels too), ``first``, ``last``;
@@ -86,15 +87,14 @@ class AllocationWorker(ModelWorker):
         self._restore()
         prepared = self.prepared(payload["prepared"])
         allocator = ALLOCATORS[payload["allocator"]]
-        allocation = allocate_model(
-            self.language_model,
-            payload["allocator"],
-            allocator,
-            payload["target"],
-            criterion=criterion_from(payload["criterion"]),
-            statistics=prepared.statistics(),
+        given = {
+            "criterion": criterion_from(payload["criterion"]),
+            "statistics": prepared.statistics(),
             **self._texts(prepared, allocator.uses),
-        )
+        }
+        if not payload["repaired"]:
+            return {"sparsities": ask_allocator(self.language_model, allocator, payload["target"], **given)}
+        allocation = allocate_model(self.language_model, payload["allocator"], allocator, payload["target"], **given)
         return {"sparsities": [site.sparsity for site in allocation.sites]}
 
     def _describe(self, payload: dict[str, Any]) -> dict[str, Any]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, check_matrices
+from evoprune.metrics.allocation import Allocation, SiteSparsity
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.evopress import from_evopress, to_evopress
 from evoprune.metrics.files import canonical_json, user_path, write_atomically
-from evoprune.metrics.records import Site, removed_count
+from evoprune.metrics.records import Site
 
 FORMAT = "evoprune-allocation/1"
-EVOPRESS = "evopress"
 _MAX_BYTES = 20_000_000
 _KEYS = ("format", "model", "allocator", "parameters", "sparsity", "sites")
-_LINE = re.compile(r"\s*([\w.\-/]+)\s*:\s*([+-]?\d{1,12})\s*")
 
 
 def to_json(allocation: Allocation) -> dict[str, Any]:
@@ -91,11 +89,11 @@ def read_allocation(
     """The allocation in a file of ours, or in EvoPress's text.
 
     Args:
-        path: a ``.json`` that `write_allocation` wrote, or lines ``module: level`` as EvoPress writes them.
+        path: a ``.json`` that `write_allocation` wrote, or what EvoPress writes: see `from_evopress`.
         model: class name of the model that it is for; needed for EvoPress's text.
         sites: matrices of that model; needed for EvoPress's text.
-        sparsity: the budget; for EvoPress's text, which does not hold it.
-        step: weights in a level; for EvoPress's text, which does not hold it.
+        sparsity: the budget; for EvoPress's levels, which do not hold it.
+        step: weights in a level; for EvoPress's levels, which do not hold it.
 
     Raises:
         InvalidInput: no such file, or not one of these; the text needs what is not given; or the allocation is of
@@ -107,13 +105,7 @@ def read_allocation(
         if text.lstrip().startswith(("{", "[")):
             allocation = from_json(json.loads(text, parse_constant=_refuse_constant))
         else:
-            levels = evopress_levels(text)
-            if sparsity is None or step is None or model is None or sites is None:
-                raise InvalidInput(
-                    "EvoPress's text holds neither its budget nor the weights in a level: give both, such as "
-                    "--sparsity 0.7 --allocation-set step=1000000"
-                )
-            return from_evopress(levels, model=model, sites=sites, sparsity=sparsity, step=step)
+            return from_evopress(text, model=model, sites=sites, sparsity=sparsity, step=step)
     except InvalidInput as error:
         raise InvalidInput(f"{name!r}: {error}") from None
     except (ValueError, RecursionError, MemoryError):
@@ -121,88 +113,6 @@ def read_allocation(
     if model is not None and sites is not None:
         allocation.check(model, sites)
     return allocation
-
-
-def to_evopress(allocation: Allocation, step: int = 1) -> str:
-    """Lines ``module: level``, where a matrix at level l loses sparsity * weights + l * `step` weights.
-
-    EvoPress reads them beside a database that was built with the same sparsity and step. Levels are rounded to whole
-    ones, so that only a step of 1 keeps every allocation exactly.
-
-    Raises:
-        InvalidInput: the step is not at least 1.
-    """
-    _check_step(step)
-    lines = []
-    for site in allocation.sites:
-        offset = site.removed - removed_count(allocation.sparsity, site.weights)
-        lines.append(f"{site.name}: {(2 * offset + step) // (2 * step)}\n")
-    return "".join(lines)
-
-
-def evopress_levels(text: str) -> dict[str, int]:
-    """Level by module path.
-
-    Raises:
-        InvalidInput: a line is not ``module: level``, or names a module again; says which.
-    """
-    levels: dict[str, int] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise InvalidInput(
-                f"line {number} is {line.strip()[:60]!r}: give lines such as model.layers.0.mlp.up_proj: -2, or a .json"
-            )
-        if match[1] in levels:
-            raise InvalidInput(f"line {number} names {match[1][:120]} again: give each matrix one level")
-        levels[match[1]] = int(match[2])
-    if not levels:
-        raise InvalidInput("it holds no allocation: give a .json of evoprune, or lines module: level of EvoPress")
-    return levels
-
-
-def from_evopress(
-    levels: dict[str, int], *, model: str, sites: Sequence[Site], sparsity: float, step: int
-) -> Allocation:
-    """The allocation of a profile that EvoPress found, repaired by the few columns that its levels are not whole of.
-
-    Args:
-        levels: by module path; a matrix at level l loses sparsity * weights + l * `step` weights.
-        model, sites: the model, by class name and matrices in model order.
-        sparsity: the budget.
-        step: weights in a level.
-
-    Raises:
-        InvalidInput: the levels are of other matrices, a level leads outside [0, 1), or they do not add up to the
-            budget.
-
-    Source: EvoPress, arXiv:2410.14649; the format of its released code.
-    """
-    _check_step(step)
-    _fraction(sparsity, "the budget")
-    check_matrices(model, dict.fromkeys(levels), model, sites)
-    requested, removed = [], 0.0
-    for site in sites:
-        level = levels[site.name]
-        share = sparsity + level * step / site.weights
-        if not 0 <= share < 1:
-            raise InvalidInput(
-                f"level {level} of {site.name} is a sparsity of {share:.4g}, outside [0, 1): its {site.weights:,} "
-                f"weights have levels from {-int(sparsity * site.weights / step)} to "
-                f"{int((1 - sparsity) * site.weights / step)} at {step:,} weights a level"
-            )
-        requested.append(share)
-        removed += share * site.weights
-    weights = sum(site.weights for site in sites)
-    # A column of each matrix is lost in rounding, no more.
-    if abs(removed - sparsity * weights) > sum(site.out_features for site in sites):
-        raise InvalidInput(
-            f"its levels remove {removed / weights:.4f} of all weights, not the budget of {sparsity:g}: "
-            f"give --sparsity {removed / weights:.4f}"
-        )
-    return allocation_of(requested, sites, sparsity, model=model, allocator=EVOPRESS, parameters={"step": step})
 
 
 def _site(row: Any, index: int) -> SiteSparsity:
@@ -229,11 +139,6 @@ def _fraction(value: Any, what: str, *, whole: bool = False) -> float:
         span = "[0, 1]" if whole else "[0, 1)"
         raise InvalidInput(f"{what} is {str(value)[:40]}, outside {span}: give the fraction of weights to remove")
     return float(value)
-
-
-def _check_step(step: int) -> None:
-    if step < 1:
-        raise InvalidInput(f"a level of {step} weights cannot be: give a step of at least 1")
 
 
 def _readable(document: dict[str, Any]) -> str:

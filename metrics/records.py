@@ -58,6 +58,12 @@ def is_attention(kind: str) -> bool:
     return "attn" in kind or "attention" in kind
 
 
+def split_site(name: str) -> tuple[str, int]:
+    """(kind, block) of a site's name: ``model.layers.3.mlp.down_proj`` is ``mlp.down_proj`` of block 3."""
+    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
+    return (match[2], int(match[1])) if match else (name, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class MaskRule:
     """How many weights go, and what they are compared with.

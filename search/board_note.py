@@ -13,7 +13,7 @@ from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
-from evoprune.search.tables_front import HEAD, front_caption, front_rows, span
+from evoprune.search.tables_front import front_caption, front_head, front_rows, span
 
 
 def searching_note(
@@ -143,7 +143,7 @@ def finished_front_note(result: Mapping[str, Any], artifacts: Collection[str] = 
             f"## Front: {result['model']}, {target_text(result)}",
             "",
             *_picture("front.svg", "held-out loss against cost", artifacts),
-            *_table(HEAD, [cells for _, *cells in front_rows(result)]),
+            *_table(front_head(result), [cells for _, *cells in front_rows(result)]),
             "",
             front_caption(result),
             "",

@@ -15,7 +15,7 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import LEVELS
 from evoprune.search.breeders import breeder_of
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
-from evoprune.search.spaces.levels import spread_levels
+from evoprune.search.spaces.levels import reference_name, spread_levels
 
 DEFAULT_SPARSITY = 0.6
 DEFAULT_RANGE = (0.4, 0.7)
@@ -88,6 +88,11 @@ class AllocationTarget(Section):
                 "times a sparsity, such as [96, 128, 160, 192]"
             )
         return grid
+
+    @property
+    def reference(self) -> str:
+        """What everything is compared with, by name; see `LevelSpace.even`."""
+        return reference_name(self.drop_only)
 
     @property
     def reads_criterion(self) -> bool:
@@ -255,9 +260,10 @@ class AllocationSearchConfig(SearchConfig):
 
     @property
     def seeds(self) -> tuple[str, ...]:
-        """Allocators to start from, by name; uniform first, for everything is compared with it."""
+        """Allocators to start from, by name; uniform first, if it is the reference."""
         names = self.searcher.seeds if self.searcher.seeds is not None else tuple(ALLOCATORS)
-        return ("uniform", *(name for name in sorted(names) if name != "uniform"))
+        first = () if self.target.drop_only else ("uniform",)
+        return (*first, *(name for name in sorted(names) if name != "uniform"))
 
     @property
     def terminals(self) -> tuple[str, ...]:

@@ -110,6 +110,8 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
     def start_genomes(self, space: LevelSpace, prepared: Summary, ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: what the allocators ask for at every budget, and what is given.
 
+        Where parts only go as a whole, allocators rank them, and chance stands where uniform sparsity does otherwise.
+
         Raises:
             InvalidInput: what is given is of another model, or no budget can be met.
         """
@@ -120,10 +122,13 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
         asked = [(name, budget) for name in self.config.seeds for budget in budgets]
         jobs = []
         for name, budget in asked:
-            payload = {"criterion": self.criterion(), "allocator": name, "target": budget}
+            payload = {"criterion": self.criterion(), "allocator": name, "target": budget, "repaired": not space.only}
             key = content_hash([self.identity, "allocate", payload])
             jobs.append(Job(key, "allocate", {"prepared": prepared.name, **payload}))
-        uniform: dict[str, Genome] = {}
+        reference = self.config.target.reference
+        references: dict[str, Genome] = {}
+        if space.only:
+            references = {self._seed_name(reference, budget): self._even(space, budget) for budget in budgets}
         others: dict[str, Genome] = {}
         for (name, budget), outcome in zip(asked, ask(jobs, limited=False), strict=True):
             seed = self._seed_name(name, budget)
@@ -132,16 +137,16 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
                     raise failure(outcome)
                 genome = self._placed(space, seed, outcome.values["sparsities"], budget)
             except EvopruneError as error:
-                if name == "uniform":
+                if name == reference:
                     raise
                 self.progress.line(f"warning: no seed by {seed}: {str(error).strip().splitlines()[-1]}")
                 continue
-            (uniform if name == "uniform" else others)[seed] = genome
+            (references if name == reference else others)[seed] = genome
         # A budget of evaluations too small for all seeds is spent on the first of them.
-        return {**uniform, **({} if given is None else {GIVEN: given}), **others}
+        return {**references, **({} if given is None else {GIVEN: given}), **others}
 
     def _possible(self, space: LevelSpace) -> list[float]:
-        """The budgets that uniform sparsity can be brought to.
+        """The budgets that the reference can be brought to.
 
         Raises:
             InvalidInput: there is none.
@@ -149,7 +154,7 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
         found, refused = [], []
         for budget in self.config.budgets:
             try:
-                self._placed(space, self._seed_name("uniform", budget), [budget] * len(space.sites), budget)
+                self._even(space, budget)
                 found.append(budget)
             except InvalidInput as error:
                 refused.append((budget, error))
@@ -176,13 +181,20 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
         low, high = self.config.budgets[0], self.config.budgets[-1]
         budget = min(max(allocation.removed / allocation.weights, low), high)
         wanted = removed_count(budget, allocation.weights)
-        if abs(allocation.removed - wanted) > min(site.out_features for site in space.sites):
+        if not space.only and abs(allocation.removed - wanted) > min(site.out_features for site in space.sites):
             asked = [*repair(asked, space.sites, budget)]
         return self._placed(space, GIVEN, asked, budget)
 
+    def _even(self, space: LevelSpace, budget: float) -> Genome:
+        """The reference at a budget; see `LevelSpace.even`."""
+        rng = self._rng(self._seed_name(self.config.target.reference, budget))
+        return self.place(space, space.even(budget, rng), budget, rng)
+
     def _placed(self, space: LevelSpace, seed: str, sparsities: list[float], budget: float) -> Genome:
-        rng = random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
-        return self.place(space, sparsities, budget, rng)
+        return self.place(space, sparsities, budget, self._rng(seed))
+
+    def _rng(self, seed: str) -> random.Random:
+        return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
 
 
 def sites_of(prepared: Summary) -> list[Site]:

@@ -1,4 +1,4 @@
-"""What a search for a front found: its members on held-out text beside uniform sparsity at the same costs."""
+"""What a search for a front found: its members on held-out text beside the reference at the same costs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from evoprune.search.spaces.ranges import RangeSpace
 ALLOCATOR = "nsga2"
 """Who made the exported allocations."""
 
-# Halvings of the range of sparsities in search of uniform sparsity at a member's cost.
+# Halvings of the range of sparsities in search of the reference at a member's cost.
 _HALVINGS = 12
 
 
 class ParetoComparison:
-    """The front of a search beside the allocators that it started from, and beside uniform sparsity at its own costs.
+    """The front of a search beside the allocators that it started from, and beside the reference at its own costs.
 
     Args:
         config: of the run.
@@ -69,14 +69,14 @@ class ParetoComparison:
         places = [point.member.genome for point in search.front]
         self._best = places.index(search.best.genome)
         chosen = spread(len(search.front), config.front.members, self._best)
-        self._uniform = {
-            at: uniform
+        self._beside = {
+            at: found
             for at in chosen
-            if (uniform := uniform_at(search.space, search.cost, search.front[at])) is not None
+            if (found := reference_at(search.space, search.cost, search.front[at])) is not None
         }
         self._entrants: dict[tuple[str, Any], Genome | None] = {("dense", None): None}
         self._entrants |= {("front", at): places[at] for at in chosen}
-        self._entrants |= {("uniform", at): genome for at, genome in self._uniform.items()}
+        self._entrants |= {("beside", at): genome for at, genome in self._beside.items()}
         self._entrants |= {("seed", at): genome for at, (_, genome) in enumerate(seeds)}
 
     def jobs(self) -> list[Job]:
@@ -120,7 +120,7 @@ class ParetoComparison:
 
     def _row(self, at: int, point: Point, losses: Mapping[tuple[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
         space, cost, member = self._search.space, self._search.cost, point.member
-        measured = losses.get(("front", at))
+        measured, reference = losses.get(("front", at)), self._config.target.reference
         row = {
             "saved": saved_percent(point.cost, cost.dense),
             "cost": point.cost,
@@ -133,11 +133,11 @@ class ParetoComparison:
             "stderr": member.stderr,
             "allocation": sparsities_of(space, member.genome),
             "heldout": None if measured is None else summary(measured),
-            "uniform": None,
+            reference: None,
         }
-        if measured is not None and ("uniform", at) in losses:
-            genome, beside = self._uniform[at], losses["uniform", at]
-            row["uniform"] = {
+        if measured is not None and ("beside", at) in losses:
+            genome, beside = self._beside[at], losses["beside", at]
+            row[reference] = {
                 "cost": cost.of(space.levels(genome)),
                 "sparsity": space.sparsity_of(genome),
                 "heldout": summary(beside),
@@ -176,17 +176,18 @@ def spread(count: int, most: int, always: int) -> list[int]:
     return sorted(chosen)
 
 
-def uniform_at(space: RangeSpace, cost: Cost, point: Point) -> Genome | None:
-    """Uniform sparsity at about the cost of a member; None where there is none to within a hundredth of the dense cost.
+def reference_at(space: RangeSpace, cost: Cost, point: Point) -> Genome | None:
+    """Uniform sparsity, or parts that chance drops where parts only go as a whole, at about the cost of a member.
 
-    Where only whole parts go, uniform means that chance decides which.
+    None where there is none to within a hundredth of the dense cost.
     """
     low, high = space.least / space.weights, space.most / space.weights
     best: tuple[int, Genome] | None = None
     sparsity = space.sparsity_of(point.member.genome)
     for _ in range(_HALVINGS):
         try:
-            found = space.near_budget([sparsity] * len(space.sites), sparsity, random.Random(0))
+            rng = random.Random(0)
+            found = space.near_budget(space.even(sparsity, rng), sparsity, rng)
         except InvalidInput:
             break
         beyond = cost.of(space.levels(found)) - point.cost

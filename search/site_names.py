@@ -1,17 +1,10 @@
-"""Names of matrices: which block, which kind."""
+"""Names of matrices as a table: which block, which kind."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
-from evoprune.metrics.records import is_attention
-
-
-def split_site(name: str) -> tuple[str, int]:
-    """(kind, block) of a site's name: ``model.layers.3.mlp.down_proj`` is ``mlp.down_proj`` of block 3."""
-    match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
-    return (match[2], int(match[1])) if match else (name, 0)
+from evoprune.metrics.records import is_attention, split_site
 
 
 def grid(values: Mapping[str, float]) -> tuple[list[str], list[int], dict[tuple[str, int], float]]:

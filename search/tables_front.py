@@ -12,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from evoprune.search.result import measured_on
+from evoprune.search.spaces.levels import reference_name
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, plain_box, target_text
 from evoprune.search.tables_allocation import ways_on
-
-HEAD = ("saved", "sparsity", "perplexity", "loss", "KL", "minus uniform's")
 
 WHAT_IS_SAVED = {
     "parameters": "prunable weights that are gone",
@@ -24,9 +23,14 @@ WHAT_IS_SAVED = {
 }
 
 
+def front_head(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the columns of `front_rows`."""
+    return "saved", "sparsity", "perplexity", "loss", "KL", f"minus {reference_name(result['drop_only'])}'s"
+
+
 def front_table(result: Mapping[str, Any]) -> Table:
     """The front on held-out text, the dearest first."""
-    table = plain_box(*HEAD)
+    table = plain_box(*front_head(result))
     table.title = f"{result['model']}, {target_text(result)}, held-out text"
     table.title_style, table.title_justify = "bold", "left"
     table.caption, table.caption_justify = front_caption(result), "left"
@@ -43,8 +47,8 @@ def front_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     dense = result["dense"]["heldout"]
     yield None, "dense", "", f"{dense['perplexity']:,.2f}", f"{dense['loss']:.4f} ± {dense['stderr']:.4f}", "", ""
     for row in measured(result):
-        heldout, uniform = row["heldout"], row["uniform"]
-        beside = None if uniform is None else uniform["member_minus_this"]
+        heldout, reference = row["heldout"], row[reference_name(result["drop_only"])]
+        beside = None if reference is None else reference["member_minus_this"]
         yield (
             row,
             f"{row['saved']}%",

@@ -16,6 +16,7 @@ from evoprune.options import (
     SEARCH,
     TARGET,
     Address,
+    AllocationSparsity,
     CalibrationSequences,
     CalibrationWindow,
     ConfigFiles,
@@ -190,7 +191,7 @@ def search_metric(
 def search_allocation(
     ctx: typer.Context,
     model: OptionalModel = None,
-    sparsity: Sparsity = None,
+    sparsity: AllocationSparsity = None,
     metric: Annotated[
         str | None,
         option(
@@ -237,7 +238,7 @@ def search_allocation(
             metavar="LOW HIGH",
             help="of a front; --sparsity then says which of it is exported as the allocation",
             panel=TARGET,
-            default="0.4 0.7",
+            default="0.4 0.7; with --drop-only 0.1 0.5",
         ),
     ] = None,
     evaluations: Annotated[

@@ -48,6 +48,15 @@ Sparsity = Annotated[
     float | None,
     option("--sparsity", help="fraction of weights to remove, in (0, 1)", panel=TARGET, default="0.6"),
 ]
+AllocationSparsity = Annotated[
+    float | None,
+    option(
+        "--sparsity",
+        help="fraction of weights to remove, in (0, 1)",
+        panel=TARGET,
+        default="0.6; with --pareto the middle of the range",
+    ),
+]
 PruneSparsity = Annotated[
     float | None,
     option("--sparsity", help="fraction of weights to remove, in (0, 1)", panel=TARGET, default="0.5"),

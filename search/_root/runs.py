@@ -91,7 +91,8 @@ class Run:
 
         Of an allocation search for a front (`pareto`), the allocations that none beats in both fitness and cost, the
         dearest first: `saved` (per cent of the dense cost), `cost`, `sparsity`, `allocation`, `fitness`, `heldout`, and
-        `uniform` at the same cost. Without it all candidates are of one budget, and there is none.
+        `uniform` at the same cost (`random` where parts are only dropped). Without it all candidates are of one budget,
+        and there is none.
         """
         return self.summary["front"]
 

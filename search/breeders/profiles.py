@@ -4,8 +4,8 @@ With z the depth from -1 to 1, every kind of part (attention, MLP) gets the spar
 
     s(z) = S + a0 + a1 z + a2 (2 z^2 - 1) + a3 [first block] + a4 [last block],
 
-which is then repaired to the budget. Ten numbers are few enough for Bayesian optimisation, which does much with little
-data.
+which is then repaired to the budget; where parts only go as a whole, it ranks them. Ten numbers are few enough for
+Bayesian optimisation, which does much with little data.
 Source: layerwise sparsity allocation, section 5.5.
 """
 
@@ -117,8 +117,9 @@ class Profiles(Plain):
                 + a["first"] * (site.block == 0)
                 + a["last"] * (site.block == site.n_blocks - 1)
             )
-        repaired = repair(requested, self._space.sites, self._target)
-        return self._space.near(repaired, random.Random(derived_seed(self._seed, content_hash(dict(numbers)), 0)))
+        if not self._space.only:
+            requested = [*repair(requested, self._space.sites, self._target)]
+        return self._space.near(requested, random.Random(derived_seed(self._seed, content_hash(dict(numbers)), 0)))
 
 
 @contextmanager

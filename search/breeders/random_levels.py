@@ -16,7 +16,7 @@ _ATTEMPTS_PER_CHILD = 20
 
 
 class RandomLevels(Plain):
-    """Random search: every matrix draws its sparsity around the model's, and the budget is met."""
+    """Random search: every matrix draws its sparsity around the model's, or every part its rank; the budget is met."""
 
     origin = "random"
     redraw = True
@@ -31,7 +31,11 @@ class RandomLevels(Plain):
         for _ in range(_ATTEMPTS_PER_CHILD * count):
             if len(found) == count:
                 break
-            made = space.near([min(max(rng.gauss(mean, _SPREAD), 0.0), 1.0) for _ in space.sites], rng)
+            if space.only:
+                wanted = space.even(mean, rng)
+            else:
+                wanted = [min(max(rng.gauss(mean, _SPREAD), 0.0), 1.0) for _ in space.sites]
+            made = space.near(wanted, rng)
             if made != parent:
                 found[made] = None
         return list(found)

@@ -111,7 +111,8 @@ class AllocationKind:
         return f"{self.winner}{target.suffix}"
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
-        from evoprune.metrics.allocation_file import read_allocation, to_evopress
+        from evoprune.metrics.allocation_file import read_allocation
+        from evoprune.metrics.evopress import to_evopress
         from evoprune.metrics.files import file_hash
 
         if file.suffix == ".py":

@@ -10,12 +10,12 @@ from typing import Any
 
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.records import LEVELS
+from evoprune.metrics.records import LEVELS, split_site
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.report.run_data import RunData
 from evoprune.search.result import closed_gap
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.site_names import attention_first, split_site
+from evoprune.search.site_names import attention_first
 
 Line = Mapping[str, Any]
 """A birth, as the history has it."""

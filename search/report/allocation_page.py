@@ -8,13 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evoprune.metrics.records import split_site
 from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.report import document, figures_allocation, figures_result
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.names import label
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.site_names import split_site
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -93,16 +93,16 @@ def verdicts(data: AllocationData) -> list[str]:
     """What was found, on held-out text, as sentences."""
     if data.result is None or data.best is None:
         return []
-    seed = data.best.origin.partition("seed:")[2]
+    seed, target = data.best.origin.partition("seed:")[2], data.config.target
     subject = f"{label(seed)}, which no child beat," if seed else f"Generation {data.best.generation}"
     found = []
     if data.gap is not None:
         share = f"{abs(100 * data.gap):.0f} %"
         change = f"wins back {share} of" if data.gap >= 0 else f"adds {share} to"
         found.append(f"{subject} {change} the held-out loss between uniform and dense")
-    elif data.contender("uniform"):
-        found.append(f"{subject} has a held-out loss {document.beside('uniform', data)}")
-    told = {"dense", "winner", "uniform", seed}
+    elif data.contender(target.reference):
+        found.append(f"{subject} has a held-out loss {document.beside(target.reference, data)}")
+    told = {"dense", "winner", target.reference, seed}
     told |= {name for names in data.alike if told.intersection(names) for name in names}
     rivals = [row.name for row in data.contenders if row.name not in told]
     if rivals:

@@ -71,7 +71,8 @@ def profile(data: AllocationData) -> Figure | None:
     figure = canvas.new_figure(3.2)
     axes = figure.add_subplot()
     target = 100 * data.config.target.sparsity
-    axes.axhline(target, color=canvas.POWER, linewidth=1.1, linestyle=(0, (4, 3)), label=label("uniform"))
+    everywhere = "Budget" if data.config.target.drop_only else label("uniform")
+    axes.axhline(target, color=canvas.POWER, linewidth=1.1, linestyle=(0, (4, 3)), label=everywhere)
     for (name, cells), colour in zip(_rivals(data), _RIVAL_COLOURS, strict=False):
         axes.plot(*columns(_percent(data, cells)), color=colour, linewidth=1.1, label=shortened(label(name)))
     few = len(data.axes[1]) <= 2 * _MOST_NUMBERED
@@ -129,7 +130,7 @@ def convergence(data: AllocationData) -> Figure | None:
         axes.scatter(
             *columns(finals), s=26, marker="D", color=canvas.WINNER, zorder=3, label="finalists, on all of text B"
         )
-    _mark_seeds(axes, named)
+    _mark_seeds(axes, named, data.config.target.reference)
     axes.set_xlim(0, last * 1.01 + 1)
     axes.set_xlabel("evaluations")
     axes.set_ylabel("KL to dense, nats per token")
@@ -165,10 +166,11 @@ def moves(data: AllocationData) -> Figure | None:
 
 
 def _rivals(data: AllocationData) -> list[tuple[str, Cells]]:
-    """The best few allocators that differ from uniform, from the winner and from each other."""
+    """The best few allocators that differ from the reference, from the winner and from each other."""
     assert data.best is not None
+    reference = data.config.target.reference
     # Levels that were repaired to meet the budget are not quite the same everywhere.
-    seen: list[Cells] = [data.best.cells, *(cells for name, cells in data.rivals if name == "uniform")]
+    seen: list[Cells] = [data.best.cells, *(cells for name, cells in data.rivals if name == reference)]
     found = []
     for name, cells in data.rivals:
         if cells not in seen:
@@ -183,18 +185,19 @@ def _percent(data: AllocationData, cells: Cells) -> list[tuple[int, float]]:
 
 
 def _named_seeds(data: AllocationData) -> dict[str, float]:
-    """KL of uniform and of the best few allocators, by name."""
+    """KL of the reference and of the best few allocators, by name."""
+    reference = data.config.target.reference
     ranked: Sequence[tuple[str, float]] = sorted(
         ((line["origin"].removeprefix("seed:"), line["kl"]) for line in data.seeds), key=lambda seed: seed[1]
     )
-    return dict([*ranked[:_MOST_RIVALS], *(seed for seed in ranked[_MOST_RIVALS:] if seed[0] == "uniform")])
+    return dict([*ranked[:_MOST_RIVALS], *(seed for seed in ranked[_MOST_RIVALS:] if seed[0] == reference)])
 
 
-def _mark_seeds(axes: Axes, named: dict[str, float]) -> None:
+def _mark_seeds(axes: Axes, named: dict[str, float], reference: str) -> None:
     """Allocators as lines across, with names in the right margin."""
     names = []
     for name, level in named.items():
-        colour = canvas.POWER if name == "uniform" else canvas.MUTED
+        colour = canvas.POWER if name == reference else canvas.MUTED
         axes.axhline(level, color=colour, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         names.append((f"{shortened(label(name))}  {nats(level)}", level, colour))
     name_levels(axes, names)

@@ -28,7 +28,7 @@ _KIND_COLOURS = (
 
 
 def front(data: FrontData) -> Figure | None:
-    """Held-out loss against cost: the front, uniform sparsity at the same costs, allocators; and paired differences."""
+    """Held-out loss against cost: the front, the reference at the same costs, allocators; and paired differences."""
     members = [row for row in data.rows if row.place is not None]
     if not members or data.dense is None:
         return None
@@ -38,17 +38,17 @@ def front(data: FrontData) -> Figure | None:
     panels = figure.subplots(len(ratios), 1, sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
     axes = panels[0]
     ours = [row.place for row in members if row.place is not None]
-    uniform = [row.uniform for row in members if row.uniform is not None]
+    references = [row.reference for row in members if row.reference is not None]
     rivals = [place for _, place in data.allocators]
-    kept = [place.value + place.error for place in (*ours, *uniform)]
-    values = [place.value for place in (*ours, *uniform, *rivals)]
+    kept = [place.value + place.error for place in (*ours, *references)]
+    values = [place.value for place in (*ours, *references, *rivals)]
     beyond = limit(axes, min(data.dense["loss"], *values), ceiling(values, keep=kept), values)
     high = axes.get_ylim()[1]
     other = "at random" if data.config.target.drop_only else "uniform"
     axes.axhline(data.dense["loss"], color=canvas.INK, linewidth=1, linestyle=(0, (1, 1.5)), label="dense")
     shown = [(name, place) for name, place in data.allocators if place.value <= high]
     _bars(axes, [place for _, place in shown], "allocators", color=canvas.MUTED, fmt="o", markersize=3.5, alpha=0.7)
-    _bars(axes, uniform, f"{other}, at the same costs", color=canvas.POWER, fmt="s", markersize=4, linestyle=_DASHES)
+    _bars(axes, references, f"{other}, at the same costs", color=canvas.POWER, fmt="s", markersize=4, linestyle=_DASHES)
     _bars(axes, ours, "front", color=canvas.WINNER, fmt="D", markersize=4.5, linestyle="-", zorder=3)
     axes.set_ylabel("loss on text C, nats per token")
     plain_numbers(axes.yaxis)
@@ -66,7 +66,7 @@ def front(data: FrontData) -> Figure | None:
     for name, place in sorted(shown, key=lambda pair: pair[1].value):
         best.setdefault(round(place.saved), (name, place))
     names = [(shortened(label(name)), place.saved, place.value) for name, place in best.values()]
-    points = [(place.saved, place.value) for place in (*ours, *uniform, *(place for _, place in shown))]
+    points = [(place.saved, place.value) for place in (*ours, *references, *(place for _, place in shown))]
     annotate_points(axes, names, points, size=7, color=canvas.MUTED)
     return figure
 

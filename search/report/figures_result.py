@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from evoprune.metrics.records import split_site
 from evoprune.search.report import canvas
 from evoprune.search.report.axes import plain_numbers
 from evoprune.search.report.data import ReportData
@@ -12,7 +13,7 @@ from evoprune.search.report.maps import draw_map, write_cells
 from evoprune.search.report.names import label, shortened
 from evoprune.search.report.numbers import compact
 from evoprune.search.report.run_data import Contender, RunData
-from evoprune.search.site_names import attention_first, split_site
+from evoprune.search.site_names import attention_first
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -27,14 +27,14 @@ class Row:
     Attributes:
         saved: per cent of the dense cost, rounded; names its file.
         place: with the held-out loss; None where it was not measured on held-out text.
-        uniform: the same for uniform sparsity at the same cost.
-        difference: held-out loss minus that of uniform sparsity, and its paired standard error.
+        reference: the same for what it is compared with at the same cost, uniform sparsity or chance.
+        difference: held-out loss minus that of the reference, and its paired standard error.
         values: its part of the result.
     """
 
     saved: int
     place: Place | None
-    uniform: Place | None
+    reference: Place | None
     difference: Place | None
     values: Mapping[str, Any]
 
@@ -120,7 +120,7 @@ class FrontData(AllocationData):
         """The front, the dearest first; empty before the run is finished."""
         found = []
         for values in self.result["front"] if self.result is not None else ():
-            beside = values["uniform"]
+            beside = values[self.config.target.reference]
             here = self.saved(values["cost"])
             difference = None if beside is None else beside["member_minus_this"]
             found.append(
@@ -136,9 +136,9 @@ class FrontData(AllocationData):
 
     @cached_property
     def allocators(self) -> list[tuple[str, Place]]:
-        """What allocators ask for beside uniform sparsity, by name, on held-out text, once for every budget."""
+        """What allocators ask for beside the reference, by name, on held-out text, once for every budget."""
         rows = self.result["baselines"] if self.result is not None else ()
-        places = ((row["name"], self._place(row)) for row in rows if row["name"] != "uniform")
+        places = ((row["name"], self._place(row)) for row in rows if row["name"] != self.config.target.reference)
         return [(name, place) for name, place in places if place is not None]
 
     @cached_property

@@ -72,7 +72,8 @@ def verdict(data: FrontData) -> str:
     above = [place for place in differences if place.value > place.error]
     least = min(differences, key=lambda place: place.value)
     found = (
-        f"{len(below)} of {len(differences)} members of the front have a held-out loss below that of uniform sparsity"
+        f"{len(below)} of {len(differences)} members of the front have a held-out loss below that of "
+        f"{beside(data.config.target.drop_only)}"
     )
     found += f" at the same cost{f', {len(above)} above' if above else ''} (by more than a standard error)"
     if least.value < 0:

@@ -108,7 +108,10 @@ class LadderSpace:
             options = [gene.nearest(count) for gene, count in zip(self.genes, weights, strict=True)]
             if (settled := self._settled(options, rng, most=MANY_MOVES * len(self.genes))) is not None:
                 return settled
-        raise InvalidInput(
+        raise self._unreachable()
+
+    def _unreachable(self) -> InvalidInput:
+        return InvalidInput(
             f"the steps of {len(self.genes)} genes do not add up to {self.budget:,} weights, to within "
             f"{self.tolerance:,}: choose another sparsity or a finer granularity"
         )

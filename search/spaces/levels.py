@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Sequence
 from typing import Literal
 
+from evoprune.metrics.column_steps import nearest_moves
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.ranks import GONE
 from evoprune.metrics.records import LEVELS, Site, is_attention, removed_count
@@ -19,6 +21,9 @@ SPANS = (1, 2, 4, 8, 16, 32, 64)
 
 DROP_SHARE = 0.2
 """Of mutations where matrices have levels and parts can be dropped too."""
+
+# What is asked of two parts is the same if it differs by less: it comes from sums of floats.
+_NOISE_DECIMALS = 9
 
 
 class LevelSpace(LadderSpace):
@@ -34,6 +39,7 @@ class LevelSpace(LadderSpace):
 
     Attributes:
         sites: the matrices.
+        only: levels are all or nothing.
         spans: how many options a gene may sensibly move at once.
 
     Raises:
@@ -53,6 +59,7 @@ class LevelSpace(LadderSpace):
         if only and drop == "none":
             raise InvalidInput("nothing may be dropped, and nothing else may be done: say what may be dropped")
         self.sites = tuple(sites)
+        self.only = only
         self.sparsity = sparsity
         parts = _grouped(self.sites, drop) if drop != "none" else {}
         groups = parts if only else _grouped(self.sites, granularity)
@@ -90,19 +97,63 @@ class LevelSpace(LadderSpace):
         """The level of every gene, which all of its matrices have."""
         return [self._levels[option] for option in genome]
 
+    def even(self, sparsity: float, rng: random.Random) -> list[float]:
+        """Sparsities, for `near`, that allocations are compared with: the same everywhere, or chance among parts."""
+        found = [sparsity] * len(self.sites)
+        if self.only:
+            for members in self._members:
+                share = rng.random()
+                for at in members:
+                    found[at] = share
+        return found
+
     def near(self, sparsities: Sequence[float], rng: random.Random) -> Genome:
         """A genome near to these sparsities that meets the budget.
 
+        Where levels are all or nothing, the parts that are asked for most go first, the earlier of equals, until the
+        budget is met; where parts in this order miss it, they are exchanged, the fewest weights that bring it nearest.
+
         Args:
-            sparsities: of every matrix, in model order; matrices that share a level get their mean, by weights.
+            sparsities: of every matrix, in model order; matrices that share a level get their mean, by weights. Any
+                numbers, where they only rank.
+            rng: decides what is moved to meet the budget; nothing, where sparsities rank.
 
         Raises:
-            InvalidInput: see `nearest`.
+            InvalidInput: see `nearest`; or all parts are asked for alike, which does not say what goes.
         """
         if len(sparsities) != len(self.sites):
             raise InvalidInput(f"{len(sparsities)} sparsities for {len(self.sites)} matrices")
         removed = [sparsity * site.weights for sparsity, site in zip(sparsities, self.sites, strict=True)]
-        return self.nearest([sum(removed[at] for at in members) for members in self._members], rng)
+        wanted = [math.fsum(removed[at] for at in members) for members in self._members]
+        return self._ranked(wanted) if self.only else self.nearest(wanted, rng)
+
+    def _ranked(self, wanted: Sequence[float]) -> Genome:
+        """Parts dropped in the order of what is asked of them; arguments as in `nearest`."""
+        sizes = [gene.removed[-1] for gene in self.genes]
+        shares = [round(weights / size, _NOISE_DECIMALS) for weights, size in zip(wanted, sizes, strict=True)]
+        if len(set(shares)) == 1:
+            raise InvalidInput(f"the same is asked of all {len(sizes)} parts: that does not say which of them go")
+        order = sorted(range(len(sizes)), key=lambda at: -shares[at])
+        left, count = self.budget, 0
+        while count < len(order) and sizes[order[count]] <= left:
+            left -= sizes[order[count]]
+            count += 1
+        going, staying = order[:count], order[count:]
+        if abs(left) > self.tolerance:
+            rooms = {
+                size: (sum(sizes[at] == size for at in going), sum(sizes[at] == size for at in staying))
+                for size in sizes
+            }
+            for size, moves in nearest_moves(left, rooms).items():
+                left -= moves * size
+                if moves > 0:
+                    going += [at for at in staying if sizes[at] == size][:moves]
+                else:
+                    back = [at for at in going if sizes[at] == size][moves:]
+                    going = [at for at in going if at not in back]
+        if abs(left) > self.tolerance:
+            raise self._unreachable()
+        return tuple(int(at in going) for at in range(len(sizes)))
 
     def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
         if self._parts and rng.random() < DROP_SHARE:
@@ -123,6 +174,11 @@ class LevelSpace(LadderSpace):
             options[at] = gene.nearest(mean * gene.removed[-1]) if gone else len(gene.removed) - 1
         settled = self._settled(options, rng, most=MANY_MOVES * len(self.genes), never=part)
         return None if settled == genome else settled
+
+
+def reference_name(only: bool) -> str:
+    """What the sparsities of `LevelSpace.even` are called."""
+    return "random" if only else "uniform"
 
 
 def spread_levels(sparsities: tuple[float, float], count: int) -> tuple[int, ...]:

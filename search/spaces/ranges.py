@@ -46,7 +46,6 @@ class RangeSpace(LevelSpace):
         only: bool = False,
         stored: Sequence[int] | None = None,
     ) -> None:
-        self._only = only
         self._fixed = LevelSpace(sites, sparsities[1], granularity, drop, only=only, stored=stored)
         super().__init__(sites, sum(sparsities) / 2, granularity, drop, only=only, stored=stored)
         self.weights = sum(site.weights for site in self.sites)
@@ -96,7 +95,10 @@ class RangeSpace(LevelSpace):
         levels = self.levels(genome)
         asked = [level / LEVELS for level in levels]
         try:
-            if not self._only:
+            if self.only:
+                chance = self.even(sparsity, rng)
+                asked = [gone + share for gone, share in zip(asked, chance, strict=True)]
+            else:
                 there = [at for at, level in enumerate(levels) if level != GONE]
                 sites = [self.sites[at] for at in there]
                 weights = sum(site.weights for site in sites)

@@ -116,6 +116,18 @@ def test_evopress_text(run: Run, tiny: Path, place: Path, refused: Callable[...,
     assert done.json["allocation"] == {"allocator": "evopress", "parameters": {"step": 1}, "sparsity": 0.6}
 
 
+def test_evopress_depth_lines(run: Run, tiny: Path, place: Path, refused: Callable[..., str]) -> None:
+    (place / "depth.txt").write_text("none\nattn\n")
+    words = (tiny, "--allocation", "depth.txt")
+    assert "no levels: leave out the step" in refused(*words, "--allocation-set", "step=1")
+    done = run("prune", *words, "--out", "out", *SHORT, "--json")
+    assert done.code == 0, done.err
+    gone = {layer["name"]: layer["sparsity"] for layer in done.json["layers"] if layer["sparsity"]}
+    assert gone == {f"model.layers.1.self_attn.{kind}_proj": 1.0 for kind in "qkvo"}
+    (place / "depth.txt").write_text("none\nattn\nmlp\n")
+    assert "3 depth lines, and this one has 2 blocks" in refused(*words)
+
+
 def test_wrong_input(run: Run, tiny: Path, place: Path, refused: Callable[..., str]) -> None:
     write_allocation(evoprune.allocate(str(tiny), "er", 0.6), place / "a.json")
     assert run("prune", tiny, "--out", "fits", "--allocation", "a.json", "--sparsity", 0.6, *SHORT).code == 0

@@ -251,7 +251,12 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
 def test_the_defaults_in_the_help_are_true(run: Run) -> None:
     text = " ".join(run("search", "allocation", "--help").out.replace("│", " ").split())
     plain = AllocationSearchConfig()
-    assert "[default: 0.6]" in text and plain.target.sparsity == 0.6
+    assert "[default: 0.6; with --pareto the middle of the range]" in text and plain.target.sparsity == 0.6
+    assert "[default: 0.4 0.7; with --drop-only 0.1 0.5]" in text
+    front = ("search", "allocation", "--pareto", "parameters", "--dry-run", "--json")
+    for words, ends, middle in (((), [0.4, 0.7], 0.55), (("--drop", "parts", "--drop-only"), [0.1, 0.5], 0.3)):
+        target = run(*front, *words).json["target"]
+        assert (target["sparsity_range"], target["sparsity"]) == (ends, middle)
     for name in ("evaluations", "population", "metric", "compressor", "granularity", "drop", "searcher", "seed",
                  "window", "threads", "dtype", "device", "calibration_sequences", "calibration_window"):  # fmt: skip
         value: Any = plain

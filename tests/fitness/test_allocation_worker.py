@@ -87,7 +87,9 @@ class Tried:
 
     def allocate(self, allocator: str, target: float = 0.5) -> list[float]:
         named = {name: self.named[name] for name in ("prepared", "criterion")}
-        return self.worker.handle("allocate", {**named, "allocator": allocator, "target": target})["sparsities"]
+        return self.worker.handle("allocate", {**named, "allocator": allocator, "target": target, "repaired": True})[
+            "sparsities"
+        ]
 
     def is_dense(self) -> bool:
         sites = zip(self.worker.language_model.sites, self.dense, strict=True)

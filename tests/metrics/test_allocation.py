@@ -18,6 +18,7 @@ from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of,
 from evoprune.metrics.allocation_file import from_json, read_allocation, to_json, write_allocation
 from evoprune.metrics.column_steps import nearest_moves
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.evopress import to_evopress
 from evoprune.metrics.records import Site, removed_count
 
 # Shapes of one block of Llama-3-8B and of one of GPT-2, as (out, in).
@@ -193,19 +194,72 @@ def test_evopress_there_and_back(allocation: Allocation, tmp_path: Path) -> None
     assert abs(hand.removed - hand.weights // 2) < 768
 
 
+def two_kinds() -> list[Site]:
+    """Three blocks of an attention and an MLP of two matrices each."""
+    shapes = {"attn.q": (8, 10), "attn.o": (10, 8), "mlp.up": (7, 10), "mlp.down": (10, 7)}
+    return [Site(f"h.{block}.{kind}", kind, block, 3, *shape) for block in range(3) for kind, shape in shapes.items()]
+
+
+def given(sites: list[Site], sparsity: float, shares: list[float]) -> Allocation:
+    entries = [
+        SiteSparsity(site.name, (site.out_features, site.in_features), share)
+        for site, share in zip(sites, shares, strict=True)
+    ]
+    return Allocation("M", sparsity, tuple(entries), "hand")
+
+
+def test_evopress_depth_lines_there_and_back(tmp_path: Path) -> None:
+    sites = two_kinds()
+    shares = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    dropped = 160 + 160 + 140
+    path = write_allocation(given(sites, dropped / 900, shares), tmp_path / "allocation.txt")
+    assert path.read_text() == "attn\nnone\nattn+mlp\n"
+    back = read_allocation(path, model="M", sites=sites)
+    assert [site.sparsity for site in back.sites] == shares
+    assert (back.removed, back.sparsity, back.allocator) == (dropped, dropped / 900, "evopress")
+    path.write_text("none\n\n mlp \nnone\n")
+    assert [site.name for site in read_allocation(path, model="M", sites=sites).sites if site.sparsity] == [
+        "h.1.mlp.up", "h.1.mlp.down",
+    ]  # fmt: skip
+    path.write_text("attn+mlp\n" * 3)
+    with pytest.raises(InvalidInput, match="drop every attention and every MLP"):
+        read_allocation(path, model="M", sites=sites)
+    # Half an attention is no depth line, and neither are blocks of two stacks.
+    assert to_evopress(given(sites, 80 / 900, [1.0] + [0.0] * 11)).startswith("h.0.attn.q: ")
+    towers = [*sites, Site("tower.0.attn.q", "attn.q", 3, 4, 10, 10)]
+    assert to_evopress(given(towers, dropped / 1000, [*shares, 0.0])).startswith("h.0.attn.q: ")
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.47, 0.6123])
+def test_evopress_levels_of_matrices_that_are_gone(sparsity: float, tmp_path: Path) -> None:
+    """Parts dropped beside levels of the others: the ones stay ones, and the others what they were."""
+    sites = two_kinds()
+    gone = {"h.1.attn.q", "h.1.attn.o", "h.2.mlp.up", "h.2.mlp.down"}
+    stay = [site for site in sites if site.name not in gone]
+    left = sum(site.weights for site in stay)
+    target = (sparsity * 900 - (900 - left)) / left
+    rest = iter(repair([target + 0.01 * index for index in range(len(stay))], stay, target))
+    ours = given(sites, sparsity, [1.0 if site.name in gone else next(rest) for site in sites])
+    path = write_allocation(ours, tmp_path / "allocation.txt")
+    back = read_allocation(path, model="M", sites=sites, sparsity=sparsity, step=1)
+    assert back.sites == ours.sites
+
+
 @pytest.mark.parametrize(
     ("text", "sparsity", "step", "message"),
     [
         ("m.0: 0\nm.1: 0\nm.2: 0\nm.3: 0", None, 10, "holds neither its budget nor the weights in a level"),
         ("m.0: 0\nm.1: 0\nm.2: 0\nm.3: 0", 0.5, None, "holds neither its budget nor the weights in a level"),
         ("m.0: 0\nm.1: 0\nm.2: 0\nm.3: 0", 0.5, 0, "give a step of at least 1"),
-        ("m.0: 0\nm.1: 9\nm.2: -9\nm.3: 0", 0.5, 100_000, "level 9 of m.1 is a sparsity of 2.026, outside [0, 1)"),
+        ("m.0: 0\nm.1: 9\nm.2: -9\nm.3: 0", 0.5, 100_000, "level 9 of m.1 is a sparsity of 2.026, outside [0, 1]"),
         ("m.0: 4\nm.1: 0\nm.2: 0\nm.3: 0", 0.5, 100_000, "not the budget of 0.5: give --sparsity 0.55"),
         ("m.0: 0\nm.1: 0\nm.2: 0", 0.5, 10, "gives m.3 no sparsity"),
         ("m.0: 0\nm.1: 0\nm.2: 0\nm.3: 0\nm.4: 0", 0.5, 10, "there is no m.4 here"),
         ("m.0: 0\nm.0: 0", 0.5, 10, "line 2 names m.0 again"),
         ("m.0: 0.5", 0.5, 10, "line 1 is 'm.0: 0.5'"),
-        ("attn+mlp\nnone", 0.5, 10, "line 1 is 'attn+mlp'"),
+        ("attn+mlp\nm.0: 0", 0.5, 10, "line 1 is 'attn+mlp'"),
+        ("attn+mlp\nnone", 0.5, 10, "depth lines have no levels: leave out the step"),
+        ("attn+mlp\nnone\nmlp", None, None, "3 depth lines, and this one has 4 blocks"),
         ("", 0.5, 10, "holds no allocation"),
     ],
 )

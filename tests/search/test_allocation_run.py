@@ -352,6 +352,13 @@ def test_the_exported_winner_prunes_to_the_winner(
         calibration_window=32,
     )
     assert pruned.removed == best["removed"]
+    # EvoPress's text says the same; what only drops needs no budget and no step.
+    budget = {} if options.get("target.drop_only") else {"sparsity": 0.5, "step": 1}
+    model: dict[str, Any] = {"model": "LlamaForCausalLM", "sites": [bound.site for bound in dense.sites]}
+    text_form = read_allocation(run.path / "export" / "allocation.txt", **model, **budget)
+    assert [site.removed for site in text_form.sites] == [
+        site.removed for site in read_allocation(run.path / "export" / "allocation.json").sites
+    ]
     ranks = ranks_of(run, world / "cache", canonical_json(criterion_json(metric, load_metric(metric))))
     for bound in pruned.language_model.sites:
         level = best["allocation"][bound.site.name] * 256

@@ -26,7 +26,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_no_operator_leaves_the_range_or_stays_at_a_budget(options: dict[str, Any]) -> None:
     space = RangeSpace(SITES, (0.25, 0.75), **options)
     rng = random.Random(0)
-    genome = space.near_budget([0.5] * len(SITES), 0.5, rng)
+    genome = space.near_budget(space.even(0.5, rng), 0.5, rng)
     other, reached = genome, []
     for _ in range(1500):
         made = space.switched(genome, rng, SPANS)

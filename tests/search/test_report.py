@@ -19,6 +19,7 @@ from evoprune.metrics.emit import latex
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.expression import Expression, call, parse, terminal
 from evoprune.metrics.operators import OPERATORS
+from evoprune.metrics.records import split_site
 from evoprune.metrics.terminals import TERMINALS
 from evoprune.search.config import MetricSearchConfig, validated
 from evoprune.search.report import write_report
@@ -35,7 +36,6 @@ from evoprune.search.report.run_data import Contender
 from evoprune.search.report.tree import tree_svg
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import start_search
-from evoprune.search.site_names import split_site
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.html_page import Page
