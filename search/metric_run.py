@@ -121,7 +121,7 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
                 losses = [loss for outcome in measured for loss in outcome.values["nll"]]
                 compared.append(Finalist(member, losses))
         allocation = None if self.context.allocation is None else from_json(self.context.allocation)
-        return MetricComparison(self.config, self.identity, prepared.name, search, compared, allocation)
+        return MetricComparison(self.config, self.identity, prepared, search, compared, allocation)
 
     def _final(self, prepared: Summary, member: Candidate, windows: tuple[int, int]) -> Job:
         """Losses of a finalist on some windows of text B."""
