@@ -399,6 +399,8 @@ def test_places_that_cannot_be_written(refused: Callable[..., str], tiny: Path, 
     (place / "file").write_text("mine")
     assert "cannot write file/out" in refused("prune", tiny, "--out", "file/out")
     assert "cannot write file" in refused("prune", tiny, "--out", "file")
+    for here in (".", "../work", Path.cwd()):
+        assert "is the current folder" in refused("prune", tiny, "--out", here)
     assert "cannot write file/run" in refused("search", "metric", tiny, "--run-dir", "file/run")
 
 
