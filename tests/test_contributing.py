@@ -20,6 +20,7 @@ from evoprune.metrics.emit_formula import latex, to_text
 from evoprune.metrics.expression import parse
 from evoprune.metrics.operators import OPERATORS
 from evoprune.search.breeders import BREEDERS
+from evoprune.search.racing import RACING_RULES
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces import SPACES
 
@@ -102,7 +103,8 @@ def installed(tmp_path: Path) -> Path:
 
 def test_the_groups_named_are_those_that_are_read() -> None:
     section = TEXT.partition("## From your own package")[2].partition("```")[0]
-    registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, ADAPTERS, MULTIMODAL, OBJECTIVES, SEARCHERS, BREEDERS)
+    registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, ADAPTERS, MULTIMODAL, OBJECTIVES)
+    registries += (RACING_RULES, SEARCHERS, BREEDERS)
     assert set(re.findall(r"`(evoprune\.\w+)`", section)) == {registry.group for registry in registries}
     assert SPACES.group is None
 

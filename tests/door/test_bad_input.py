@@ -379,6 +379,7 @@ def test_numbers_that_cannot_be(refused: Callable[..., str], tiny: Path, small: 
 def test_options_of_a_search(refused: Callable[..., str], tiny: Path, place: Path) -> None:
     search = ("search", "metric", tiny)
     assert "no searcher 'evolutoin'; did you mean 'evolution'" in refused(*search, "--searcher", "evolutoin")
+    assert "no racing rule 'halfing'; did you mean 'halving'" in refused(*search, "--set", "racing.rule=halfing")
     assert "no objective 'kll'" in refused(*search, "--objective", "kll")
     assert "searcher.popluation: no such option" in refused(*search, "--set", "searcher.popluation=8")
     assert "is not of the form key.sub=value" in refused(*search, "--set", "searcher")

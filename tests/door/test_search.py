@@ -16,8 +16,10 @@ from evoprune.configuration import KEYS, metric_config
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.exported import load_metric
+from evoprune.metrics.registry import Registry
 from evoprune.search.breeders import BREEDERS
 from evoprune.search.config import MetricSearchConfig
+from evoprune.search.racing import RACING_RULES
 from evoprune.search.searchers import SEARCHERS
 from tests.door.conftest import Run
 
@@ -103,34 +105,36 @@ PLUGIN = """
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.objectives.perplexity import NegativeLogLikelihood
 from evoprune.search.breeders import BREEDERS
+from evoprune.search.racing import RACING_RULES
+from evoprune.search.racing.halving import SuccessiveHalving
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.searchers.random_search import RandomSearch
 
 OBJECTIVES.add("mine", NegativeLogLikelihood())
+RACING_RULES.add("mine", SuccessiveHalving)
 SEARCHERS.add("mine", RandomSearch)
 BREEDERS.add("mine", BREEDERS["random"])
 """
 
 
 @pytest.mark.usefixtures("without_report")
-def test_another_package_adds_an_objective_and_searchers(
+def test_another_package_adds_what_options_name(
     run: Run, tiny: Path, small: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    registries: tuple[Registry[Any], ...] = (OBJECTIVES, RACING_RULES, SEARCHERS, BREEDERS)
     packages = tmp_path / "packages"
     (info := packages / "mine-1.0.dist-info").mkdir(parents=True)
     (packages / "mine.py").write_text(PLUGIN)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "".join(f"[{registry.group}]\nmine = mine\n" for registry in (OBJECTIVES, SEARCHERS, BREEDERS))
-    )
+    (info / "entry_points.txt").write_text("".join(f"[{registry.group}]\nmine = mine\n" for registry in registries))
     monkeypatch.syspath_prepend(packages)
-    for registry in (OBJECTIVES, SEARCHERS, BREEDERS):
+    for registry in registries:
         assert len(registry) > 0
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
         monkeypatch.setattr(registry, "_loaded", False)
     done = run(
         "search", "metric", tiny, "--config", small, "--executor", "inline", "--run-dir", "run",
-        "--objective", "mine", "--searcher", "mine", "--evaluations", 10,
+        "--objective", "mine", "--searcher", "mine", "--set", "racing.rule=mine", "--evaluations", 10,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert json.loads((place / "run" / "result.json").read_text())["objective"] == "mine"
