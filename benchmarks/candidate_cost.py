@@ -13,6 +13,7 @@ import torch
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.samples import n_tokens
 from evoprune.metrics.criterion import Metric
+from evoprune.metrics.mask import MAX_TIED_ROWS
 from figure import Figure
 from shared import reference_worker
 
@@ -35,7 +36,7 @@ def measure() -> Figure:
         middle = time.perf_counter()
         # Another exponent each turn: a new candidate, not a remembered one.
         metric = Metric.from_text(f"mul(abs(W),mul(powc(X_l2,{0.7 + turn / 50}),powc(G_l2,{0.3 + turn / 50})))")
-        evaluator.evaluate(metric, kl, (WINDOWS,), ())
+        evaluator.evaluate(metric, kl, (WINDOWS,), (), MAX_TIED_ROWS)
         if turn:
             plain.append(middle - began)
             candidate.append(time.perf_counter() - middle)

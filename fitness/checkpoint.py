@@ -101,7 +101,7 @@ def check_out_dir(out_dir: Path | str) -> Path:
     """The absolute path of a folder that a checkpoint may be written to; worth asking before long work.
 
     Raises:
-        InvalidInput: it is a file, or holds something else than an evoprune checkpoint.
+        InvalidInput: it is a file, holds something else than an evoprune checkpoint, or is the current folder.
     """
     try:
         out = user_path(out_dir).resolve()
@@ -109,6 +109,9 @@ def check_out_dir(out_dir: Path | str) -> Path:
         raise InvalidInput(f"cannot write {out_dir}: {one_line(error)}") from None
     if out.exists() and not out.is_dir():
         raise InvalidInput(f"{out_dir} is a file: give a new or empty folder for the checkpoint")
+    if out.is_dir() and out.samefile("."):
+        # The rename would leave whoever stands in it in a folder that is no more.
+        raise InvalidInput(f"{out_dir} is the current folder, which would be replaced: give a new one, such as pruned")
     with disk_errors(out):
         if out.is_dir() and any(out.iterdir()) and not _is_checkpoint(out):
             raise InvalidInput(f"{out_dir} holds other files: give a new or empty folder for the checkpoint")

@@ -106,6 +106,22 @@ def run_passes(
     return leaders
 
 
+def gradient_sum_bytes(names: Iterable[str], prunable: int, weight_bytes: int) -> int:
+    """About how much the sums of a gradient pass take, while it lasts, in bytes.
+
+    Args:
+        names: statistics that are collected.
+        prunable: weights that may be pruned.
+        weight_bytes: of the whole model.
+    """
+    gradients = (frozenset(names) & GRADIENT_NAMES, frozenset(names) & REGIONAL_NAMES)
+    return min(4 * prunable * max(map(len, gradients)), _sum_room(weight_bytes))
+
+
+def _sum_room(weight_bytes: int) -> int:
+    return max(SUM_BYTES, weight_bytes)
+
+
 def _forward_sums(
     language_model: LanguageModel, sites: list[SiteModule], names: frozenset[str], settings: PassSettings
 ) -> ForwardSums:
@@ -139,7 +155,7 @@ def _gradients(
 
 def _plan(language_model: LanguageModel, stored: frozenset[str]) -> list[tuple[frozenset[str], range]]:
     """The passes to make: what each collects, and for which decoder blocks."""
-    room = max(SUM_BYTES, _weight_bytes(language_model))
+    room = _sum_room(_weight_bytes(language_model))
     n_blocks = len(language_model.blocks())
     plan = []
     for names in (stored - GRADIENT_NAMES - REGIONAL_NAMES, stored & GRADIENT_NAMES, stored & REGIONAL_NAMES):

@@ -21,8 +21,9 @@ from evoprune.metrics.records import MaskRule
 
 __all__ = ["MetricExport", "latex", "to_text"]
 
-# What the header of a .py says of the provenance, if the record has it; all of it is in the .json.
+# What the header of a .py says of the provenance and of the results, if the record has it; all is in the .json.
 _HEADER_NOTES = ("model", "fitness", "statistics", "seed", "run")
+_HEADER_RESULTS = ("heldout_perplexity",)
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,13 @@ class MetricExport:
     def python_text(self) -> str:
         """``metric.py``: needs nothing but torch; run as a script it tests itself."""
         notes = {name: self.provenance[name] for name in _HEADER_NOTES if name in self.provenance}
+        notes |= {name: self.results[name] for name in _HEADER_RESULTS if name in self.results}
         return python_source(
             self.metric,
             self.rule,
             self.selftest,
             title=self.title,
-            notes={**notes, **self.results, **({"source": self.metric.source} if self.metric.source else {})},
+            notes={**notes, **({"source": self.metric.source} if self.metric.source else {})},
             json_hash=self.document["sha256"],
         )
 

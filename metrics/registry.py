@@ -19,13 +19,16 @@ class Registry(Generic[T]):
     Args:
         kind: what the plug-ins are called in messages, in the singular.
         package: the package whose modules register the built-in plug-ins when imported.
+        extensible: whether other distributions may add to it.
 
-    A distribution adds its own through the entry-point group ``evoprune.<package's last name>``: each entry point
-    names a module, or anything else whose import registers the plug-in.
+    Attributes:
+        group: the entry-point group through which a distribution adds its own, ``evoprune.<package's last name>``: each
+            entry point names a module, or anything else whose import registers the plug-in. None if none may.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, *, extensible: bool = True) -> None:
         self.kind = kind
+        self.group = f"evoprune.{package.rpartition('.')[2]}" if extensible else None
         self._package = package
         self._entries: dict[str, T] = {}
         self._loaded = False
@@ -71,5 +74,5 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._package)
         for module in sorted(pkgutil.iter_modules(package.__path__), key=lambda found: found.name):
             importlib.import_module(f"{self._package}.{module.name}")
-        for point in entry_points(group=f"evoprune.{self._package.rpartition('.')[2]}"):
+        for point in entry_points(group=self.group) if self.group is not None else ():
             point.load()

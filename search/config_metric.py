@@ -92,6 +92,7 @@ class TargetConfig(Section):
 class RacingConfig(Section):
     """More tokens for fewer candidates."""
 
+    rule: str = Field("halving", description="who goes on: a name of `evoprune.search.racing`")
     rungs: tuple[int, ...] = Field((4, 16, 64, 192), description="windows of text B seen up to each rung")
     keep: float = Field(0.25, gt=0, le=1, description="share that goes on to the next rung")
     uniform: float = Field(0.1, ge=0, le=1, description="share that goes on whatever its fitness")

@@ -1,4 +1,4 @@
-"""What a metric search found: winner and baselines on held-out text, and the files that the winner leaves in."""
+"""What a metric search found: winner and baselines on held-out text."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.prepare import Summary
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Metric
-from evoprune.metrics.emit import MetricExport, latex
+from evoprune.metrics.emit import latex
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.expression import Expression
-from evoprune.metrics.files import content_hash
+from evoprune.metrics.files import content_hash, write_atomically
 from evoprune.search.calibration import calibration_facts
 from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.identity import versions
 from evoprune.search.level_result import write_whole
+from evoprune.search.metric_export import readme, winner_export
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -83,7 +84,7 @@ class MetricComparison:
     Args:
         config: of the run.
         identity: hash of everything that an evaluation depends on beside its candidate.
-        prepared: name of the prepared set.
+        prepared: what candidates share.
         search: at its end.
         finalists: one of them wins.
         allocation: what candidates were masked at; None if all matrices had the target's sparsity.
@@ -96,7 +97,7 @@ class MetricComparison:
         self,
         config: MetricSearchConfig,
         identity: str,
-        prepared: str,
+        prepared: Summary,
         search: MetricSearch,
         finalists: Sequence[Finalist],
         allocation: Allocation | None = None,
@@ -122,12 +123,12 @@ class MetricComparison:
     def jobs(self) -> list[Job]:
         """What has to be measured: every entrant on held-out text, then the agreement of masks."""
         jobs = [
-            self._job("heldout", criterion, {"prepared": self._prepared, "criterion": criterion})
+            self._job("heldout", criterion, {"prepared": self._prepared.name, "criterion": criterion})
             for criterion in self._entrants.values()
         ]
         winner = self._entrants["winner"]
         others = {name: {"name": name} for name in _COMPARED_MASKS if name in self._entrants}
-        payload = {"prepared": self._prepared, "criterion": winner, "others": others}
+        payload = {"prepared": self._prepared.name, "criterion": winner, "others": others}
         return [*jobs, self._job("agreement", winner, payload)]
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -202,9 +203,13 @@ class MetricComparison:
         """
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
-        export = winner_export(self._config, run.identity, result, self._best.expression)
+        dtype = str(self._prepared.facts["identity"]["dtype"]).removeprefix("torch.")
+        export = winner_export(
+            self._config, run.identity, result, self._best.expression, dtype=dtype, seconds=run.seconds
+        )
         for suffix in ("json", "py", "tex"):
             export.write(folder / f"metric.{suffix}")
+        write_atomically(folder / "README.md", readme(result, export))
         if self._allocation is not None:
             write_whole(self._allocation, folder / "allocation.json")
         for suffix in ("json", "py"):
@@ -231,44 +236,6 @@ class MetricComparison:
             "heldout": summary(values),
             "winner_minus_this": paired_difference(winner, values),
         }
-
-
-def winner_export(
-    config: MetricSearchConfig, identity: Mapping[str, Any], result: Mapping[str, Any], expression: Expression
-) -> MetricExport:
-    """The winner with all that its files say about it.
-
-    Args:
-        identity: the run's ``run.json``.
-        result: the run's ``result.json``.
-    """
-    best = result["best"]
-    perplexities = {row["name"]: row["heldout"]["perplexity"] for row in result["baselines"]}
-    shown = {"winner": best["heldout"]["perplexity"], "dense": result["dense"]["heldout"]["perplexity"]}
-    shown |= {name: perplexities[name] for name in ("wanda", "power") if name in perplexities}
-    tokens = result["rung_tokens"][len(best["rungs"]) - 1]
-    return MetricExport(
-        Metric(expression, result["group"], f"evoprune run {result['run']}"),
-        rule=config.target.rule,
-        title=f"found by evoprune on {config.model.name} at {result['target']}{_allocated(result)}",
-        provenance={
-            "run": result["run"],
-            "model": config.model.name,
-            "model_fingerprint": identity["model_fingerprint"],
-            "seed": config.seed,
-            "fitness": f"{config.objective} {best['fitness']:.5f} on {tokens} tokens",
-            "evaluations": result["evaluations"],
-            "parents": best["parents"],
-            "versions": versions(),
-        },
-        results={"heldout_perplexity": {name: round(value, 4) for name, value in shown.items()}},
-    )
-
-
-def _allocated(result: Mapping[str, Any]) -> str:
-    """How matrices share the sparsity, where they do not all have it."""
-    allocation = result.get("allocation")
-    return "" if allocation is None else f", allocated by {allocation['allocator']}"
 
 
 def described_allocation(allocation: Allocation) -> dict[str, Any]:

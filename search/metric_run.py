@@ -19,7 +19,7 @@ from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.metric import KIND
 from evoprune.search.metric_result import BASELINES, Finalist, MetricComparison, criterion_json, finalists
 from evoprune.search.metric_search import MetricSearch
-from evoprune.search.racing import SuccessiveHalving
+from evoprune.search.racing import RACING_RULES
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import Plan, SearchRun
 from evoprune.search.searchers import SEARCHERS
@@ -76,7 +76,8 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
         seeds = self._seeds()
         options = config.searcher.model_dump(exclude={"name", "seeds", "simplify"})
         searcher = SEARCHERS[config.searcher.name](space, archive, seeds, **options)
-        racing = SuccessiveHalving(len(config.racing.rungs), config.racing.keep, config.racing.uniform)
+        make_rule = RACING_RULES[config.racing.rule]
+        racing = make_rule(len(config.racing.rungs), config.racing.keep, config.racing.uniform)
         return MetricSearch(
             space,
             searcher,
@@ -121,7 +122,7 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
                 losses = [loss for outcome in measured for loss in outcome.values["nll"]]
                 compared.append(Finalist(member, losses))
         allocation = None if self.context.allocation is None else from_json(self.context.allocation)
-        return MetricComparison(self.config, self.identity, prepared.name, search, compared, allocation)
+        return MetricComparison(self.config, self.identity, prepared, search, compared, allocation)
 
     def _final(self, prepared: Summary, member: Candidate, windows: tuple[int, int]) -> Job:
         """Losses of a finalist on some windows of text B."""

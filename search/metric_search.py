@@ -20,7 +20,7 @@ from evoprune.search.archive import Archive
 from evoprune.search.candidate import Candidate
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.loop import Birth
-from evoprune.search.racing import SuccessiveHalving
+from evoprune.search.racing import RacingRule
 from evoprune.search.searchers import Proposal, Searcher
 from evoprune.search.spaces.symbolic import MetricSpace
 
@@ -56,7 +56,7 @@ class MetricSearch:
         space: MetricSpace,
         searcher: Searcher,
         archive: Archive,
-        racing: SuccessiveHalving,
+        racing: RacingRule,
         probe: Probe,
         rule: MaskRule,
         *,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from evoprune.fitness.prepare import Summary
+from evoprune.fitness.statistics_passes import gradient_sum_bytes
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
@@ -157,7 +158,6 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
     def _announce(self, prepared: Summary, executor: Executor) -> None:
         """What the search will cost, before it starts."""
         facts, config, plan = prepared.facts, self.config, self.plan()
-        memory = facts["model_bytes"] + facts["teacher_bytes"]
         pace = plan.per_candidate * self._seconds_per_token / max(executor.workers, 1)
         if config.evaluations is None:
             cost = f"{config.minutes:g} min: expect {60 * (config.minutes or 0) / pace:,.0f} candidates"
@@ -166,12 +166,30 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             cost = f"{config.evaluations} candidates: expect {config.evaluations * pace / 60:.1f} min{limit}"
         self.progress.line(
             f"{facts['parameters'] / 1e6:.1f} M parameters, {facts['prunable'] / 1e6:.1f} M prunable, "
-            f"target {config.aim}; {executor.workers} workers, "
-            f"{memory / 2**20:.0f} MiB of model and teacher each"
+            f"target {config.aim}; {executor.workers} workers"
         )
         self.progress.line(
             f"{' / '.join(f'{tokens:,}' for tokens in plan.tokens)} tokens by {plan.step}, about "
             f"{plan.per_candidate:,.0f} a candidate; {cost}"
         )
+        self.progress.line(memory_line(facts, self.context.statistics))
         if executor.workers > plan.busy_workers:
             self.progress.line(f"warning: {executor.workers} workers and {plan.crowded(executor.workers)}")
+
+
+def memory_line(facts: Mapping[str, Any], statistics: Iterable[str]) -> str:
+    """What workers hold: each its own, all of a machine together, and one of them while it collects gradients.
+
+    Args:
+        facts: of the prepared set.
+        statistics: that candidates read.
+    """
+    own = facts["model_bytes"] + facts["teacher_bytes"]
+    gradients = gradient_sum_bytes(statistics, facts["prunable"], facts["model_bytes"])
+    once = f"; collecting gradients takes one of them {_mib(gradients)} more" if gradients else ""
+    shared = _mib(facts["statistics_bytes"])
+    return f"memory: {_mib(own)} of model and teacher in each worker, {shared} of statistics shared on a machine{once}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

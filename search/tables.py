@@ -95,6 +95,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "formula": Text(to_text(parse(best["expression"]))),
             "fitness": f"{best['fitness']:.5f} ({result['objective']} on text B, "
             f"{result['rung_tokens'][len(best['rungs']) - 1]:,} tokens), complexity {best['complexity']}",
+            **_power(result),
             **_finals(result),
             "search": f"{result['evaluations']} evaluations of {result['births']} births, "
             f"{result['distinct']} different rankings, seed {result['seed']}",
@@ -104,6 +105,12 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         }
     )
     return [Padding(heldout_table(result), (1, 0, 1, 0)), winner, Text(), *_ways_on(result, run)]
+
+
+def _power(result: Mapping[str, Any]) -> dict[str, str]:
+    """The power product of the table, which has no name that `prune --metric` knows, unless it is the winner."""
+    power = next((row["expression"] for row in result["baselines"] if row["name"] == "power"), None)
+    return {} if power in (None, result["best"]["expression"]) else {"power": power}
 
 
 def _finals(result: Mapping[str, Any]) -> dict[str, str]:

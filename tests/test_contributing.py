@@ -11,12 +11,18 @@ from pathlib import Path
 import pytest
 
 from evoprune.fitness.adapters import ADAPTERS
+from evoprune.fitness.adapters.multimodal import MULTIMODAL
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit_formula import latex, to_text
 from evoprune.metrics.expression import parse
 from evoprune.metrics.operators import OPERATORS
+from evoprune.search.breeders import BREEDERS
+from evoprune.search.racing import RACING_RULES
+from evoprune.search.searchers import SEARCHERS
+from evoprune.search.spaces import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -93,6 +99,14 @@ def installed(tmp_path: Path) -> Path:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-criteria\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[{group}]\n{entry.replace(chr(34), '')}\n")
     return tmp_path
+
+
+def test_the_groups_named_are_those_that_are_read() -> None:
+    section = TEXT.partition("## From your own package")[2].partition("```")[0]
+    registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, ADAPTERS, MULTIMODAL, OBJECTIVES)
+    registries += (RACING_RULES, SEARCHERS, BREEDERS)
+    assert set(re.findall(r"`(evoprune\.\w+)`", section)) == {registry.group for registry in registries}
+    assert SPACES.group is None
 
 
 def test_another_package_adds_a_criterion(installed: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evoprune.api import allocate, collect_statistics, evaluate, load_model, prune
+    from evoprune.fitness.statistics_import import import_gradients
     from evoprune.metrics.allocation import Allocation
     from evoprune.outcomes import Evaluation, Pruned, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
@@ -37,6 +38,7 @@ _HOMES = {
     "allocate": "evoprune.api",
     "collect_statistics": "evoprune.api",
     "evaluate": "evoprune.api",
+    "import_gradients": "evoprune.fitness.statistics_import",
     "list_runs": "evoprune.runs",
     "load_model": "evoprune.api",
     "load_pipeline": "evoprune.pipelines",
@@ -58,6 +60,7 @@ __all__ = [
     "allocate",
     "collect_statistics",
     "evaluate",
+    "import_gradients",
     "list_runs",
     "load_model",
     "load_pipeline",

@@ -21,9 +21,14 @@ Status = Literal["ok", "absent", "broken"]
 ESSENTIAL = ("torch", "transformers", "safetensors", "deap", "numpy", "sympy", "ray", "optuna")
 # Distribution -> (module, what it is for).
 EXTRAS = {
+    "grpcio": ("grpc", "`--address ray://...`: pip install 'evoprune[cluster]'"),
+    "aiohttp": ("aiohttp", "`ray job submit`: pip install 'evoprune[cluster]'"),
     "optuna-dashboard": ("optuna_dashboard", "`evoprune dashboard`: pip install 'evoprune[dashboard]'"),
     "datasets": ("datasets", "Hub data sets as text: pip install 'evoprune[data]'"),
     "pyarrow": ("pyarrow", "Parquet files as text: pip install 'evoprune[data]'"),
+    "cmaes": ("cmaes", "`search allocation --searcher cmaes`: pip install 'evoprune[samplers]'"),
+    "scipy": ("scipy", "`search allocation --searcher gp`: pip install 'evoprune[samplers]'"),
+    "diffusers": ("diffusers", "diffusion pipelines: pip install 'evoprune[diffusion]'"),
 }
 
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from evoprune import commands_about, commands_model, commands_runs, commands_search
 from evoprune.metrics.errors import EvopruneError, Interrupted
+from evoprune.search.signals import STOPPED, stop_if_insisted
 
 
 class InOrder(TyperGroup):
@@ -43,6 +44,7 @@ commands_model.register(app)
 commands_about.register(app)
 
 BAD_INPUT = 2
+# What typer makes of a KeyboardInterrupt.
 INTERRUPTED = 130
 # What a disk says when it is the user's to mend.
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG)
@@ -77,6 +79,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        KeyboardInterrupt: a signal came, and something made an error of its own of it.
     """
     given = list(sys.argv[1:] if words is None else words)
     debug = "--debug" in given
@@ -86,12 +91,16 @@ def main(words: Sequence[str] | None = None) -> int:
             [word for word in given if word != "--debug"], prog_name="evoprune", standalone_mode=False
         )
         sys.stdout.flush()
+        if returned == INTERRUPTED:
+            raise Interrupted(STOPPED)
         return returned if isinstance(returned, int) else 0
     except BrokenPipeError:
         # Who read our output has had enough; Python would complain about it once more on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        if not isinstance(error, Interrupted):
+            stop_if_insisted()
         if debug:
             traceback.print_exc()
         message, code = explain(error)

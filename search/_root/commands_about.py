@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -35,8 +36,24 @@ def list_kind(
             from evoprune.search.tables import criteria_table, plain_table
 
             output.show(criteria_table(rows) if kind == "criteria" else plain_table(rows))
+            if kind == "criteria":
+                output.tell(_seeding(rows))
         else:
             output.tell(f"no {kind} yet: they land with the searches that use them")
+
+
+def _seeding(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which criteria a search does not start from, and how to have them."""
+    from evoprune.search.config_metric import MetricSearchConfig
+
+    readable = MetricSearchConfig().terminals
+    left_out = [row for row in rows if row["expression"] is not None and not readable.issuperset(row["needs"])]
+    names = ", ".join(row["name"] for row in left_out)
+    wanted = ",".join(sorted({need for row in left_out for need in row["needs"]}))
+    return (
+        f"`evoprune search metric` starts from all of these that are formulas but {names}: candidates may not read "
+        f"their statistics unless told so, as by --set 'statistics=[{wanted}]'"
+    )
 
 
 def doctor(as_json: Json = False) -> None:

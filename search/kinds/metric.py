@@ -134,9 +134,10 @@ class MetricKind:
         from evoprune.fitness.objectives import OBJECTIVES
         from evoprune.metrics.criterion import CRITERIA
         from evoprune.search.metric_run import seeds_from
+        from evoprune.search.racing import RACING_RULES
         from evoprune.search.searchers import SEARCHERS
 
-        _ = SEARCHERS[config.searcher.name], OBJECTIVES[config.objective]
+        _ = SEARCHERS[config.searcher.name], OBJECTIVES[config.objective], RACING_RULES[config.racing.rule]
         for name in config.searcher.seeds or ():
             _ = CRITERIA[name]
         seeds_from(config.seed_from)

@@ -26,4 +26,5 @@ class SearchSpace(Protocol, Generic[G]):
         """Equal for genomes that are known to be equivalent without evaluating them."""
 
 
-SPACES: Registry[type] = Registry("space", "evoprune.search.spaces")
+# Each search has its own space, and no option chooses another.
+SPACES: Registry[type] = Registry("space", "evoprune.search.spaces", extensible=False)

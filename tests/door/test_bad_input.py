@@ -21,6 +21,7 @@ from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
 from tests.door.conftest import Run, tree
 from tests.models import save_tiny
+from tests.resealed import rehashed, resealed
 
 HOSTILE = (
     "__import__('os').system('touch hacked')",
@@ -224,10 +225,29 @@ def test_huge_and_deep_expressions(refused: Callable[..., str], tiny: Path, plac
 def test_text_that_would_be_code(text: str, refused: Callable[..., str], tiny: Path, place: Path) -> None:
     prune = ("prune", tiny, "--out", "out", "--metric")
     refused(*prune, text)
-    (place / "bad.py").write_text(f"FORMAT = 'evoprune-metric/1'\nFORMULA = {text!r}\nGROUP = 'row'\n{text}\n")
-    refused(*prune, "bad.py")
-    (place / "bad.json").write_text(json.dumps({"format": "evoprune-metric/1", "dialect": "evoprune", "expr": text}))
-    refused(*prune, "bad.json")
+    # With a seal of its own, a file is refused for what it says and not for having been edited.
+    wanda = CRITERIA["wanda"]
+    assert isinstance(wanda, Metric)
+    export = MetricExport(wanda)
+    formula = f'FORMULA = "{wanda.expression.text}"'
+    assert export.python_text.count(formula) == 1
+    (place / "bad.py").write_text(resealed(export.python_text.replace(formula, f"FORMULA = {text!r}")))
+    (place / "code.py").write_text(resealed(export.python_text.replace(formula, f"FORMULA = {text}")))
+    for name, expr in (("text", text), ("operator", [text, "W"]), ("argument", ["mul", "W", text])):
+        (place / f"{name}.json").write_text(rehashed({**export.document, "expr": expr}))
+    for name in ("bad.py", "code.py", "text.json", "operator.json", "argument.json"):
+        said = refused(*prune, name)
+        assert "was edited" not in said and "not known" not in said and "dialect" not in said
+    assert not (place / "hacked").exists()
+
+
+def test_code_beside_a_formula_never_runs(run: Run, tiny: Path, place: Path) -> None:
+    """Only the formula of a file is read; what else is in it changes nothing."""
+    wanda = CRITERIA["wanda"]
+    assert isinstance(wanda, Metric)
+    code = "".join(f"{text}\n" for text in HOSTILE)
+    (place / "metric.py").write_text(resealed(MetricExport(wanda).python_text + code))
+    assert run("prune", tiny, "--out", "out", "--metric", "metric.py").code == 0
     assert not (place / "hacked").exists()
 
 
@@ -359,6 +379,7 @@ def test_numbers_that_cannot_be(refused: Callable[..., str], tiny: Path, small: 
 def test_options_of_a_search(refused: Callable[..., str], tiny: Path, place: Path) -> None:
     search = ("search", "metric", tiny)
     assert "no searcher 'evolutoin'; did you mean 'evolution'" in refused(*search, "--searcher", "evolutoin")
+    assert "no racing rule 'halfing'; did you mean 'halving'" in refused(*search, "--set", "racing.rule=halfing")
     assert "no objective 'kll'" in refused(*search, "--objective", "kll")
     assert "searcher.popluation: no such option" in refused(*search, "--set", "searcher.popluation=8")
     assert "is not of the form key.sub=value" in refused(*search, "--set", "searcher")
@@ -379,6 +400,8 @@ def test_places_that_cannot_be_written(refused: Callable[..., str], tiny: Path, 
     (place / "file").write_text("mine")
     assert "cannot write file/out" in refused("prune", tiny, "--out", "file/out")
     assert "cannot write file" in refused("prune", tiny, "--out", "file")
+    for here in (".", "../work", Path.cwd()):
+        assert "is the current folder" in refused("prune", tiny, "--out", here)
     assert "cannot write file/run" in refused("search", "metric", tiny, "--run-dir", "file/run")
 
 

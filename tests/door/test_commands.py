@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import typer
 
 import evoprune
+from evoprune.checks import EXTRAS
 from evoprune.cli import ORDER, app, explain, one_line
 from evoprune.console import StepProgress
 from evoprune.listing import rows_of
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput, NoCapacity
 from evoprune.metrics.operators import OPERATORS
+from evoprune.search.config import resolve
 from tests.door.conftest import Run
 
 COMMANDS = [
@@ -137,6 +140,21 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert (broken.code, broken.json["ok"]) == (1, False)
     assert (checks["runs folder"], checks["no-such-extra"]) == ("broken", "absent")
     assert run("doctor").code == 1
+
+
+def test_doctor_looks_for_every_extra() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    named = {extra for _, purpose in EXTRAS.values() for extra in re.findall(r"evoprune\[(\w+)\]", purpose)}
+    assert named == set(re.findall(r"^(\w+) = \[", section, re.MULTILINE)) - {"dev"}
+
+
+def test_criteria_that_a_search_leaves_out_are_told(run: Run) -> None:
+    done = run("list", "criteria")
+    asked = done.err.partition("--set '")[2].partition("'")[0]
+    assert "starts from all of these that are formulas but moe-pruner, sparsegpt-score, wanda++:" in done.err
+    readable = resolve(assignments=[asked]).terminals
+    assert all(readable >= CRITERIA[name].needs for name in ("moe-pruner", "sparsegpt-score", "wanda++"))
 
 
 def test_debug_adds_the_traceback(run: Run) -> None:

@@ -14,6 +14,7 @@ import evoprune
 from evoprune.api import HELD_OUT_TOKENS, TEXT
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.mask import mask
 from evoprune.metrics.records import MaskRule
 from tests.door.conftest import Run
@@ -192,3 +193,21 @@ def test_python(tiny: Path, place: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = evoprune.nothing
     assert {"prune", "search_metric", "__version__"} <= set(dir(evoprune))
+
+
+def test_published_gradients_are_imported(tiny: Path, place: Path) -> None:
+    """By the public name; other files than dictionaries of tensors are refused, and no object in them is made."""
+    model = evoprune.load_model(str(tiny))
+    gradients = {
+        f"{bound.site.kind}_layer_{bound.site.block}": torch.full_like(bound.weight(), 200.0).half()
+        for bound in model.sites
+    }
+    torch.save(gradients, "gradients.pth")
+    found = evoprune.import_gradients(Path("gradients.pth"), model, Path("set"))
+    assert found.names == {"G_l2"}
+    for bound in model.sites:  # both projects multiply by 100
+        torch.testing.assert_close(found.tensor(bound.site.name, "G_l2"), torch.full_like(bound.weight(), 2.0))
+    torch.save({"self_attn.q_proj_layer_0": Path("an object")}, "object.pth")
+    with pytest.raises(InvalidInput, match="no file of gradient tensors"):
+        evoprune.import_gradients(Path("object.pth"), model, Path("other"))
+    assert not Path("other").exists()

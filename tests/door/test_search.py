@@ -15,9 +15,14 @@ import yaml
 
 import evoprune
 from evoprune.configuration import KEYS, metric_config
+from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.exported import load_metric
+from evoprune.metrics.registry import Registry
+from evoprune.search.breeders import BREEDERS
 from evoprune.search.config import MetricSearchConfig
+from evoprune.search.racing import RACING_RULES
+from evoprune.search.searchers import SEARCHERS
 from tests.door.conftest import Run
 
 SHOWN = [
@@ -96,6 +101,54 @@ def test_show_for_people(width: int, run: Run, finished: Path, monkeypatch: pyte
     assert losses == sorted(losses) and len(losses) == 10
     assert "124 predicted tokens of corpus (text C), windows of 32" in " ".join(table.split())
     assert f"evoprune show {finished}" in rest
+
+
+PLUGIN = """
+from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.objectives.perplexity import NegativeLogLikelihood
+from evoprune.search.breeders import BREEDERS
+from evoprune.search.racing import RACING_RULES
+from evoprune.search.racing.halving import SuccessiveHalving
+from evoprune.search.searchers import SEARCHERS
+from evoprune.search.searchers.random_search import RandomSearch
+
+OBJECTIVES.add("mine", NegativeLogLikelihood())
+RACING_RULES.add("mine", SuccessiveHalving)
+SEARCHERS.add("mine", RandomSearch)
+BREEDERS.add("mine", BREEDERS["random"])
+"""
+
+
+@pytest.mark.usefixtures("without_report")
+def test_another_package_adds_what_options_name(
+    run: Run, tiny: Path, small: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registries: tuple[Registry[Any], ...] = (OBJECTIVES, RACING_RULES, SEARCHERS, BREEDERS)
+    packages = tmp_path / "packages"
+    (info := packages / "mine-1.0.dist-info").mkdir(parents=True)
+    (packages / "mine.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("".join(f"[{registry.group}]\nmine = mine\n" for registry in registries))
+    monkeypatch.syspath_prepend(packages)
+    for registry in registries:
+        assert len(registry) > 0
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        monkeypatch.setattr(registry, "_loaded", False)
+    done = run(
+        "search", "metric", tiny, "--config", small, "--executor", "inline", "--run-dir", "run",
+        "--objective", "mine", "--searcher", "mine", "--set", "racing.rule=mine", "--evaluations", 10,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads((place / "run" / "result.json").read_text())["objective"] == "mine"
+    resolved = run("search", "allocation", tiny, "--searcher", "mine", "--dry-run").out
+    assert yaml.safe_load(resolved)["searcher"]["name"] == "mine"
+
+
+def test_show_gives_the_power_product_to_copy(run: Run, finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    (power,) = (row["expression"] for row in result["baselines"] if row["name"] == "power")
+    shown = "".join(run("show", finished).out.split())
+    assert (f"power{power}" in shown) == (power != result["best"]["expression"])
 
 
 def test_export(run: Run, finished: Path, place: Path) -> None:

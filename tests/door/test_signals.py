@@ -1,4 +1,7 @@
-"""Ctrl-C on a real process: the state is saved, the command to go on is printed, and the history ends up the same."""
+"""Signals to real processes: every command ends in one line and exit code 130, and leaves nothing half-written.
+
+Of a search the state is saved, the command to go on is printed, and the history ends up the same.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.signals import STOPPED
+from tests.door.conftest import tree
 
 EVALUATIONS = 60
 PATIENCE = 600.0
@@ -89,3 +94,70 @@ def test_stopped_and_continued(
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
     assert (place / "stopped" / "history.jsonl").read_bytes() == undisturbed(whole, tiny, small, place)
+
+
+# A process that says when it has got to a certain place, and stays there.
+AT = """
+import os, sys, time
+def reached(*_, **__):
+    os.write(1, b"here\\n")  # past what leads stdout elsewhere
+    time.sleep(600)
+{patch}
+sys.argv[1:] = {words!r}
+from evoprune.__main__ import main
+sys.exit(main())
+"""
+IMPORTS = "from importlib.abc import MetaPathFinder\n" + (
+    "class Finder(MetaPathFinder):\n"
+    "    def find_spec(self, name, path, target=None):\n"
+    "        if name == 'typer': reached()\n"
+    "sys.meta_path.insert(0, Finder())"
+)
+READS = "import evoprune.api; evoprune.api.load_metric = evoprune.api.loaded = reached"
+COLLECTS = "import evoprune.fitness.statistics_store as store; store._save = reached"
+WRITES = "import evoprune.fitness.checkpoint as checkpoint; checkpoint._check_reload = reached"
+# What becomes an error of something else on its way.
+FAILS = """
+import evoprune.api
+def failing(*_, **__):
+    try:
+        reached()
+    except KeyboardInterrupt:
+        raise RuntimeError("odd") from None
+evoprune.api.loaded = failing
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "patch"),
+    [
+        (signal.SIGINT, ["list", "criteria"], IMPORTS),
+        (signal.SIGTERM, ["eval"], READS),
+        (signal.SIGINT, ["eval"], FAILS),
+        (signal.SIGINT, ["stats", "--statistics", "X_l2", "--calibration-window", "32"], COLLECTS),
+        (signal.SIGTERM, ["prune", "--metric", "magnitude", "--out", "out"], WRITES),
+    ],
+    ids=["imports", "eval", "an error in its place", "stats", "prune"],
+)
+def test_a_command_ends_at_once(
+    number: signal.Signals, words: list[str], patch: str, tiny: Path, story: Path, place: Path, tmp_path: Path
+) -> None:
+    command, *options = words
+    if command != "list":
+        options.insert(0, str(tiny))
+    if command == "stats":
+        options += ["--calibration", str(story)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT.format(patch=patch, words=[command, *options])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "EVOPRUNE_CACHE": str(tmp_path / "cache")},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n", process.communicate()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (130, f"interrupted: {STOPPED}\n")
+    assert tree(place) == set()
+    assert not [path for path in tree(tmp_path / "cache") if path.split("/")[-1].startswith(".")]

@@ -218,7 +218,12 @@ def test_shared_subexpressions_are_computed_once(tmp_path: Path) -> None:
 def test_the_header_cannot_break_out(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     attack = f'"""\nopen({str(canary)!r}, "w")\n"""\\'
-    export = MetricExport(METRICS["wanda"], title=attack, provenance={"model": attack, "seed": 3}, results={attack: 1})
+    export = MetricExport(
+        METRICS["wanda"],
+        title=attack,
+        provenance={"model": attack, "seed": 3},
+        results={"heldout_perplexity": {attack: 1}},
+    )
     export.write(tmp_path / "metric.py")
     assert runpy.run_path(str(tmp_path / "metric.py"))["_selftest"]()
     assert not canary.exists()

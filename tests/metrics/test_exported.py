@@ -12,12 +12,11 @@ import torch
 
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
-from evoprune.metrics.emit_python import seal
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import MAX_BYTES, load_metric
-from evoprune.metrics.files import content_hash
 from evoprune.metrics.pruner_zero import PrunerZeroMetric
 from evoprune.metrics.records import Site
+from tests.resealed import rehashed, resealed
 
 TUNED = Metric.from_text("mul(abs(W),mul(powc(X_l2,0.75),powc(G_l2,2/3)))", "layer", source="a search")
 
@@ -30,18 +29,6 @@ def refused(reference: str | Path) -> str:
     assert "\n" not in message
     assert len(message) < 400
     return message
-
-
-def resealed(text: str) -> str:
-    """A `.py` whose seal was made for its own, changed text."""
-    value = text[text.index('SEAL = "') + 8 :][:64]
-    return text.replace(value, seal(text, value))
-
-
-def rehashed(document: dict[str, Any]) -> str:
-    """A `.json` whose hash was made for its own, changed content."""
-    content = {key: value for key, value in document.items() if key != "sha256"}
-    return json.dumps({**content, "sha256": content_hash(content)})
 
 
 @pytest.mark.parametrize("name", ["wanda", "wanda++", "pruner-zero", "random"])

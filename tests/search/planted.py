@@ -21,7 +21,7 @@ from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.loop import BirthLoop, Budget
 from evoprune.search.metric_search import MetricSearch
-from evoprune.search.racing import SuccessiveHalving
+from evoprune.search.racing.halving import SuccessiveHalving
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces.symbolic import MetricSpace

@@ -18,7 +18,10 @@ from evoprune.metrics.expression import parse
 from evoprune.search.config import resolve
 from evoprune.search.engine.deadline import SHORTEST
 from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.kinds import config_of
+from evoprune.search.metric_export import readme, winner_export
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import memory_line
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
@@ -96,6 +99,42 @@ def test_the_exports_give_the_winner_back(finished):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_exports_say_where_the_winner_comes_from(finished):
+    result = finished.result
+    best, folder = result["best"], finished.path / "export"
+    document = json.loads((folder / "metric.json").read_text())
+    provenance, results = document["provenance"], document["results"]
+    config = config_of(finished)
+    assert provenance["statistics"] == {
+        "names": best["statistics"],
+        "data": config.data.source,
+        "sequences": config.data.calibration_sequences,
+        "window": config.data.calibration_window,
+        "seed": config.seed,
+        "dtype": "float32",
+    }
+    assert provenance["config"] == finished.identity["config"]
+    assert (provenance["git"], provenance["created"]) == (finished.identity["git"], finished.identity["created"])
+    assert provenance["seconds"] > 0
+    assert [rung["value"] for rung in results["fitness"]["rungs"]] == best["rungs"]
+    assert results["fitness"]["rungs"][-1]["tokens"] == result["rung_tokens"][len(best["rungs"]) - 1]
+    assert results["fitness"]["stderr"] == best["stderr"]
+    assert results["baselines"] == result["baselines"]
+    assert results["heldout"] == {"dense": result["dense"]["heldout"], "winner": best["heldout"]}
+    table = (folder / "README.md").read_text()
+    for row in (result["dense"], best, *result["baselines"]):
+        assert f"| {row['heldout']['perplexity']:,.2f} | {row['heldout']['loss']:.4f} ± " in table
+    assert best["expression"] in table
+
+
+def test_an_export_names_what_prunes_the_same_weights(finished):
+    twice = parse("mul(2,mul(X_l2,abs(W)))")
+    config = config_of(finished)
+    export = winner_export(config, finished.identity, finished.result, twice, dtype="float32", seconds=1.0)
+    assert {*export.equivalent_to} - {"power"} == {"wanda"}  # the power product is whatever was tuned
+    assert f"It prunes the same weights as {', '.join(export.equivalent_to)}." in readme(finished.result, export)
+
+
 def test_the_board_shows_every_evaluation(finished):
     import optuna
     from optuna.storages import JournalStorage
@@ -130,7 +169,10 @@ from pathlib import Path
 from evoprune.search.config import validated
 from evoprune.search.worker_session import Resources
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.kinds import config_of
+from evoprune.search.metric_export import readme, winner_export
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import memory_line
 import json
 path = Path(sys.argv[1])
 if path.exists():
@@ -303,3 +345,13 @@ def test_a_pattern_and_forward_only_statistics(world, tmp_path):
     names = {row["name"] for row in run.result["baselines"]}
     assert names == {"random", "magnitude", "wanda", "ria", "power"}
     assert run.result["target"] == "2:4"
+
+
+def test_what_a_search_says_of_memory() -> None:
+    """Sums of gradients are float32 like these weights, and as many for each gradient statistic."""
+    mib = 2**20
+    facts = {"model_bytes": 100 * mib, "teacher_bytes": 20 * mib, "statistics_bytes": 30 * mib, "prunable": 20 * mib}
+    shared = "memory: 120 MiB of model and teacher in each worker, 30 MiB of statistics shared on a machine"
+    assert memory_line(facts, ("X_l2", "Hinv")) == shared
+    once = "; collecting gradients takes one of them 160 MiB more"
+    assert memory_line(facts, ("X_l2", "G_l2", "G_l1")) == shared + once

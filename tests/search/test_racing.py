@@ -8,7 +8,8 @@ import pytest
 from evoprune.metrics.expression import parse
 from evoprune.search.archive import Archive, needs_class
 from evoprune.search.candidate import Candidate
-from evoprune.search.racing import SuccessiveHalving, kendall_tau
+from evoprune.search.racing import kendall_tau
+from evoprune.search.racing.halving import SuccessiveHalving
 
 
 def candidate(birth, text, value, rungs=3):

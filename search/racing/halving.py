@@ -1,34 +1,15 @@
-"""Racing: more tokens for fewer candidates.
-
-A candidate that is born gets, for each rung but the last, the largest fitness with which it goes on. These thresholds
-come from results applied before its birth, so the worker that runs it decides alone and the history does not depend on
-who finished first.
-"""
+"""Successive halving on what was measured lately."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
+
+from evoprune.search.racing import RACING_RULES, kendall_tau
 
 # A threshold that no fitness meets; an infinity would not be JSON.
 _NOBODY = -1e30
-
-
-class RacingRule(Protocol):
-    """Decides who gets more tokens."""
-
-    def thresholds(self, draws: Sequence[float]) -> list[float | None]:
-        """Per rung but the last, the largest fitness that goes on; None lets all through."""
-
-    def observe(self, rungs: Sequence[float], uniform: Sequence[bool]) -> None:
-        """Learn from an applied result."""
-
-    def state(self) -> dict[str, Any]:
-        """Everything that `restore` needs, as JSON values."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from `state`."""
 
 
 class SuccessiveHalving:
@@ -103,11 +84,4 @@ class SuccessiveHalving:
         self._pairs = [[(pair[0], pair[1]) for pair in pairs] for pairs in state["pairs"]]
 
 
-def kendall_tau(pairs: Sequence[tuple[float, float]]) -> float:
-    """Kendall's rank correlation (tau-a) of at least two pairs."""
-    agreement = 0
-    for index, (first_x, first_y) in enumerate(pairs):
-        for second_x, second_y in pairs[index + 1 :]:
-            product = (first_x - second_x) * (first_y - second_y)
-            agreement += (product > 0) - (product < 0)
-    return agreement / (len(pairs) * (len(pairs) - 1) / 2)
+RACING_RULES.add("halving", SuccessiveHalving)
