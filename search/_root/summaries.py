@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _FROM_RESULT = ("best", "dense", "front", "evaluations", "distinct")
 # Of a baseline; `result.json` says more. Beside a front, one allocator is there once for each budget.
-_BASELINE = ("name", "sparsity", "cost", "fitness", "heldout")
+_BASELINE = ("name", "expression", "sparsity", "cost", "fitness", "heldout")
 # Of a best candidate: its fitness, and what it is, by the name that its kind of search gives it.
 _GENOMES = ("fitness", "expression", "allocation")
 

@@ -83,7 +83,7 @@ def test_show_as_json(run: Run, finished: Path) -> None:
     names = [row["name"] for row in document["baselines"]]
     assert {"random", "magnitude", "wanda", "ria", "gblm", "gblm-gradient", "pruner-zero", "power"} == set(names)
     for row in document["baselines"]:
-        assert (set(row), set(row["heldout"])) == ({"name", "fitness", "heldout"}, HELDOUT)
+        assert (set(row), set(row["heldout"])) == ({"name", "expression", "fitness", "heldout"}, HELDOUT)
     assert set(document["dense"]) == {"heldout"}
     assert {"expression", "fitness", "heldout"} <= set(document["best"])
     text = json.dumps([document[name] for name in ("best", "front", "baselines", "dense")])
