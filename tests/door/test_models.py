@@ -49,7 +49,7 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     evaluated = run("eval", "out", "--dense", tiny, "--tokens", 1024, "--window", 32, "--json")
     assert evaluated.code == 0
     numbers = evaluated.json
-    assert list(numbers) == ["model", "perplexity", "loss", "kl", "tokens", "window", "sparsity", "data"]
+    assert list(numbers) == ["model", "perplexity", "loss", "kl", "tokens", "window", "images", "sparsity", "data"]
     assert (numbers["model"], numbers["data"], numbers["window"], numbers["tokens"]) == ("out", "corpus", 32, 32 * 31)
     assert numbers["sparsity"] == document["sparsity"]
     assert numbers["kl"] > 0

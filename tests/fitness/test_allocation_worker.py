@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from evoprune.fitness.allocation_worker import AllocationWorker, build
+from evoprune.fitness.allocation_worker import WORTHWHILE, AllocationWorker, build
 from evoprune.fitness.allocators import configured
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.teacher import WindowLosses, linear_head, window_losses
@@ -259,7 +260,7 @@ def test_states_of_text_that_is_over_make_room(llama: Tried) -> None:
     prefix = llama.worker.evaluator(llama.named).prefix
     sizes = []
     for first in (0, 4, 8):
-        for level in (1, 2, 3):
+        for level in range(WORTHWHILE):
             llama.check([level, *parent[1:]], parent, first, first + 4)
         sizes.append(prefix.bytes)
     assert sizes[0] > 0
@@ -313,3 +314,31 @@ def test_levels_by_random_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert bound.weight().gather(1, doomed).abs().sum() == 0
         assert int((bound.weight() == 0).sum()) == count * bound.site.out_features
     assert found["kl"] > 0
+
+
+def test_a_parents_pass_is_paid_for_where_it_saves_more(llama: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with the parent's own question; else with the second candidate, if the last such text had many."""
+    adopted: list[tuple[int, int]] = []
+    adopt = LevelEvaluator.adopt
+
+    def counted(self: LevelEvaluator, levels: Mapping[str, int], first: int, last: int) -> WindowLosses:
+        adopted.append((first, last))
+        return adopt(self, levels, first, last)
+
+    monkeypatch.setattr(LevelEvaluator, "adopt", counted)
+    parent = llama.random_levels(random.Random(6))
+    children = [[level, *parent[1:]] for level in range(WORTHWHILE)]
+
+    def ask(first: int, *asked: list[int]) -> int:
+        """How often the parent was adopted while these were asked about, on three windows from `first`."""
+        before = len(adopted)
+        for levels in asked:
+            llama.check(levels, parent, first, first + 3)
+        return len(adopted) - before
+
+    assert ask(0, *children) == 1  # nothing is known of texts of this length
+    assert ask(1, *children[:3]) == 1  # the last had many
+    assert ask(2, *children) == 0  # the last had three
+    assert ask(0, children[0]) == 0
+    assert ask(1, parent, *children[:3]) == 1
+    assert ask(2, children[0], parent, *children) == 1

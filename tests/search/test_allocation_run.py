@@ -404,14 +404,19 @@ def test_groups_of_matrices_share_a_sparsity(
 
 def failing(monkeypatch: pytest.MonkeyPatch, hopeless: Callable[[Mapping[str, int], int], bool]) -> None:
     """From now on some level vectors have no loss; `hopeless` is told the levels and the number of windows."""
-    evaluate = LevelEvaluator.evaluate
 
-    def evaluated(self: LevelEvaluator, levels: Mapping[str, int], first: int, last: int) -> Any:
-        if hopeless(levels, last - first):
-            raise InvalidCandidate("NONFINITE", "the pruned model's loss is not finite")
-        return evaluate(self, levels, first, last)
+    def watched(name: str) -> None:
+        measure = getattr(LevelEvaluator, name)
 
-    monkeypatch.setattr(LevelEvaluator, "evaluate", evaluated)
+        def measured(self: LevelEvaluator, levels: Mapping[str, int], first: int, last: int) -> Any:
+            if hopeless(levels, last - first):
+                raise InvalidCandidate("NONFINITE", "the pruned model's loss is not finite")
+            return measure(self, levels, first, last)
+
+        monkeypatch.setattr(LevelEvaluator, name, measured)
+
+    watched("evaluate")
+    watched("adopt")
 
 
 def test_a_seed_without_a_fitness_neither_wins_nor_stops_the_run(

@@ -81,7 +81,9 @@ class Session:
     ) -> None:
         self.space = RangeSpace(SITES, ENDS, drop="parts" if only else "none", only=only)
         seeds = {
-            f"uniform@{sparsity}": self.space.near_budget([sparsity] * len(SITES), sparsity, random.Random(0))
+            f"uniform@{sparsity}": self.space.near_budget(
+                self.space.even(sparsity, random.Random(0)), sparsity, random.Random(0)
+            )
             for sparsity in (0.2, 0.5, 0.8)
         }
         self.search = ParetoSearch(
