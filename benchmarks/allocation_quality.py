@@ -1,6 +1,6 @@
 """Does the search find a better allocation? The reference model at 60 and 70 %, seeds 0, 1 and 2.
 
-    python benchmarks/allocation_quality.py                     # about an hour on 2 cores
+    python benchmarks/allocation_quality.py                     # about an hour and a half on 2 quiet cores
     python benchmarks/allocation_quality.py --metric FILE       # also with an exported metric inside
 
 A seed draws texts A and B and the search; text C is fixed, at least 50,000 tokens, and read only for the result. Every
@@ -82,7 +82,7 @@ def verdict(label: str, sparsity: float, results: list[dict[str, Any]]) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--evaluations", type=int, default=500)
+    parser.add_argument("--evaluations", type=int, default=1000)
     parser.add_argument("--metric", help="an exported metric, to be searched with at 60 % as well")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
