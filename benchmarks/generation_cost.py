@@ -1,9 +1,10 @@
 """What a candidate of a real allocation search costs, stages and parents included, on one worker and on two.
 
-Five generations of the default search on the reference model, seed 0. Counted is all that workers do to answer: passes
-from the parent's prefix, passes in full, the parent's own passes, matrices rewritten. The baseline is transformers' own
-dense forward pass with cross-entropy on the same number of tokens, in the batches that candidates run in or four times
-as many, whichever is faster. The workers take jobs in turn, in this process on one thread; times are of the processor.
+Five generations of the default search on the reference model, seed 0, from two allocators. Counted is all that workers
+do to answer: passes from the parent's prefix, passes in full, the parent's own passes, matrices rewritten. The baseline
+is transformers' own dense forward pass with cross-entropy on the same number of tokens, in the batches that candidates
+run in or four times as many, whichever is faster, measured between the jobs. The workers take jobs in turn, in this
+process on one thread; times are of the processor.
 """
 
 from __future__ import annotations
@@ -35,15 +36,24 @@ from figure import Figure
 
 GENERATIONS = 5
 WINDOWS = 16
-TURNS = 8
+EVERY = 8
+"""Jobs between two measurements of the baseline."""
 
 
 class _Turns:
-    """Several workers as one: each takes the next job, and the time that it takes is kept by the text's length."""
+    """Several workers as one: each takes the next job. What jobs and plain passes between them take is kept.
+
+    Attributes:
+        spent: seconds of each job about levels, by the number of windows.
+        plain: seconds a window of the dense forward pass, by the number of windows in a batch.
+    """
 
     def __init__(self, workers: Sequence[AllocationWorker]) -> None:
+        self._first = workers[0]
         self._turn = cycle(workers)
+        self._jobs = 0
         self.spent: dict[int, list[float]] = defaultdict(list)
+        self.plain: dict[int, list[float]] = defaultdict(list)
 
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         worker = next(self._turn)
@@ -51,7 +61,20 @@ class _Turns:
         answer = worker.handle(kind, payload)
         if kind == "levels":
             self.spent[payload["last"] - payload["first"]].append(time.process_time() - began)
+            self._jobs += 1
+            if self._jobs % EVERY == 0:
+                self._measure_plain(self._first.prepared(payload["prepared"]))
         return answer
+
+    @torch.no_grad()
+    def _measure_plain(self, prepared: Prepared) -> None:
+        model, (windows, _) = self._first.language_model.model, prepared.text("search")
+        for batch in (BATCH, WINDOWS):
+            began = time.process_time()
+            for first in range(0, WINDOWS, batch):
+                part = windows[first : first + batch]
+                model(input_ids=part, labels=part, use_cache=False).loss.item()
+            self.plain[batch].append((time.process_time() - began) / WINDOWS)
 
 
 class _Resident(InlineExecutor):
@@ -68,30 +91,14 @@ class _Resident(InlineExecutor):
 
 
 def measure() -> list[Figure]:
-    overrides = {"seed": 0, "evaluations": 10_000, "data.heldout_windows": 16}
+    overrides = {"seed": 0, "evaluations": 10_000, "data.heldout_windows": 16, "searcher.seeds": ["uniform", "owl"]}
     config = resolve_as(AllocationSearchConfig, overrides=overrides)
     torch.set_num_threads(config.threads)
     workers = [AllocationWorker(config.context()) for _ in range(2)]
-    prepared = workers[0].handle("prepare", {})["name"]
-    plain = _seconds_a_window(workers[0], prepared)
-    return [_figure(config, workers[:count], plain) for count in (1, 2)]
+    return [_figure(config, workers[:count]) for count in (1, 2)]
 
 
-@torch.no_grad()
-def _seconds_a_window(worker: AllocationWorker, prepared: str) -> float:
-    model, (windows, _) = worker.language_model.model, Prepared.open(prepared).text("search")
-    times: dict[int, list[float]] = {BATCH: [], WINDOWS: []}
-    for _ in range(TURNS):
-        for batch, taken in times.items():
-            began = time.process_time()
-            for first in range(0, WINDOWS, batch):
-                part = windows[first : first + batch]
-                model(input_ids=part, labels=part, use_cache=False).loss.item()
-            taken.append((time.process_time() - began) / WINDOWS)
-    return min(statistics.median(taken) for taken in times.values())
-
-
-def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker], plain: float) -> Figure:
+def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker]) -> Figure:
     turns = _Turns(workers)
     with tempfile.TemporaryDirectory() as scratch:
         run = RunDirectory.create("allocation", config.model_dump(mode="json"), {}, run_dir=Path(scratch) / "run")
@@ -111,11 +118,11 @@ def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker],
                 loop.run(Budget(None, expired=over))
         finally:
             run.close()
-    spent = sum(sum(taken) for taken in turns.spent.values())
-    tokens = sum(windows * len(taken) for windows, taken in turns.spent.items())
-    by_stage = {
-        f"{windows} windows": statistics.mean(taken) / windows / plain for windows, taken in turns.spent.items()
-    }
+    plain = min(statistics.mean(taken) for taken in turns.plain.values())
+    stages = {stage.windows: turns.spent[stage.windows] for stage in config.searcher.stages}
+    spent = sum(sum(taken) for taken in stages.values())
+    tokens = sum(windows * len(taken) for windows, taken in stages.items())
+    by_stage = {f"{windows} windows": statistics.mean(taken) / windows / plain for windows, taken in stages.items()}
     name = "1 worker" if len(workers) == 1 else f"{len(workers)} workers"
     return Figure(
         f"mean candidate of a search on {name} / dense forward with cross-entropy",
