@@ -1,6 +1,6 @@
 """Speed and memory of evoprune, as ratios within one run.
 
-    python benchmarks/run.py                 # all but the quality studies, `scale` and `evopress`
+    python benchmarks/run.py                 # all but the quality studies, `scale`, `generations`, `evopress`
     python benchmarks/run.py candidate mask  # some of them
 
 Prints a table and writes benchmarks/out/results.json. Each benchmark lives in a file of its own with a function
@@ -27,9 +27,8 @@ BENCHMARKS = {
     "memory": "worker_memory",
     "search": "search_speed",
     "levels": "level_cost",
-    "generations": "generation_cost",
 }
-LONG = {"scale": "engine_scale", "evopress": "evopress_speed"}
+LONG = {"scale": "engine_scale", "generations": "generation_cost", "evopress": "evopress_speed"}
 """These take over 5 minutes and run only when they are named."""
 OUT = Path(__file__).parent / "out"
 
