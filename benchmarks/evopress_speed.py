@@ -26,13 +26,12 @@ from evoprune.fitness.teacher import window_losses
 from evoprune.search.allocation_run import AllocationRun
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.loop import Budget
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Resources
 from figure import Figure
+from shared import Resident
 
 SEEDS = (0, 1, 2)
 GENERATIONS = 15
@@ -82,19 +81,6 @@ def measure() -> Figure:
     )
 
 
-class _Resident(InlineExecutor):
-    """The worker that exists already."""
-
-    def __init__(self, worker: AllocationWorker) -> None:
-        super().__init__("", {})
-        self._worker = worker
-
-    def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
-        """See `evoprune.search.worker_session.Ask`."""
-        self.submit(jobs)
-        return [self.poll(0.0)[0] for _ in jobs]
-
-
 def _ours(
     config: AllocationSearchConfig, worker: AllocationWorker, folder: Path
 ) -> tuple[list[tuple[float, list[int]]], LevelEvaluator]:
@@ -103,7 +89,7 @@ def _ours(
     try:
         with Progress(title="") as progress:
             session = AllocationRun(run, config, Resources(executor="inline"), progress)
-            executor = _Resident(worker)
+            executor = Resident(worker)
             prepared = session.prepare(worker.handle)
             began = time.process_time()
             search = session.build_search(prepared, executor.ask)

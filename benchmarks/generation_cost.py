@@ -26,13 +26,12 @@ from evoprune.fitness.teacher import BATCH
 from evoprune.search.allocation_run import AllocationRun
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.loop import Budget
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Resources
 from figure import Figure
+from shared import Resident
 
 GENERATIONS = 5
 WINDOWS = 16
@@ -77,19 +76,6 @@ class _Turns:
             self.plain[batch].append((time.process_time() - began) / WINDOWS)
 
 
-class _Resident(InlineExecutor):
-    """The workers that exist already."""
-
-    def __init__(self, worker: _Turns) -> None:
-        super().__init__("", {})
-        self._worker = worker
-
-    def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
-        """See `evoprune.search.worker_session.Ask`."""
-        self.submit(jobs)
-        return [self.poll(0.0)[0] for _ in jobs]
-
-
 def measure() -> list[Figure]:
     overrides = {"seed": 0, "evaluations": 10_000, "data.heldout_windows": 16, "searcher.seeds": ["uniform", "owl"]}
     config = resolve_as(AllocationSearchConfig, overrides=overrides)
@@ -105,7 +91,7 @@ def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker])
         try:
             with Progress(title="") as progress:
                 session = AllocationRun(run, config, Resources(executor="inline"), progress)
-                executor = _Resident(turns)
+                executor = Resident(turns)
                 prepared = session.prepare(turns.handle)
                 search = session.build_search(prepared, executor.ask)
                 loop = session.build_loop(search, executor)

@@ -27,14 +27,13 @@ from evoprune.metrics.records import removed_count
 from evoprune.search.config import resolve
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.loop import Budget
 from evoprune.search.metric_run import MetricRun
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Resources
 from figure import Figure
-from shared import reference_worker
+from shared import Resident, reference_worker
 
 SEEDS = (0, 1, 2)
 BIRTHS = 300
@@ -78,7 +77,7 @@ def _search(config: MetricSearchConfig, worker: object, prepared: str) -> tuple[
         try:
             with Progress(title="") as progress:
                 session = MetricRun(run, config, Resources(executor="inline"), progress)
-                executor = _Resident(worker)
+                executor = Resident(worker)
                 summary = Summary.from_json(Prepared.open(prepared).summary())
                 search = session.build_search(session.identify(summary), _nothing_asked)
                 loop = session.build_loop(search, executor)
@@ -96,14 +95,6 @@ def _search(config: MetricSearchConfig, worker: object, prepared: str) -> tuple[
 def _nothing_asked(jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
     """A metric search begins without a job."""
     return []
-
-
-class _Resident(InlineExecutor):
-    """The worker that exists already."""
-
-    def __init__(self, worker: object) -> None:
-        super().__init__("", {})
-        self._worker = worker  # type: ignore[assignment]
 
 
 def _naive(births: list[Expression], evaluator: Evaluator, windows: int) -> tuple[float, list[torch.Tensor]]:

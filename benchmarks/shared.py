@@ -1,6 +1,9 @@
-"""The reference model made ready for candidates, as a worker has it."""
+"""What benchmarks share: the reference model as a worker has it, and workers that exist already as an executor."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,6 +11,8 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.evaluator import Evaluator
 from evoprune.fitness.worker import MetricWorker
 from evoprune.search.config_metric import DEFAULT_STATISTICS
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.engine.inline import InlineExecutor
 
 
 def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:
@@ -18,3 +23,16 @@ def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:
     worker = MetricWorker(context)
     prepared = worker.handle("prepare", {})["name"]
     return worker, worker.evaluator(prepared), prepared
+
+
+class Resident(InlineExecutor):
+    """A worker that exists already, as an executor."""
+
+    def __init__(self, worker: Any) -> None:
+        super().__init__("", {})
+        self._worker = worker
+
+    def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+        """See `evoprune.search.worker_session.Ask`."""
+        self.submit(jobs)
+        return [self.poll(0.0)[0] for _ in jobs]

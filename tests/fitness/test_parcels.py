@@ -204,3 +204,23 @@ def test_workers_of_two_nodes_agree_though_they_share_no_path(node: Node, road: 
     assert not received.is_symlink()
     assert not received.samefile(model / "model.safetensors")
     assert os.fspath(tmp_path) not in str({key: value for key, value in again.items() if key != "probe"})
+
+
+def test_images_travel_with_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "cat.png").write_bytes(b"cat")
+    (folder / "unnamed.png").write_bytes(b"dog")
+    file = folder / "images.jsonl"
+    file.write_text('{"image": "images/cat.png", "text": "A cat."}\n{"image": null, "text": "None."}\n')
+    places = pack_inputs(EvaluationContext(data=str(file), calibration=str(file)))
+    parcel, _, inside = places[str(file)].partition("/")
+    packed = parcels.require(parcel)
+    assert (packed / inside).read_text() == file.read_text()
+    assert (packed / "images" / "cat.png").read_bytes() == b"cat"
+    assert not (packed / "unnamed.png").exists()
+    (tmp_path / "outside.png").write_bytes(b"bird")
+    file.write_text('{"image": "../outside.png", "text": "A bird."}\n')
+    with pytest.raises(InvalidInput, match=r"outside\.png lies outside .*: put it inside"):
+        pack_inputs(EvaluationContext(data=str(file), calibration=str(file)))
