@@ -20,7 +20,7 @@ from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
 from evoprune.fitness.models import LanguageModel, Prunable
 from evoprune.fitness.pruning import site_scores
-from evoprune.fitness.samples import Batch, Sequences, forward_batches, n_sequences
+from evoprune.fitness.samples import Batch, Sequences, forward_batches
 from evoprune.fitness.site_statistics import SiteStatistics, measure_sites
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation, SiteSparsity, allocation_of, repair
@@ -298,7 +298,7 @@ class ModelEvidence:
         calibration = self._given(self._calibration, "outputs")
         listener = _Listener({site.name: DiversityMean(pairs) for site in self.sites}, modalities)
         body = getattr(language_model.model, "base_model", language_model.model)
-        done, total = 0, n_sequences(calibration)
+        done, total = 0, len(calibration)
         with listener.listening(language_model.sites):
             for batch in forward_batches(calibration, 1, language_model.device):
                 listener.batch = batch

@@ -194,11 +194,6 @@ def first_batch(sequences: Sequences, tokens: int = 8) -> Batch:
     return Batch({"input_ids": sequences[:1, :tokens]})
 
 
-def n_sequences(sequences: Sequences) -> int:
-    """Sequences in it."""
-    return sequences.sequences if isinstance(sequences, Samples) else len(sequences)
-
-
 def n_tokens(sequences: Sequences) -> int:
     """Tokens in it, padding aside."""
     return sequences.tokens if isinstance(sequences, Samples) else sequences.numel()

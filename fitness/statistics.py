@@ -15,7 +15,7 @@ import transformers
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.heap import freed_tensors_released
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Samples, Sequences, n_sequences
+from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.statistics_gradient import loss_scale
 from evoprune.fitness.statistics_passes import PassSettings, Progress, run_passes
 from evoprune.fitness.statistics_reader import Statistics
@@ -152,7 +152,7 @@ def _identity(language_model: LanguageModel, windows: Sequences, settings: PassS
         "definitions": DEFINITION_VERSION,
         "fingerprint": language_model.fingerprint,
         "windows": _text_hash(windows),
-        "sequences": n_sequences(windows),
+        "sequences": len(windows),
         "window": _longest(windows),
         "components": list(language_model.components or ()),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ from torch import Tensor
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Sequences, n_sequences
+from evoprune.fitness.samples import Sequences
 from evoprune.fitness.statistics_amia import ChosenSums
 from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
 from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
@@ -77,7 +77,7 @@ def run_passes(
     Raises:
         InvalidInput: gradients of a tower are asked for, or a site never runs.
     """
-    sequences = n_sequences(calibration)
+    sequences = len(calibration)
     asked, towers = stored & (GRADIENT_NAMES | REGIONAL_NAMES), set(language_model.components or ()) - {LANGUAGE}
     if asked and towers:
         raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
@@ -150,7 +150,7 @@ def _gradients(
     else:
         recompute = bool(settings.checkpointing)
         gradient_pass(language_model.model, sums, calibration, batch, device, scale, blocks, recompute, advance)
-    return sums.results(n_sequences(calibration))
+    return sums.results(len(calibration))
 
 
 def _plan(language_model: LanguageModel, stored: frozenset[str]) -> list[tuple[frozenset[str], range]]:
