@@ -16,16 +16,54 @@ from evoprune.metrics.registry import Registry
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """Where the attention of a block is: paths inside the block.
+
+    Attributes:
+        module: the attention, which knows its ``head_dim``.
+        inputs: linear layers whose rows are query, key and value, or one whose rows are these three in this order.
+        output: linear layer whose columns are the query heads, in the order of the query's rows.
+        norms: norms that nothing but the attention needs; they go with it.
+    """
+
+    module: str
+    inputs: tuple[str, str, str] | tuple[str]
+    output: str
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MlpLayout:
+    """Where the MLP of a block is: paths inside the block.
+
+    Attributes:
+        module: the MLP; empty where its layers lie in the block itself.
+        inputs: linear layers whose rows are the neurons: one, or gate and up. One layer with twice as many rows as
+            there are neurons holds gate and up, in this order.
+        output: linear layer whose columns are the neurons.
+        norms: norms that nothing but the MLP needs; they go with it.
+    """
+
+    module: str
+    inputs: tuple[str, ...]
+    output: str
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelAdapter:
     """Where the prunable matrices of a model family are.
 
     Attributes:
         blocks: module path of the list of decoder blocks in the causal language model, such as ``model.layers``.
         kinds: paths of the prunable linear layers inside a block, in the order in which a forward pass uses them.
+        attention, mlp: what has to be cut together; None where nobody has said so.
     """
 
     blocks: str
     kinds: tuple[str, ...]
+    attention: AttentionLayout | None = None
+    mlp: MlpLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)

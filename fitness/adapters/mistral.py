@@ -1,6 +1,6 @@
 """Mistral 7B and its successors without experts."""
 
-from evoprune.fitness.adapters.base import ADAPTERS, ModelAdapter
-from evoprune.fitness.adapters.llama import LLAMA_KINDS
+from evoprune.fitness.adapters.base import ADAPTERS
+from evoprune.fitness.adapters.llama import LLAMA_LIKE
 
-ADAPTERS.add("mistral", ModelAdapter(blocks="model.layers", kinds=LLAMA_KINDS))
+ADAPTERS.add("mistral", LLAMA_LIKE)

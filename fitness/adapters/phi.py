@@ -1,6 +1,6 @@
 """Phi 1 to 2, whose blocks run attention and MLP side by side, and Phi 3 to 4 with fused projections."""
 
-from evoprune.fitness.adapters.base import ADAPTERS, ModelAdapter
+from evoprune.fitness.adapters.base import ADAPTERS, AttentionLayout, MlpLayout, ModelAdapter
 
 ADAPTERS.add(
     "phi",
@@ -14,6 +14,11 @@ ADAPTERS.add(
             "mlp.fc1",
             "mlp.fc2",
         ),
+        # Attention and MLP read the same norm, so it stays as long as one of them does.
+        attention=AttentionLayout(
+            "self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.dense"
+        ),
+        mlp=MlpLayout("mlp", ("mlp.fc1",), "mlp.fc2"),
     ),
 )
 
@@ -24,5 +29,7 @@ ADAPTERS.add(
     ModelAdapter(
         blocks="model.layers",
         kinds=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        attention=AttentionLayout("self_attn", ("self_attn.qkv_proj",), "self_attn.o_proj", ("input_layernorm",)),
+        mlp=MlpLayout("mlp", ("mlp.gate_up_proj",), "mlp.down_proj", ("post_attention_layernorm",)),
     ),
 )
