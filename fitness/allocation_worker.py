@@ -68,7 +68,6 @@ class AllocationWorker(ModelWorker):
         self._text: tuple[list[int], int, int] | None = None
         self._adopted = False
         self._candidates: Counter[int] = Counter()
-        self._expected = 0
         self._evaluations = 0
 
     @property
@@ -172,17 +171,16 @@ class AllocationWorker(ModelWorker):
     def _adopts(self, levels: list[int], parent: list[int], first: int, last: int) -> bool:
         """Whether the parent's own pass over this text is to be remembered now.
 
-        It is where the parent itself is asked about. Else it costs a pass, which candidates have to save: so the first
-        one on a text runs in full, and the second begins with it if the last text of this length had enough of them.
+        It is where the parent itself is asked about. Else it costs a pass, which candidates have to save: so it is made
+        for the first of them if the last text of this length had enough.
         """
         windows, text = last - first, (parent, first, last)
-        if text == self._text:
-            self._candidates[windows] += 1
-            second = self._candidates[windows] == 2
-            return not self._adopted and (levels == parent or (second and self._expected >= WORTHWHILE))
-        self._expected = self._candidates.get(windows, WORTHWHILE)
-        self._text, self._adopted, self._candidates[windows] = text, False, 1
-        return levels == parent
+        worthwhile = False
+        if text != self._text:
+            worthwhile = self._candidates.get(windows, WORTHWHILE) >= WORTHWHILE
+            self._text, self._adopted, self._candidates[windows] = text, False, 0
+        self._candidates[windows] += 1
+        return not self._adopted and (levels == parent or worthwhile)
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload)

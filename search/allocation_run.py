@@ -38,10 +38,10 @@ class AllocationRun(LevelRun[AllocationSearch]):
 
     def plan(self) -> Plan:
         searcher, window = self.config.searcher, self.config.data.window
-        per_generation, entrants = 0, searcher.offspring
+        per_generation, entrants, seen = 0, searcher.offspring, 0
         for stage in searcher.stages:
-            per_generation += entrants * stage.windows * window
-            entrants = stage.survivors
+            per_generation += (entrants + 1) * (stage.windows - seen) * window
+            entrants, seen = stage.survivors, stage.windows
         return Plan(
             [stage.windows * window for stage in searcher.stages],
             "stage",

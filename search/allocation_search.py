@@ -1,8 +1,9 @@
 """Allocation search by generations: level switches, more text for fewer candidates, the best is the next parent.
 
 A generation is a number of children of one parent. Each stage measures them on the same windows of text and keeps the
-best few for the next stage, which has more; the parent joins the last one, on equal terms. Windows are drawn anew for
-every generation, so that nobody wins by fitting them. A few children bring together what the best children of the last
+best few for the next stage, which reads on where this one ended: nothing is measured twice. The parent is measured with
+them throughout, so that its hidden states are at hand, and competes in the last stage. Windows are drawn anew for every
+generation, so that nobody wins by fitting them. A few children bring together what the best children of the last
 parent changed. Seeds are measured on as much text as the last stage has. The last parents and the best seed are then
 compared on one long text, the same for all, and the best of them is the result.
 Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3; layerwise sparsity allocation, section 5.3a.
@@ -35,7 +36,7 @@ class Stage:
     """One round of selection.
 
     Attributes:
-        windows: of text, that each candidate is measured on.
+        windows: of text, that each candidate is measured on by the end of it, those of earlier stages included.
         survivors: how many go on.
     """
 
@@ -89,17 +90,24 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         self.finals: list[Member] = []
         super().__init__(space, seeds, seed=seed, evaluations=evaluations, identity=identity, payload=payload)
 
-    def _counts(self) -> bool:
-        return self._phase == "seeds" or (self._phase == "generation" and self._stage == 0)
+    def _counts(self, member: Member) -> bool:
+        if self._phase == "generation":
+            return self._stage == 0 and not self._is_parent(member)
+        return self._phase == "seeds"
+
+    def _is_parent(self, member: Member) -> bool:
+        return self._parent is not None and member.genome == self._parent.genome
 
     def _origins(self, member: Member) -> tuple[str, list[int], Genome]:
         if self._parent is None:
             return member.origin, [], member.genome
-        parent, bred = self._parent, self._phase == "generation"
+        parent = self._parent
         assert parent.birth is not None
-        origin = "parent" if bred and member.genome == parent.genome else member.origin
-        parents = [*member.parents] or [parent.birth]
-        return origin, parents if bred and self._stage == 0 else [], parent.genome
+        if self._phase != "generation":
+            return member.origin, [], parent.genome
+        same = self._is_parent(member)
+        bred_from = [parent.birth] if same or not member.parents else [*member.parents]
+        return "parent" if same else member.origin, bred_from if self._stage == 0 else [], parent.genome
 
     def _take_in(self, member: Member, birth: Birth) -> dict[str, Any]:
         note = dict(self.note(member.genome))
@@ -124,17 +132,18 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             self._enter([])
         elif self._concluded and self._stage + 1 < len(self._stages):
             self._finish()
-        elif not ranked:
-            self._breed()  # nobody of this generation can be measured, but the parent has other children
-        elif self._stage + 1 < len(self._stages):
-            survivors = ranked[: self._stages[self._stage].survivors]
-            self._stage += 1
-            if self._stage + 1 == len(self._stages):
-                assert self._parent is not None
-                survivors = [self._parent, *survivors]  # its pass is the one that the others may start from
-            self._enter(survivors)
         else:
-            self._follow(ranked)
+            last = self._stage + 1 == len(self._stages)
+            children = [member for member in ranked if last or not self._is_parent(member)]
+            if not children:
+                self._breed()  # nobody of this generation can be measured, but the parent has other children
+            elif last:
+                self._follow(children)
+            else:
+                parent = [member for member in self._measured if self._is_parent(member)]
+                survivors = children[: self._stages[self._stage].survivors]
+                self._stage += 1
+                self._enter([*parent, *survivors])
 
     def _follow(self, ranked: Sequence[Member]) -> None:
         """The best of a generation is the parent of the next; without one, nothing can go on."""
@@ -157,8 +166,9 @@ class AllocationSearch(PooledSearch[LevelSpace]):
         self._stage = 0
         children = [] if self._concluded else self._children(min(self._offspring, left))
         if children:
+            assert self._parent is not None
             self._phase = "generation"
-            self._enter(children)
+            self._enter([self._parent, *children])  # its pass is the one that the others may start from
         else:
             self._finish()
 
@@ -217,10 +227,10 @@ class AllocationSearch(PooledSearch[LevelSpace]):
             return 0, self._final_windows
         if self._phase == "seeds":
             return 0, self._stages[-1].windows
-        windows = self._stages[self._stage].windows
+        most, windows = self._stages[-1].windows, self._stages[self._stage].windows
         if not self._breeder.redraw:
             return 0, windows
-        offset = derived_seed(self._seed, f"windows-{self._stage}", self.generation) % (self._windows - windows + 1)
+        offset = derived_seed(self._seed, "windows", self.generation) % (self._windows - most + 1)
         return offset, offset + windows
 
     def _stage_name(self) -> int | str:

@@ -85,7 +85,7 @@ class ParetoSearch(PooledSearch[RangeSpace]):
     def _stage_name(self) -> int | str:
         return 0 if self._phase == "generation" else self._phase
 
-    def _counts(self) -> bool:
+    def _counts(self, member: Member) -> bool:
         return self._phase != "final"
 
     def _origins(self, member: Member) -> tuple[str, list[int], Genome]:

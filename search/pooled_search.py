@@ -6,6 +6,7 @@ neither on the number of workers nor on who finishes first.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,9 @@ class Member:
         genome: its options.
         origin: ``seed:NAME``, or as whoever bred it says.
         birth: number of the birth that measured it last; None before.
-        kl: what was measured then, in nats per token; None where it has no fitness.
+        kl: in nats per token, over the windows `seen`; None where it has no fitness.
         stderr: of `kl`, over windows.
+        seen: the windows of text B that it was measured on: the first, and the one after the last; None before.
         generation: in which it was bred; 0 for seeds.
         parents: births that measured what it was bred from.
     """
@@ -42,17 +44,43 @@ class Member:
     birth: int | None = None
     kl: float | None = None
     stderr: float = 0.0
+    seen: tuple[int, int] | None = None
     generation: int = 0
     parents: tuple[int, ...] = ()
 
+    def before(self, first: int, last: int) -> Member:
+        """It, with what it knows of the beginning of these windows; nothing, where it was measured on others."""
+        if self.kl is not None and self.seen is not None and self.seen[0] == first and self.seen[1] < last:
+            return self
+        return replace(self, kl=None, stderr=0.0, seen=None)
+
+    def measured(self, birth: int, first: int, last: int, kl: float, stderr: float) -> Member:
+        """It, measured on these windows, which follow those that it has `seen`, if any."""
+        if self.kl is None or self.seen is None:
+            return replace(self, birth=birth, kl=kl, stderr=stderr, seen=(first, last))
+        seen, new = self.seen[1] - self.seen[0], last - first
+        count = seen + new
+        squares = seen * (seen - 1) * self.stderr**2 + new * (new - 1) * stderr**2
+        squares += seen * new / count * (self.kl - kl) ** 2
+        return replace(
+            self,
+            birth=birth,
+            kl=(seen * self.kl + new * kl) / count,
+            stderr=math.sqrt(squares / (count - 1) / count),
+            seen=(self.seen[0], last),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them back."""
-        return {**asdict(self), "genome": list(self.genome), "parents": list(self.parents)}
+        seen = None if self.seen is None else list(self.seen)
+        return {**asdict(self), "genome": list(self.genome), "parents": list(self.parents), "seen": seen}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Member:
         """The member that `to_json` wrote."""
-        return cls(**{**values, "genome": tuple(values["genome"]), "parents": tuple(values["parents"])})
+        seen = None if values["seen"] is None else (values["seen"][0], values["seen"][1])
+        given = {"genome": tuple(values["genome"]), "parents": tuple(values["parents"]), "seen": seen}
+        return cls(**{**values, **given})
 
 
 class PooledSearch(ABC, Generic[Space]):
@@ -130,8 +158,8 @@ class PooledSearch(ABC, Generic[Space]):
         """What the history calls the present pool."""
 
     @abstractmethod
-    def _counts(self) -> bool:
-        """Whether members of the present pool are measured for the first time; only these are in the budget."""
+    def _counts(self, member: Member) -> bool:
+        """Whether a member of the present pool is measured for the first time; only such ones are in the budget."""
 
     @abstractmethod
     def _advance(self) -> None:
@@ -151,8 +179,11 @@ class PooledSearch(ABC, Generic[Space]):
         member = self._pool[self._waiting.popleft()]
         number = self._births
         self._births += 1
-        first, last = self._span()
-        counted = self._counts()
+        span = first, last = self._span()
+        member = member.before(first, last)
+        if member.seen is not None:
+            first = member.seen[1]
+        counted = self._counts(member)
         self._counted += counted
         origin, parents, start = self._origins(member)
         record = {
@@ -161,6 +192,7 @@ class PooledSearch(ABC, Generic[Space]):
             "stage": self._stage_name(),
             "origin": origin,
             "parents": parents,
+            "windows": list(span),
         }
         payload = {
             **self.payload,
@@ -182,17 +214,20 @@ class PooledSearch(ABC, Generic[Space]):
             "parents": birth.record["parents"],
             "generation": birth.record["generation"],
             "stage": birth.record["stage"],
-            "windows": [birth.job.payload["first"], birth.job.payload["last"]],
+            "windows": list(birth.record["windows"]),
             "genome": self.space.gene_levels(member.genome),
             "counted": birth.counted,
             "kl": None,
             "reason": outcome.reason,
         }
+        first, last = birth.job.payload["first"], birth.job.payload["last"]
         if outcome.status == "ok":
-            line |= {name: outcome.values[name] for name in ("kl", "stderr")}
+            measured = member.measured(birth.number, first, last, outcome.values["kl"], outcome.values["stderr"])
+            line |= {"kl": measured.kl, "stderr": measured.stderr}
+        else:
+            measured = replace(member, birth=birth.number, kl=None, stderr=0.0, seen=None)
         if line["reason"] is not None:
             self.reasons[line["reason"]] += 1
-        measured = replace(member, birth=birth.number, kl=line["kl"], stderr=line.get("stderr", 0.0))
         line |= self._take_in(measured, birth)
         self._measured.append(measured)
         if len(self._measured) == len(self._pool):

@@ -293,7 +293,7 @@ class AllocationData(RunData[AllocationSearchConfig]):
     def _undisputed(self, number: int, stages: Sequence[Sequence[Line]]) -> Line | None:
         """The best of the last generation, if its last stage was measured to the end."""
         *_, before_last, last = stages
-        measured = sum(line["kl"] is not None for line in before_last)
+        measured = sum(line["kl"] is not None and line["origin"] != "parent" for line in before_last)
         whole = len(last) == min(measured, self.config.searcher.stages[-2].survivors) + 1
         # A generation that was cut short is followed by finals of its own number: nobody won it.
         cut = any(line["stage"] == "final" and line["generation"] == number for line in self.lines)

@@ -317,7 +317,7 @@ def test_levels_by_random_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_parents_pass_is_paid_for_where_it_saves_more(llama: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes with the parent's own question; else with the second candidate, if the last such text had many."""
+    """It comes with the parent's own question; else with the first candidate, if the last such text had many."""
     adopted: list[tuple[int, int]] = []
     adopt = LevelEvaluator.adopt
 
@@ -339,6 +339,6 @@ def test_a_parents_pass_is_paid_for_where_it_saves_more(llama: Tried, monkeypatc
     assert ask(0, *children) == 1  # nothing is known of texts of this length
     assert ask(1, *children[:3]) == 1  # the last had many
     assert ask(2, *children) == 0  # the last had three
-    assert ask(0, children[0]) == 0
+    assert ask(0, children[0]) == 1
     assert ask(1, parent, *children[:3]) == 1
-    assert ask(2, children[0], parent, *children) == 1
+    assert ask(2, children[0], parent, *children) == 1  # when the parent's turn comes

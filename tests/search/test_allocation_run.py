@@ -47,7 +47,7 @@ from tests.search.whole_runs import (
 
 EVALUATIONS = 48
 OFFSPRING = 8
-WINDOWS = 12
+WINDOWS = 13
 STAGES = [{"windows": 2, "survivors": 3}, {"windows": 4, "survivors": 2}, {"windows": 8, "survivors": 1}]
 INLINE = Resources(executor="inline")
 # Asking one allocator is enough where what they ask for is not the point.
@@ -214,7 +214,7 @@ def _wal(run: RunDirectory) -> list[bytes]:
     return (run.path / "evaluations.wal").read_bytes().splitlines()
 
 
-@pytest.mark.parametrize("asked", [8, 14])
+@pytest.mark.parametrize("asked", [8, 15])
 def test_time_that_is_over_leads_to_finals(asked: int, world: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Among children, and in a later stage: what was begun is finished, and no more begins."""
     calls = itertools.count()
@@ -229,9 +229,11 @@ def test_time_that_is_over_leads_to_finals(asked: int, world: Path, tmp_path: Pa
     finals = [line for line in lines if line["stage"] == "final"]
     assert finals and finals == lines[-len(finals) :]
     assert result["best"]["fitness"] == min(line["kl"] for line in finals)
-    children, further = ([line for line in lines if line["stage"] == stage] for stage in (0, 1))
-    least, most = {8: (1, OFFSPRING - 1), 14: (OFFSPRING, OFFSPRING)}[asked]
-    assert least <= len(children) <= most and bool(further) == (asked == 14)
+    children, further = (
+        [line for line in lines if line["stage"] == stage and line["origin"] != "parent"] for stage in (0, 1)
+    )
+    least, most = {8: (1, OFFSPRING - 1), 15: (OFFSPRING, OFFSPRING)}[asked]
+    assert least <= len(children) <= most and bool(further) == (asked == 15)
     assert not [line for line in lines if line["stage"] == 2]
     assert result["evaluations"] == len(study(run).trials) == 2 + len(children)
 
@@ -432,19 +434,19 @@ def test_a_seed_without_a_fitness_neither_wins_nor_stops_the_run(
     assert study(run).trials[0].state.name == "FAIL"
 
 
-@pytest.mark.parametrize("windows", [2, 8])
+@pytest.mark.parametrize(("stage", "unseen"), [(0, 2), (2, 4)])
 def test_children_without_a_fitness_cost_evaluations_only(
-    windows: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: int, unseen: int, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever stage they fail in, in every generation, the parent's too; the finals still come."""
-    of_last_stage = itertools.count()  # two seeds come first
-    failing(monkeypatch, lambda levels, measured: measured == windows and (windows != 8 or next(of_last_stage) >= 2))
+    failing(monkeypatch, lambda levels, windows: windows == unseen)
     run = start_search(config(world, evaluations=20, **FEW), INLINE, run_dir=tmp_path / "run")
     result, lines = result_of(run), lines_of(run)
     assert result["evaluations"] == 20 == len(study(run).trials)
     assert result["best"]["generation"] == 0 and result["generations"] == 3
     assert lines[-1]["stage"] == "final"
-    failed = [line for line in lines[2:] if line["windows"][1] - line["windows"][0] == windows]
+    failed = [line for line in lines if line["stage"] == stage]
+    assert "parent" in {line["origin"] for line in failed}
     assert {line["reason"] for line in failed} == {"NONFINITE"}
     reasons = Counter(trial.user_attrs["reason"] for trial in study(run).trials)
     assert reasons["NONFINITE"] == sum(line["origin"] == "switch" for line in failed) > 0

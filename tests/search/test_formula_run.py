@@ -176,7 +176,7 @@ def test_report_and_terminal_show_the_formula(finished: RunDirectory) -> None:
 @pytest.mark.parametrize("source", ["run", "run/export/formula.json"])
 def test_a_search_may_start_from_a_formula(source: str, finished: RunDirectory, world: Path, tmp_path: Path) -> None:
     run = start_search(config(world, evaluations=11, seed_from=str(world / source)), INLINE, run_dir=tmp_path / "run")
-    first = next(line for line in lines_of(run) if line["stage"] == 0)
+    first = next(line for line in lines_of(run) if line["stage"] == 0 and line["origin"] != "parent")
     found = result_of(finished)["formula"]
     assert first["formula"] == {"expression": found["expression"], "spread": found["spread"], "how": "given"} or (
         # Where it is the parent already, it is no child.
