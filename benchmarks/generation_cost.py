@@ -113,17 +113,18 @@ def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker])
         finally:
             run.close()
     plain = min(statistics.mean(taken) for taken in turns.plain.values())
-    by_stage, tokens, seen = {}, 0, 0
+    by_stage, spent, tokens, seen = {}, 0.0, 0, 0
     for stage in config.searcher.stages:
         unseen = stage.windows - seen
         measured = turns.children[unseen] + (turns.parents[unseen] if stage is config.searcher.stages[-1] else 0)
         by_stage[f"{stage.windows} windows"] = turns.spent[unseen] / (measured * stage.windows) / plain
+        spent += turns.spent[unseen]
         tokens += measured * stage.windows
         seen = stage.windows
     name = "1 worker" if len(workers) == 1 else f"{len(workers)} workers"
     return Figure(
         f"mean candidate of a search on {name} / dense forward with cross-entropy",
-        sum(turns.spent.values()) / tokens / plain,
+        spent / tokens / plain,
         0.80,
         details={"by stage": by_stage, "seconds a window": plain},
     )
