@@ -103,13 +103,7 @@ def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker])
                 search = session.build_search(prepared, executor.ask)
                 loop = session.build_loop(search, executor)
 
-                def over() -> bool:
-                    if search.generation == 0:  # the seeds have no parent
-                        for counter in (turns.spent, turns.children, turns.parents):
-                            counter.clear()
-                    return search.generation > GENERATIONS
-
-                loop.run(Budget(None, expired=over))
+                loop.run(Budget(None, expired=lambda: search.generation > GENERATIONS))
         finally:
             run.close()
     plain = min(statistics.mean(taken) for taken in turns.plain.values())
