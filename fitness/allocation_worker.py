@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 from evoprune.fitness.allocating import allocate_model, ask_allocator, describe_model
 from evoprune.fitness.allocators import ALLOCATORS, Use
+from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
 from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency import part_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import LevelDatabase, build_levels
-from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
+from evoprune.fitness.model_worker import Handler, criterion_from
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import Prepared, calibration_windows
 from evoprune.fitness.resident_levels import Levels
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
-from evoprune.fitness.teacher import window_losses
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json
 
 LOSS_WINDOWS = 8
 """Windows of text B on which an allocator that tries things out compares losses."""
-
-MAX_PREFIX_BYTES = 1 << 30
-"""What the parent's remembered hidden states may take in one worker."""
-
-WORTHWHILE = 6
-"""Candidates of a worker on one text that save more than the pass of their parent costs."""
-
-# Restore the dense model and compare its checksum once in so many evaluations.
-_CHECK_EVERY = 200
 
 
 def build(context: dict[str, Any]) -> AllocationWorker:
@@ -44,7 +33,7 @@ def build(context: dict[str, Any]) -> AllocationWorker:
     return AllocationWorker(EvaluationContext.from_json(context))
 
 
-class AllocationWorker(ModelWorker):
+class AllocationWorker(CandidateWorker[LevelEvaluator]):
     """Answers jobs about levels: sparsities in steps of 1/256, one per site, in model order.
 
     Jobs (kind and payload):
@@ -61,14 +50,6 @@ class AllocationWorker(ModelWorker):
         latency: ``parts`` (places of the sites of each), ``window``; returns nanoseconds, of every one of the ``parts``
             and of the ``rest``. A measurement: the only answer that the job alone does not determine.
     """
-
-    def __init__(self, context: EvaluationContext) -> None:
-        super().__init__(context)
-        self._evaluator: tuple[str, str, LevelEvaluator] | None = None
-        self._text: tuple[list[int], int, int] | None = None
-        self._adopted = False
-        self._candidates: Counter[int] = Counter()
-        self._evaluations = 0
 
     @property
     def jobs(self) -> Mapping[str, Handler]:
@@ -124,10 +105,6 @@ class AllocationWorker(ModelWorker):
         """Text A, which takes its time to be found and cut into tokens."""
         return calibration_windows(self.language_model, self.context)
 
-    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
-        self._restore()
-        return super()._prepare(payload)
-
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         prepared, criterion = self.prepared(payload["prepared"]), criterion_from(payload["criterion"])
         key, compressor, device = (
@@ -147,63 +124,23 @@ class AllocationWorker(ModelWorker):
         return {"database": database.name}
 
     def _levels(self, payload: dict[str, Any]) -> dict[str, Any]:
-        evaluator = self.evaluator(payload)
-        self._evaluations += 1
-        if self._evaluations % _CHECK_EVERY == 0:
-            evaluator.restore()
-        parent, first, last = payload["parent"], payload["first"], payload["last"]
-        adopting = self._adopts(payload["levels"], parent, first, last)
-        if adopting:
-            # Text before this one is drawn no more, so what is remembered of it would only take the room.
-            evaluator.prefix.clear()
-            self._adopted = True
-        if adopting and payload["levels"] == parent:
-            losses = evaluator.adopt(self._by_name(parent), first, last)
-        else:
-            if adopting:
-                with suppress(InvalidCandidate):
-                    evaluator.adopt(self._by_name(parent), first, last)
-            losses = evaluator.evaluate(self._by_name(payload["levels"]), first, last)
-        assert losses.kl is not None
-        spread = (losses.kl.std() / len(losses.kl) ** 0.5).item() if len(losses.kl) > 1 else 0.0
-        return {"kl": losses.kl.mean().item(), "nll": losses.nll.mean().item(), "stderr": spread}
-
-    def _adopts(self, levels: list[int], parent: list[int], first: int, last: int) -> bool:
-        """Whether the parent's own pass over this text is to be remembered now.
-
-        It is where the parent itself is asked about. Else it costs a pass, which candidates have to save: so it is made
-        for the first of them if the last text of this length had enough.
-        """
-        windows, text = last - first, (parent, first, last)
-        worthwhile = False
-        if text != self._text:
-            worthwhile = self._candidates.get(windows, WORTHWHILE) >= WORTHWHILE
-            self._text, self._adopted, self._candidates[windows] = text, False, 0
-        self._candidates[windows] += 1
-        return not self._adopted and (levels == parent or worthwhile)
+        return self._measured(payload, payload["levels"])
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
-        evaluator = self.evaluator(payload)
-        windows, teacher = self.prepared(payload["prepared"]).text("heldout")
-        if payload["levels"] is None:
-            evaluator.restore()
-        else:
-            evaluator.apply(self._by_name(payload["levels"]))
-        return heldout_answer(window_losses(self.language_model.model, evaluator.head, windows, teacher), windows)
+        return self._heldout_of(payload, payload["levels"])
 
     def _latency(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
         rest, parts = part_latencies(self.language_model, payload["parts"], payload["window"])
         return {"rest": rest, "parts": parts}
 
-    def _by_name(self, levels: Sequence[int]) -> dict[str, int]:
+    def candidate(self, spelled: Sequence[int]) -> dict[str, int]:
         sites = (bound.site.name for bound in self.language_model.sites)
-        return dict(zip(sites, levels, strict=True))
+        return dict(zip(sites, spelled, strict=True))
 
     def evaluator(self, payload: Mapping[str, Any]) -> LevelEvaluator:
-        """The resident model with the prepared set and the database of a job; kept until it names others."""
         named = payload["prepared"], payload["database"]
-        if self._evaluator is None or self._evaluator[:2] != named:
+        if self._kept is None or self._kept[0] != named:
             self._restore()
             prepared = self.prepared(payload["prepared"])
             key, name, compressor = canonical_json(payload["criterion"]), payload["database"], payload["compressor"]
@@ -216,10 +153,5 @@ class AllocationWorker(ModelWorker):
             evaluator = LevelEvaluator(
                 self.language_model, prepared.dense, database, windows, teacher, max_prefix_bytes=MAX_PREFIX_BYTES
             )
-            self._evaluator = (*named, evaluator)
-        return self._evaluator[2]
-
-    def _restore(self) -> None:
-        """Make the model dense, for whoever reads its weights."""
-        if self._evaluator is not None:
-            self._evaluator[2].restore()
+            self._kept = named, evaluator
+        return self._kept[1]

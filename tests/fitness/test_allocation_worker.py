@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from evoprune.fitness.allocation_worker import WORTHWHILE, AllocationWorker, build
+from evoprune.fitness.allocation_worker import AllocationWorker, build
+from evoprune.fitness.candidate_worker import WORTHWHILE
 from evoprune.fitness.allocators import configured
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
 from evoprune.fitness.context import EvaluationContext
