@@ -13,9 +13,9 @@ from evoprune.metrics.allocation_formula import AllocationFormula, Statistics, f
 from evoprune.metrics.emit_allocation import allocation_source
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import file_hash, write_atomically
-from evoprune.search.allocation_search import AllocationSearch
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.generation_search import GenerationSearch
 from evoprune.search.level_result import (
     allocation_of_row,
     heldout_jobs,
@@ -28,6 +28,7 @@ from evoprune.search.pooled_search import Member
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import LevelSpace
 
 
 class AllocationComparison:
@@ -50,7 +51,7 @@ class AllocationComparison:
         self,
         config: AllocationSearchConfig,
         identity: str,
-        search: AllocationSearch,
+        search: GenerationSearch[LevelSpace],
         seeds: Mapping[str, Genome],
         model_class: str,
         distinct: int,

@@ -9,9 +9,9 @@ from evoprune.metrics.allocation_formula import Statistics
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
-from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.breeders import Breeder, breeder_of
 from evoprune.search.engine.executor import Job
+from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.kinds.allocation import different
 from evoprune.search.level_run import LevelRun, given_formula, sites_of
 from evoprune.search.result import failure
@@ -21,7 +21,7 @@ from evoprune.search.spaces.levels import LevelSpace
 from evoprune.search.worker_session import Ask
 
 
-class AllocationRun(LevelRun[AllocationSearch]):
+class AllocationRun(LevelRun[GenerationSearch[LevelSpace]]):
     """One session of a search for an allocation."""
 
     pure_jobs = (*LevelRun.pure_jobs, "describe")
@@ -53,13 +53,13 @@ class AllocationRun(LevelRun[AllocationSearch]):
             ),
         )
 
-    def build_search(self, prepared: Summary, ask: Ask) -> AllocationSearch:
+    def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[LevelSpace]:
         config, sites = self.config, sites_of(prepared)
         space = self.space(sites)
         self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
         self._named = self.start_genomes(space, prepared, ask)
         payload = self.job_payload(prepared)
-        return AllocationSearch(
+        return GenerationSearch(
             space,
             by_genome(self._named),
             self._breeder(space, prepared, ask),
@@ -75,7 +75,7 @@ class AllocationRun(LevelRun[AllocationSearch]):
             payload=payload,
         )
 
-    def comparison(self, prepared: Summary, search: AllocationSearch, ask: Ask) -> AllocationComparison:
+    def comparison(self, prepared: Summary, search: GenerationSearch[LevelSpace], ask: Ask) -> AllocationComparison:
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
         return AllocationComparison(
             self.config, self.identity, search, self._named, model_class, distinct, self._statistics

@@ -1,4 +1,4 @@
-"""What searches over level vectors share: a pool of members, measured on the same windows of text, then what follows.
+"""What searches over genomes share: a pool of members, measured on the same windows of text, then what follows.
 
 A pool is the barrier of these algorithms: nothing is decided before all of it is measured, so the history depends
 neither on the number of workers nor on who finishes first.
@@ -14,14 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from evoprune.metrics.files import content_hash
-from evoprune.metrics.ranks import GONE
 from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.kinds.allocation import span_text
 from evoprune.search.loop import Birth
-from evoprune.search.spaces.ladder import Genome
-from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.spaces.ladder import Genome, LadderSpace
 
-Space = TypeVar("Space", bound=LevelSpace)
+Space = TypeVar("Space", bound=LadderSpace)
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Member:
 
 
 class PooledSearch(ABC, Generic[Space]):
-    """Births of level vectors, pool by pool; each search says what a pool is and what comes after it.
+    """Births of genomes, pool by pool; each search says what a pool is and what comes after it.
 
     Args:
         space: what genomes are made of.
@@ -147,7 +144,7 @@ class PooledSearch(ABC, Generic[Space]):
         """Fitness of the best so far, and the range of its sparsities."""
         if self.best is None or self.best.kl is None:
             return None
-        return self.best.kl, span_text(level / GONE for level in self.space.levels(self.best.genome))
+        return self.best.kl, self.space.words(self.best.genome)
 
     @abstractmethod
     def _span(self) -> tuple[int, int]:
@@ -196,14 +193,14 @@ class PooledSearch(ABC, Generic[Space]):
         }
         payload = {
             **self.payload,
-            "levels": self.space.levels(member.genome),
-            "parent": self.space.levels(start),
+            self.space.job: self.space.spelled(member.genome),
+            "parent": self.space.spelled(start),
             "first": first,
             "last": last,
         }
         # The parent only says from where a worker may start: it changes no number.
-        key = content_hash([self._identity, payload["levels"], first, last])
-        return Birth(number, record, Job(key, "levels", payload), counted)
+        key = content_hash([self._identity, payload[self.space.job], first, last])
+        return Birth(number, record, Job(key, self.space.job, payload), counted)
 
     def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
         assert outcome is not None and birth.job is not None  # every birth has a job
@@ -215,7 +212,7 @@ class PooledSearch(ABC, Generic[Space]):
             "generation": birth.record["generation"],
             "stage": birth.record["stage"],
             "windows": list(birth.record["windows"]),
-            "genome": self.space.gene_levels(member.genome),
+            "genome": self.space.shown(member.genome),
             "counted": birth.counted,
             "kl": None,
             "reason": outcome.reason,
@@ -271,7 +268,7 @@ class PooledSearch(ABC, Generic[Space]):
             "phase": self._phase,
             "generation": self.generation,
             "best": None if self.best is None else self.best.to_json(),
-            "levels": None if self.best is None else self.space.levels(self.best.genome),
+            self.space.job: None if self.best is None else self.space.spelled(self.best.genome),
             "known": sorted(self._known),
             "measured": [member.to_json() for member in self._measured],
             "pool": [member.to_json() for member in self._pool],

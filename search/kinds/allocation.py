@@ -11,6 +11,7 @@ from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import BoardKind, files_of
+from evoprune.search.spaces.levels import span_text
 from evoprune.search.trials_allocation import DESCRIPTORS, AllocationTrials
 
 if TYPE_CHECKING:
@@ -176,12 +177,6 @@ class AllocationKind:
 def steps_of(config: AllocationSearchConfig) -> int:
     """Stages of a generation; a front has one, for its populations must be comparable."""
     return len(config.searcher.stages) if config.target.pareto is None else 1
-
-
-def span_text(sparsities: Iterable[float]) -> str:
-    """Such as ``matrices from 0% to 98%``."""
-    known = list(sparsities)
-    return f"matrices from {min(known):.0%} to {max(known):.0%}"
 
 
 def different(history: Iterable[Mapping[str, Any]]) -> int:

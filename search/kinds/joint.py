@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.search.kinds import Kind, kind_of
-from evoprune.search.kinds.allocation import span_text
+from evoprune.search.spaces.levels import span_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

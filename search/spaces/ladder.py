@@ -9,11 +9,13 @@ Source: layerwise sparsity allocation, sections 5.1 to 5.3; the level switch is 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median_low
+from typing import Any, ClassVar
 
 from evoprune.metrics.errors import InvalidInput
 
@@ -73,16 +75,35 @@ class Gene:
         return [high - low for low, high in pairs if high > low]
 
 
-class LadderSpace:
+class LadderSpace(ABC):
     """Genomes that remove `budget` weights, to half a step of the smallest gene: exactly, where all steps are alike.
 
     Args:
         genes: at least one.
         budget: weights that have to go.
 
+    Attributes:
+        job: kind of the jobs that measure a genome, and what these call it.
+        spans: how many options a gene may sensibly move at once.
+
     Raises:
         InvalidInput: there is no gene, or they cannot lose as much.
     """
+
+    job: ClassVar[str]
+    spans: Sequence[int]
+
+    @abstractmethod
+    def spelled(self, genome: Genome) -> list[Any]:
+        """What jobs say of a genome."""
+
+    @abstractmethod
+    def shown(self, genome: Genome) -> list[int]:
+        """What the history says of a genome: a number for each gene."""
+
+    @abstractmethod
+    def words(self, genome: Genome) -> str:
+        """A few words of what a genome is."""
 
     def __init__(self, genes: Sequence[Gene], budget: int) -> None:
         if not genes:

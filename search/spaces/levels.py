@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 from evoprune.metrics.column_steps import nearest_moves
@@ -85,6 +85,14 @@ class LevelSpace(LadderSpace):
             # The ends of a grid may lie nearer, but few genes stand where that helps.
             self.tolerance = min(gene.stride for gene in genes) // 2
 
+    job = "levels"
+
+    def spelled(self, genome: Genome) -> list[int]:
+        return self.levels(genome)
+
+    def words(self, genome: Genome) -> str:
+        return span_text(level / LEVELS for level in self.levels(genome))
+
     def levels(self, genome: Genome) -> list[int]:
         """The level of every matrix, in model order."""
         found = [0] * len(self.sites)
@@ -93,7 +101,7 @@ class LevelSpace(LadderSpace):
                 found[at] = self._levels[option]
         return found
 
-    def gene_levels(self, genome: Genome) -> list[int]:
+    def shown(self, genome: Genome) -> list[int]:
         """The level of every gene, which all of its matrices have."""
         return [self._levels[option] for option in genome]
 
@@ -174,6 +182,12 @@ class LevelSpace(LadderSpace):
             options[at] = gene.nearest(mean * gene.removed[-1]) if gone else len(gene.removed) - 1
         settled = self._settled(options, rng, most=MANY_MOVES * len(self.genes), never=part)
         return None if settled == genome else settled
+
+
+def span_text(sparsities: Iterable[float]) -> str:
+    """Such as ``matrices from 0% to 98%``."""
+    known = list(sparsities)
+    return f"matrices from {min(known):.0%} to {max(known):.0%}"
 
 
 def reference_name(only: bool) -> str:

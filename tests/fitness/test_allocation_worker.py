@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from evoprune.fitness.allocation_worker import AllocationWorker, build
-from evoprune.fitness.candidate_worker import WORTHWHILE
 from evoprune.fitness.allocators import configured
+from evoprune.fitness.candidate_worker import WORTHWHILE
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.level_evaluator import LevelEvaluator

@@ -16,10 +16,10 @@ import yaml
 from evoprune.metrics.files import canonical_json, content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.allocation_result import AllocationComparison
-from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.breeders.switches import Switches
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.kinds.allocation import different
 from evoprune.search.report import write_report
 from evoprune.search.report.allocation_data import AllocationData
@@ -106,7 +106,7 @@ def make_run(
         seeds[name] = space.near([sparsity + 0.1 * at * (site.block / n_blocks - 0.5) for site in sites], rng)
     seeds["twin"] = seeds["uniform"]
     distinct = {genome: name for name, genome in reversed(seeds.items())}
-    search = AllocationSearch(
+    search = GenerationSearch(
         space,
         {name: genome for genome, name in reversed(distinct.items())},
         Switches(space, 0),

@@ -13,6 +13,21 @@ from evoprune.search.spaces.ladder import Gene, Genome, LadderSpace
 SPANS = (1, 2, 4, 8, 16, 32, 64)
 
 
+class Plain(LadderSpace):
+    """Nothing but ladders."""
+
+    job = "options"
+    spans = (1, 2)
+
+    def spelled(self, genome: Genome) -> list[int]:
+        return list(genome)
+
+    shown = spelled
+
+    def words(self, genome: Genome) -> str:
+        return str(genome)
+
+
 def level_gene(name: str, rows: int, columns: int, block: int = 0) -> Gene:
     return Gene(name, tuple(rows * (level * columns // 256) for level in range(256)), block)
 
@@ -23,7 +38,7 @@ def llama(blocks: int = 3, hidden: int = 192, inner: int = 512, kv: int = 64) ->
 
 
 def space(genes: list[Gene], sparsity: float = 0.6) -> LadderSpace:
-    return LadderSpace(genes, int(sparsity * sum(gene.removed[-1] for gene in genes)))
+    return Plain(genes, int(sparsity * sum(gene.removed[-1] for gene in genes)))
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.6, 0.97])
@@ -75,7 +90,7 @@ def test_changes_of_several_children_come_together() -> None:
 
 def test_equal_genes_switch_as_published() -> None:
     """Between equal ladders a switch is one option up and another down by as much: sums of options never change."""
-    ladder = LadderSpace([Gene(str(at), (0, 10, 20, 30, 40)) for at in range(8)], 160)
+    ladder = Plain([Gene(str(at), (0, 10, 20, 30, 40)) for at in range(8)], 160)
     rng = random.Random(0)
     genome: Genome = (2,) * 8
     seen = set()
@@ -117,11 +132,11 @@ def test_the_same_draws_give_the_same_genome() -> None:
 
 def test_budgets_that_cannot_be() -> None:
     with pytest.raises(InvalidInput, match="nothing to allocate"):
-        LadderSpace([], 0)
+        Plain([], 0)
     with pytest.raises(InvalidInput, match="cannot go: the matrices can lose 3,000 in all"):
-        LadderSpace([Gene("a", (0, 1000)), Gene("b", (0, 2000))], 3001)
+        Plain([Gene("a", (0, 1000)), Gene("b", (0, 2000))], 3001)
     with pytest.raises(InvalidInput, match="do not add up to"):
-        LadderSpace([Gene("a", (0, 1000)), Gene("b", (0, 3000))], 2000).nearest([0, 0], random.Random(0))
+        Plain([Gene("a", (0, 1000)), Gene("b", (0, 3000))], 2000).nearest([0, 0], random.Random(0))
 
 
 def test_dropping_finds_the_best_set_as_fast_as_theory_says() -> None:
@@ -130,7 +145,7 @@ def test_dropping_finds_the_best_set_as_fast_as_theory_says() -> None:
     for seed in range(40):
         rng = random.Random(seed)
         cost = [rng.random() for _ in range(n)]
-        ladder = LadderSpace([Gene(str(at), (0, 1)) for at in range(n)], k)
+        ladder = Plain([Gene(str(at), (0, 1)) for at in range(n)], k)
         best = set(sorted(range(n), key=cost.__getitem__)[:k])
         current = ladder.nearest([k / n] * n, rng)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evoprune.search.spaces.ladder import Gene, Genome, LadderSpace
+from evoprune.search.spaces.ladder import Gene, Genome
 from evoprune.search.surrogate import FEWEST_ROWS, KNOTS, MOST_ROWS, Surrogate
-from tests.search.test_allocation_search import SENSITIVITY, Session
+from tests.search.test_generation_search import SENSITIVITY, Session
+from tests.search.test_ladder import Plain
 
-SPACE = LadderSpace([Gene(f"gene {at}", tuple(range(0, 65 * (at + 1), at + 1))) for at in range(4)], 300)
+SPACE = Plain([Gene(f"gene {at}", tuple(range(0, 65 * (at + 1), at + 1))) for at in range(4)], 300)
 HEIGHTS = np.random.default_rng(3).normal(size=(4, len(KNOTS)))
 
 

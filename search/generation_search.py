@@ -1,4 +1,4 @@
-"""Allocation search by generations: level switches, more text for fewer candidates, the best is the next parent.
+"""Search by generations: children of one parent, more text for fewer candidates, the best is the next parent.
 
 A generation is a number of children of one parent. Each stage measures them on the same windows of text and keeps the
 best few for the next stage, which reads on where this one ended: nothing is measured twice. The parent is measured with
@@ -19,9 +19,8 @@ from typing import Any
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.breeders import Breeder
 from evoprune.search.loop import Birth
-from evoprune.search.pooled_search import Member, PooledSearch
+from evoprune.search.pooled_search import Member, PooledSearch, Space
 from evoprune.search.spaces.ladder import Genome
-from evoprune.search.spaces.levels import LevelSpace
 from evoprune.search.surrogate import Surrogate
 
 FINALISTS = 8
@@ -44,8 +43,8 @@ class Stage:
     survivors: int
 
 
-class AllocationSearch(PooledSearch[LevelSpace]):
-    """Births of level vectors of one budget, by generations.
+class GenerationSearch(PooledSearch[Space]):
+    """Births of genomes of one budget, by generations.
 
     Args:
         space, seeds, seed, evaluations, identity, payload: see `PooledSearch`.
@@ -60,7 +59,7 @@ class AllocationSearch(PooledSearch[LevelSpace]):
 
     def __init__(
         self,
-        space: LevelSpace,
+        space: Space,
         seeds: Mapping[str, Genome],
         breeder: Breeder,
         stages: Sequence[Stage],

@@ -13,10 +13,10 @@ import pytest
 from evoprune.metrics.errors import Interrupted
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
-from evoprune.search.allocation_search import AllocationSearch, Stage
 from evoprune.search.breeders.switches import Switches
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
+from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.loop import BirthLoop, Budget
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.levels import LevelSpace
@@ -69,7 +69,7 @@ class Session:
         uniform = self.space.nearest([0.6 * gene.removed[-1] for gene in self.space.genes], rng)
         ramp = [(0.45 + 0.1 * gene.block) * gene.removed[-1] for gene in self.space.genes]
         seeds = {"uniform": uniform, "ramp": self.space.nearest(ramp, rng)}
-        self.search = AllocationSearch(
+        self.search = GenerationSearch(
             self.space,
             seeds,
             Switches(self.space, seed),
@@ -89,7 +89,7 @@ class Session:
         if exists:
             self.run.lock()
         self.log = EvaluationLog(folder / "evaluations.wal")
-        self.executor = InlineExecutor("tests.search.test_allocation_search:build", {}, threads=1)
+        self.executor = InlineExecutor("tests.search.test_generation_search:build", {}, threads=1)
         self.executor.start()
         self.loop = BirthLoop(self.search, self.executor, self.log, self.run, window=window)
         self.loop.restore()
@@ -230,7 +230,7 @@ def test_a_stopped_search_goes_on_exactly(undisturbed: Session, tmp_path: Path) 
 
 
 def test_seeds_that_cannot_be_measured_end_the_search(tmp_path: Path) -> None:
-    search = AllocationSearch(
+    search = GenerationSearch(
         LevelSpace(SITES[:2], 0.5),
         {"uniform": (128, 128)},
         Switches(LevelSpace(SITES[:2], 0.5), 0),
