@@ -15,7 +15,7 @@ from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.kinds.allocation import different
 from evoprune.search.level_run import LevelRun, given_formula, sites_of
 from evoprune.search.result import failure
-from evoprune.search.search_run import Plan
+from evoprune.search.search_run import Plan, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.levels import LevelSpace
 from evoprune.search.worker_session import Ask
@@ -37,21 +37,7 @@ class AllocationRun(LevelRun[GenerationSearch[LevelSpace]]):
         )
 
     def plan(self) -> Plan:
-        searcher, window = self.config.searcher, self.config.data.window
-        per_generation, entrants, seen = 0, searcher.offspring, 0
-        for stage in searcher.stages:
-            per_generation += (entrants + 1) * (stage.windows - seen) * window
-            entrants, seen = stage.survivors, stage.windows
-        return Plan(
-            [stage.windows * window for stage in searcher.stages],
-            "stage",
-            per_generation / searcher.offspring,
-            searcher.offspring,
-            lambda workers: (
-                f"{searcher.offspring} offspring: some will wait; --population {2 * workers} keeps them busy (it is "
-                "part of the run's identity)"
-            ),
-        )
+        return generation_plan(self.config.searcher, self.config.data.window)
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[LevelSpace]:
         config, sites = self.config, sites_of(prepared)

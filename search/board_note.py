@@ -9,7 +9,7 @@ from typing import Any
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
-from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_sections import SearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
@@ -89,10 +89,10 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
     )
 
 
-def searching_allocation_note(
-    config: AllocationSearchConfig, search: PooledSearch[Any], evaluations: int, stage_counts: Sequence[int]
+def searching_generations_note(
+    config: SearchConfig, search: PooledSearch[Any], evaluations: int, stage_counts: Sequence[int]
 ) -> str:
-    """How far an allocation search is.
+    """How far a search by generations is.
 
     Args:
         evaluations: candidates with a forward pass.
@@ -114,19 +114,12 @@ def searching_allocation_note(
 def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
     """What an allocation search has found: everyone on held-out text; arguments as in `finished_note`."""
     best = result["best"]
-    rows = [
-        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == WINNER else row
-        for row in heldout_rows(result)
-    ]
     return "\n".join(
         [
             f"## Winner: {result['model']} at {target_text(result)}",
             "",
             *_picture("allocation.svg", "sparsity by matrix", artifacts),
-            *_table(("held-out text", "perplexity", "loss", "KL", "minus winner's"), rows),
-            "",
-            heldout_caption(result),
-            "",
+            *_heldout(result),
             f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
             f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). The allocation and the report are "
             "among the study's artifacts.",
@@ -134,6 +127,40 @@ def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[st
             *_picture("convergence.svg", "best so far by evaluations", artifacts),
         ]
     )
+
+
+def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
+    """What a structure search has found: everyone on held-out text; arguments as in `finished_note`."""
+    best = result["best"]
+    rows = [
+        (str(block), f"{groups:,}", f"{groups * each:,}", f"{neurons:,}")
+        for block, (groups, each, neurons) in enumerate(best["shape"])
+    ]
+    return "\n".join(
+        [
+            f"## Winner: {result['model']} at {target_text(result)}",
+            "",
+            *_heldout(result),
+            f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
+            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). The shape and the report are among "
+            "the study's artifacts.",
+            "",
+            *_picture("shape.svg", "what every block keeps", artifacts),
+            *_table(("block", "KV groups", "query heads", "neurons"), rows),
+            "",
+            *_picture("convergence.svg", "best so far by evaluations", artifacts),
+        ]
+    )
+
+
+def _heldout(result: Mapping[str, Any]) -> list[str]:
+    """Everyone on held-out text."""
+    rows = [
+        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == WINNER else row
+        for row in heldout_rows(result)
+    ]
+    head = ("held-out text", "perplexity", "loss", "KL", "minus winner's")
+    return [*_table(head, rows), "", heldout_caption(result), ""]
 
 
 def finished_front_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:

@@ -14,11 +14,13 @@ from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
+from evoprune.search.config_structure import StructureSearchConfig
 
 CONFIGS: dict[str, type[SearchConfig]] = {
     "metric": MetricSearchConfig,
     "allocation": AllocationSearchConfig,
     "joint": JointSearchConfig,
+    "structure": StructureSearchConfig,
 }
 """Of each kind of search."""
 

@@ -1,4 +1,4 @@
-"""Allocations that a configuration names: a file, or a run that left one."""
+"""Allocations and shapes that a configuration names: a file, or a run that left one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.allocation_formula import read_formula
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.shape import Shape
+from evoprune.metrics.shape_file import read_shape
 from evoprune.search.rundir import RunDirectory
 
 
@@ -43,3 +45,25 @@ def read_named(source: str) -> Allocation:
             f"{source} holds a formula, which says what matrices lose only beside a model: give an allocation.json"
         )
     return read_allocation(file)
+
+
+def shape_file(source: str) -> Path:
+    """The file of the shape that `source` names: itself, or what a finished run exported.
+
+    Raises:
+        InvalidInput: a run that is not finished, or that searched something else.
+    """
+    path = Path(source)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    run = RunDirectory.open(source)
+    if run.kind != "structure":
+        raise InvalidInput(f"run {source} searched {run.kind}s: a run that searched a structure is needed")
+    if run.result is None:
+        raise InvalidInput(f"run {source} is not finished: resume it first")
+    return run.path / "export" / "shape.json"
+
+
+def given_shape(source: str | None) -> Shape | None:
+    """The shape that `source` names; see `shape_file`."""
+    return None if source is None else read_shape(shape_file(source))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.statistics_passes import gradient_sum_bytes
+from evoprune.search.config_allocation import GenerationsConfig
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
@@ -38,6 +39,28 @@ class Plan:
     per_candidate: float
     busy_workers: float
     crowded: Callable[[int], str]
+
+
+def generation_plan(searcher: GenerationsConfig, window: int) -> Plan:
+    """What a search by generations asks of its workers.
+
+    Args:
+        window: tokens of a window.
+    """
+    per_generation, entrants, seen = 0, searcher.offspring, 0
+    for stage in searcher.stages:
+        per_generation += (entrants + 1) * (stage.windows - seen) * window
+        entrants, seen = stage.survivors, stage.windows
+    return Plan(
+        [stage.windows * window for stage in searcher.stages],
+        "stage",
+        per_generation / searcher.offspring,
+        searcher.offspring,
+        lambda workers: (
+            f"{searcher.offspring} offspring: some will wait; --population {2 * workers} keeps them busy (it is part "
+            "of the run's identity)"
+        ),
+    )
 
 
 class Comparison(Protocol):

@@ -26,6 +26,7 @@ _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
     "running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red",
 }  # fmt: skip
+_COSTS = {"parameters": "parameters", "flops": "operations", "kv_bytes": "bytes of keys and values"}
 WINNER = "evolved winner"
 POWER = "power (tuned)"
 NOT_REPRODUCIBLE = "not bit-reproducible: workers whose numbers differ in the last bits took part in it"
@@ -306,6 +307,8 @@ def target_text(result: Mapping[str, Any]) -> str:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
+    if result["kind"] == "structure":
+        return f"{100 * float(target):.4g}% fewer {_COSTS[result['cost']]} in heads and MLPs"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":

@@ -12,7 +12,7 @@ from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import BoardKind, files_of
 from evoprune.search.spaces.levels import span_text
-from evoprune.search.trials_allocation import DESCRIPTORS, AllocationTrials
+from evoprune.search.trials_generation import AllocationTrials
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -30,7 +30,7 @@ class AllocationKind:
     name = "allocation"
     winner = "allocation"
     endings: tuple[str, ...] = (".json", ".txt", ".py")
-    descriptors: Mapping[str, Range] = DESCRIPTORS
+    descriptors: Mapping[str, Range] = AllocationTrials.ranges
 
     def session(self, config: AllocationSearchConfig) -> type[Session]:
         if config.target.pareto is not None:
@@ -56,9 +56,9 @@ class AllocationKind:
     def searching_note(
         self, config: AllocationSearchConfig, search: PooledSearch[Any], evaluations: int, steps: Sequence[int]
     ) -> str:
-        from evoprune.search.board_note import searching_allocation_note
+        from evoprune.search.board_note import searching_generations_note
 
-        return searching_allocation_note(config, search, evaluations, steps)
+        return searching_generations_note(config, search, evaluations, steps)
 
     def finished_note(self, result: Mapping[str, Any], artifacts: Sequence[str]) -> str:
         from evoprune.search.board_note import finished_allocation_note, finished_front_note

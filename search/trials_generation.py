@@ -1,23 +1,15 @@
-"""Candidates of an allocation search as trials of the board."""
+"""Candidates of a search by generations as trials of the board."""
 
 from __future__ import annotations
 
 import statistics
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from evoprune.search.engine.trial_record import Range, TrialRecord
 from evoprune.search.trials import Trials
-
-# What the dashboard may correlate with the fitness; levels are in steps of 1/256.
-DESCRIPTORS: dict[str, Range] = {
-    "generation": (0, 1_000_000),
-    "lowest level": (0, 255),
-    "highest level": (0, 255),
-    "spread of levels": (0.0, 128.0),
-}
-
 
 @dataclass
 class _Candidate:
@@ -28,8 +20,18 @@ class _Candidate:
     values: dict[int, float] = field(default_factory=dict)
 
 
-class AllocationTrials(Trials):
-    """One trial for each candidate: a seed at once, a child once its generation is over."""
+class GenerationTrials(Trials):
+    """One trial for each candidate: a seed at once, a child once its generation is over.
+
+    Attributes:
+        genome: what the board calls the numbers of a genome.
+    """
+
+    genome: ClassVar[str]
+
+    @abstractmethod
+    def descriptors(self, genome: Sequence[int]) -> dict[str, Any]:
+        """What the dashboard may correlate with the fitness, beside the generation."""
 
     def __init__(self, steps: int) -> None:
         super().__init__(steps)
@@ -73,20 +75,57 @@ class AllocationTrials(Trials):
             rungs=values,
             attributes={
                 "birth": line["birth"],
-                "levels": line["genome"],
+                self.genome: line["genome"],
                 "operator": line["origin"],
                 "parents": line["parents"],
                 "generation": line["generation"],
                 "reason": line["reason"],
                 **({"cost": line["cost"]} if "cost" in line else {}),
             },
-            descriptors={
-                "generation": line["generation"],
-                "lowest level": min(line["genome"]),
-                "highest level": max(line["genome"]),
-                "spread of levels": statistics.pstdev(line["genome"]),
-            },
+            descriptors={"generation": line["generation"], **self.descriptors(line["genome"])},
             front=finished and bool(line.get("front")),
             started=candidate.telemetry.get("started"),
             finished=candidate.telemetry.get("finished"),
         )
+
+
+GENERATIONS: Range = (0, 1_000_000)
+
+
+class AllocationTrials(GenerationTrials):
+    """Of levels, in steps of 1/256."""
+
+    genome = "levels"
+    ranges: ClassVar[dict[str, Range]] = {
+        "generation": GENERATIONS,
+        "lowest level": (0, 255),
+        "highest level": (0, 255),
+        "spread of levels": (0.0, 128.0),
+    }
+
+    def descriptors(self, genome: Sequence[int]) -> dict[str, Any]:
+        return {
+            "lowest level": min(genome),
+            "highest level": max(genome),
+            "spread of levels": statistics.pstdev(genome),
+        }
+
+
+class StructureTrials(GenerationTrials):
+    """Of what blocks keep: KV groups, query heads in each, and neurons, block by block."""
+
+    genome = "shape"
+    ranges: ClassVar[dict[str, Range]] = {
+        "generation": GENERATIONS,
+        "query heads": (0, 1_000_000),
+        "neurons": (0, 1_000_000_000),
+        "parts dropped": (0, 10_000),
+    }
+
+    def descriptors(self, genome: Sequence[int]) -> dict[str, Any]:
+        groups, each, neurons = genome[::3], genome[1::3], genome[2::3]
+        return {
+            "query heads": sum(count * heads for count, heads in zip(groups, each, strict=True)),
+            "neurons": sum(neurons),
+            "parts dropped": sum(not count for count in (*groups, *neurons)),
+        }

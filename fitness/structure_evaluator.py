@@ -1,0 +1,107 @@
+"""Score shapes with one resident model: candidates are cut, so that what they lose is not computed."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.resident_evaluator import ResidentEvaluator
+from evoprune.fitness.samples import Sequences
+from evoprune.fitness.structure_database import StructureDatabase
+from evoprune.fitness.surgeon import Surgeon
+from evoprune.fitness.teacher import Teacher
+from evoprune.fitness.unit_costs import Kept
+from evoprune.fitness.units import BlockUnits
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.shape import BlockShape
+
+MAX_SOLVED_BYTES = 1 << 30
+"""What refitted output matrices may take that were used before, in one worker."""
+
+
+class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
+    """A dense model that shapes are tried on: how many units every block keeps; the database says which, and refits.
+
+    Args:
+        language_model, windows, teacher, stride, max_prefix_bytes: see `ResidentEvaluator`.
+        units: of this model.
+        database: of the same model.
+
+    Raises:
+        InvalidInput: the database is of another model.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        units: Sequence[BlockUnits],
+        database: StructureDatabase,
+        windows: Sequences,
+        teacher: Teacher | None,
+        *,
+        stride: int = 1,
+        max_prefix_bytes: int | None = None,
+    ) -> None:
+        super().__init__(language_model, windows, teacher, stride=stride, max_prefix_bytes=max_prefix_bytes)
+        self._units = list(units)
+        self._database = database
+        self._surgeon = Surgeon(language_model, self._units)
+        self._solved: OrderedDict[tuple[int, str, tuple[int, ...]], Tensor] = OrderedDict()
+        self._solved_bytes = 0
+
+    def complete(self, given: Sequence[Kept]) -> tuple[Kept, ...]:
+        whole = tuple((int(groups), int(heads), int(neurons)) for groups, heads, neurons in given)
+        if len(whole) != len(self._units):
+            raise InvalidInput(f"a shape of {len(whole)} blocks for a model of {len(self._units)}")
+        for block, (kept, units) in enumerate(zip(whole, self._units, strict=True)):
+            widths = units.widths
+            most = (widths.groups, widths.heads_per_group, widths.neurons)
+            if not all(0 <= count <= limit for count, limit in zip(kept, most, strict=True)):
+                raise InvalidInput(f"block {block} cannot keep {kept} of {most} groups, heads in each and neurons")
+        return whole
+
+    def shape(self, given: Sequence[Kept]) -> tuple[BlockShape, ...]:
+        """Which units stay, where so many do."""
+        return tuple(
+            BlockShape(
+                *self._database.kept_heads(block, groups, heads), self._database.kept_neurons(block, neurons)
+            )
+            for block, (groups, heads, neurons) in enumerate(self.complete(given))
+        )
+
+    def apply(self, given: Sequence[Kept]) -> None:
+        shape = self.shape(given)
+        outputs: dict[str, Tensor] = {}
+        for block, (units, kept) in enumerate(zip(self._units, shape, strict=True)):
+            if kept.heads and len(kept.heads) < units.widths.heads:
+                outputs[units.attention.output.site.name] = self._output(block, "attention", kept)
+            if kept.neurons and len(kept.neurons) < units.widths.neurons:
+                outputs[units.mlp.output.site.name] = self._output(block, "mlp", kept)
+        self._surgeon.apply(shape, outputs)
+
+    def own(self, shape: Sequence[BlockShape], outputs: dict[str, Tensor]) -> None:
+        """Leave the model at a shape of somebody else's choice, with output matrices of theirs where they have any."""
+        self._surgeon.apply(shape, outputs)
+
+    def restore(self) -> None:
+        self._surgeon.restore()
+
+    def differing(self, one: tuple[Kept, ...], other: tuple[Kept, ...]) -> int | None:
+        return next((block for block, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+
+    def _output(self, block: int, part: str, kept: BlockShape) -> Tensor:
+        """The refitted output matrix, kept in the model's dtype for the next candidate that asks for it."""
+        key = block, part, kept.heads if part == "attention" else (len(kept.neurons),)
+        if key in self._solved:
+            self._solved.move_to_end(key)
+            return self._solved[key]
+        model = self.language_model
+        found = self._database.output(block, part, kept).to(model.device, model.model.dtype)
+        self._solved[key] = found
+        self._solved_bytes += found.nbytes
+        while self._solved_bytes > MAX_SOLVED_BYTES and len(self._solved) > 1:
+            self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
+        return found

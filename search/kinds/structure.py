@@ -1,0 +1,136 @@
+"""Structure searches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.search.engine.trial_record import Range
+from evoprune.search.kinds import BoardKind, files_of
+from evoprune.search.trials_generation import StructureTrials
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from evoprune.search.config_structure import StructureSearchConfig
+    from evoprune.search.kinds import Session
+    from evoprune.search.pooled_search import PooledSearch
+    from evoprune.search.rundir import RunDirectory
+
+
+class StructureKind:
+    """How many heads and neurons every block keeps."""
+
+    name = "structure"
+    winner = "shape"
+    endings: tuple[str, ...] = (".json",)
+    descriptors: Mapping[str, Range] = StructureTrials.ranges
+
+    def session(self, config: StructureSearchConfig) -> type[Session]:
+        from evoprune.search.structure_run import StructureRun
+
+        return StructureRun
+
+    def steps(self, run: RunDirectory) -> list[RunDirectory]:
+        return []
+
+    def price(self, config: StructureSearchConfig) -> str:
+        return config.target.cost
+
+    def trials(self, config: StructureSearchConfig) -> StructureTrials:
+        return StructureTrials(len(config.searcher.stages))
+
+    def counters(self, search: PooledSearch[Any], evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
+        return {"generation": search.generation, "by stage": " → ".join(map(str, steps))}
+
+    def searching_note(
+        self, config: StructureSearchConfig, search: PooledSearch[Any], evaluations: int, steps: Sequence[int]
+    ) -> str:
+        from evoprune.search.board_note import searching_generations_note
+
+        return searching_generations_note(config, search, evaluations, steps)
+
+    def finished_note(self, result: Mapping[str, Any], artifacts: Sequence[str]) -> str:
+        from evoprune.search.board_note import finished_structure_note
+
+        return finished_structure_note(result, artifacts)
+
+    def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
+        return files_of(folder, self.winner)
+
+    def progress_of(self, run: RunDirectory) -> dict[str, Any]:
+        history = list(run.history())
+        best = None
+        state = run.peek()
+        if state is not None and state["search"]["best"] is not None:
+            member = state["search"]["best"]
+            best = {
+                "birth": member["birth"],
+                "generation": member["generation"],
+                "origin": member["origin"],
+                "fitness": member["kl"],
+                "stderr": member["stderr"],
+                "shape": state["search"]["shape"],
+                "heldout": None,
+            }
+        return {
+            "evaluations": sum(line["counted"] for line in history),
+            "distinct": len({tuple(line["genome"]) for line in history}),
+            "best": best,
+        }
+
+    def words(self, best: Mapping[str, Any]) -> str:
+        return shape_text(best["shape"])
+
+    def table(self, result: Mapping[str, Any]) -> Table:
+        from evoprune.search.tables import heldout_table
+
+        return heldout_table(result)
+
+    def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+        from evoprune.search.tables_structure import result_view
+
+        return result_view(result, run)
+
+    def unfinished_facts(
+        self, config: StructureSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+    ) -> dict[str, RenderableType]:
+        facts: dict[str, RenderableType] = {}
+        if (best := document["best"]) is not None:
+            facts["from"] = f"generation {best['generation']} ({best['origin']})"
+        return facts
+
+    def exported(self, target: Path) -> str:
+        return f"{self.winner}{target.suffix}"
+
+    def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
+        from evoprune.fitness.unit_costs import kept_by
+        from evoprune.metrics.shape_file import read_shape
+
+        if [list(kept_by(block)) for block in read_shape(file).blocks] != result["best"]["shape"]:
+            raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
+
+    def write_report(self, run: RunDirectory) -> Path:
+        from evoprune.search.report.structure_page import write_page
+
+        return write_page(run)
+
+    def check_names(self, config: StructureSearchConfig) -> None:
+        from evoprune.fitness.unit_criteria import UNIT_CRITERIA
+        from evoprune.search.given import given_shape
+
+        for name in config.searcher.seeds or ():
+            _ = UNIT_CRITERIA[name]
+        given_shape(config.seed_from)
+
+
+def shape_text(shape: Sequence[Sequence[int]]) -> str:
+    """Such as ``30 query heads, 2,100 neurons``, of what every block keeps: KV groups, heads in each, neurons."""
+    heads = sum(groups * each for groups, each, _ in shape)
+    return f"{heads:,} query heads, {sum(block[2] for block in shape):,} neurons"
+
+
+KIND: BoardKind = StructureKind()

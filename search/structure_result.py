@@ -1,0 +1,161 @@
+"""What a structure search found: winner, seeds and published methods on held-out text, and the winner's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.files import content_hash
+from evoprune.metrics.shape import BlockShape, Shape
+from evoprune.metrics.shape_file import read_shape, write_shape
+from evoprune.search.calibration import calibration_facts
+from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.generation_search import GenerationSearch
+from evoprune.search.pooled_search import Member
+from evoprune.search.result import failure, paired_difference, summary
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.structure import StructureSpace
+
+UNIFORM = "uniform"
+"""The seed that loses the same fraction everywhere."""
+AS_PUBLISHED = " as published"
+"""Behind a criterion's name: its own choice of units, compensated as its authors do, and not as the database does."""
+
+
+class StructureComparison:
+    """The winner of a search beside its seeds, and beside what the criteria of units do by themselves.
+
+    Args:
+        config: of the run.
+        identity: hash of everything that an evaluation depends on beside its candidate.
+        search: at its end.
+        seeds: genomes to start from, by name; equal ones are one candidate of the search.
+        run: what it is a run of.
+
+    Raises:
+        InvalidInput: no candidate has a fitness.
+    """
+
+    def __init__(
+        self,
+        config: StructureSearchConfig,
+        identity: str,
+        search: GenerationSearch[StructureSpace],
+        seeds: Mapping[str, Genome],
+        run: RunDirectory,
+    ) -> None:
+        if search.best is None:
+            raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
+        self._config = config
+        self._identity = identity
+        self._search = search
+        self._best: Member = search.best
+        self._seeds = seeds
+        self._run = run
+        self._blocks: tuple[BlockShape, ...] = ()
+        self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
+
+    def jobs(self) -> list[Job]:
+        """Every entrant on held-out text, and the winner's units."""
+        space, payload = self._search.space, self._search.payload
+        entrants: dict[str, dict[str, Any]] = {"dense": {"shape": None}}
+        for name, genome in {"winner": self._best.genome, **self._seeds}.items():
+            entrants[name] = {"shape": space.spelled(genome)}
+        for name in self._config.seeds:
+            entrants[name + AS_PUBLISHED] = {"criterion": name, "space": space.to_json()}
+        self._entrants = list(entrants)
+        jobs = [
+            Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
+            for entrant in entrants.values()
+        ]
+        units = {"shape": space.spelled(self._best.genome)}
+        return [*jobs, Job(content_hash([self._identity, "units", units]), "units", {**payload, **units})]
+
+    def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        *measured, units = outcomes
+        losses: dict[str, Mapping[str, Any]] = {}
+        for name, outcome in zip(self._entrants, measured, strict=True):
+            if outcome.status == "ok":
+                losses[name] = outcome.values
+            elif name in ("dense", "winner"):
+                raise failure(outcome)
+        if units.status != "ok":
+            raise failure(units)
+        self._blocks = tuple(BlockShape(*(tuple(kept) for kept in block)) for block in units.values["blocks"])
+        config, search, best, space = self._config, self._search, self._best, self._search.space
+        genomes: dict[str, Genome | None] = {
+            **self._seeds,
+            **{name: None for name in losses if name.endswith(AS_PUBLISHED)},
+        }
+        return {
+            "run": run_id,
+            "kind": "structure",
+            "model": config.model.name,
+            "target": f"{config.target.sparsity:g}",
+            "cost": config.target.cost,
+            "accumulation": config.target.accumulation,
+            "objective": config.objective,
+            "seed": config.seed,
+            "evaluations": evaluations,
+            "births": search.births,
+            "distinct": len({tuple(line["genome"]) for line in self._run.history()}),
+            "generations": search.last_generation,
+            "reasons": dict(sorted(search.reasons.items())),
+            "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
+            "final_tokens": config.searcher.windows * config.data.window,
+            "window": config.data.window,
+            "data": config.data.source,
+            "calibration": calibration_facts(config.data),
+            "widths": [[width.groups, width.heads, width.neurons] for width in space.costs.widths],
+            "dense_cost": space.costs.dense,
+            "rest_cost": space.costs.rest,
+            "dense": {"heldout": summary(losses["dense"])},
+            "baselines": [
+                {
+                    "name": name,
+                    "fitness": None if genome is None else self._fitness.get(genome),
+                    "shape": losses[name]["kept"] if genome is None else space.spelled(genome),
+                    "cost": space.costs.of(losses[name]["kept"] if genome is None else space.shape(genome)),
+                    "heldout": summary(losses[name]),
+                    "winner_minus_this": paired_difference(losses["winner"], losses[name]),
+                }
+                for name, genome in genomes.items()
+                if name in losses
+            ],
+            "best": {
+                "birth": best.birth,
+                "generation": best.generation,
+                "origin": best.origin,
+                "fitness": best.kl,
+                "stderr": best.stderr,
+                "shape": space.spelled(best.genome),
+                "cost": space.costs.of(space.shape(best.genome)),
+                "heldout": summary(losses["winner"]),
+            },
+            "front": [],
+        }
+
+    def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
+        """Write the winner as ``shape.json``, and read it back.
+
+        Raises:
+            EvopruneError: it does not give the winner back.
+        """
+        folder = run.path / "export"
+        folder.mkdir(exist_ok=True)
+        config, widths = self._config, self._search.space.costs.widths
+        weights = {
+            "method": "database",
+            "accumulation": config.target.accumulation,
+            "calibration": calibration_facts(config.data),
+            "seed": config.seed,
+        }
+        target = {"sparsity": config.target.sparsity, "cost": config.target.cost, "run": result["run"]}
+        identity = run.identity
+        shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)
+        write_shape(shape, folder / "shape.json")
+        if read_shape(folder / "shape.json") != shape:
+            raise EvopruneError(f"{folder / 'shape.json'} does not give the shape back")

@@ -1,0 +1,126 @@
+"""A structure search from configuration to result."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, ClassVar
+
+from evoprune.fitness.prepare import Summary
+from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.shape_file import to_json
+from evoprune.search.breeders.switches import Switches
+from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.engine.executor import Job
+from evoprune.search.generation_search import GenerationSearch, Stage
+from evoprune.search.given import given_shape
+from evoprune.search.kinds.structure import KIND
+from evoprune.search.level_run import GIVEN
+from evoprune.search.result import failure
+from evoprune.search.search_run import Plan, SearchRun, generation_plan
+from evoprune.search.spaces.ladder import Genome, by_genome
+from evoprune.search.spaces.structure import StructureSpace
+from evoprune.search.structure_result import UNIFORM, StructureComparison
+from evoprune.search.worker_session import Ask, First
+
+
+class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSpace]]):
+    """One session of a search for a shape."""
+
+    kind = KIND
+    worker_factory = "evoprune.fitness.structure_worker:build"
+    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "choose", "shape", "heldout")
+    _database = ""
+    _costs: UnitCosts
+
+    def seeds_identity(self) -> dict[str, Any]:
+        given = given_shape(self.config.seed_from)
+        return {"criteria": list(self.config.seeds), "given": None if given is None else to_json(given)}
+
+    def prepare(self, first: First) -> Summary:
+        prepared = super().prepare(first)
+        target = self.config.target
+        self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
+        self.space()  # what cannot be is refused before the work of hours
+        self.phase("building the structured database", f": {target.accumulation} accumulation")
+        making = {"prepared": prepared.name, "accumulation": target.accumulation}
+        self._database = first("database", making)["database"]
+        self._hold(database=self._database)
+        # What shapes are worth depends on the bits of the database.
+        self.identity = content_hash([self.identity, self._database])
+        return prepared
+
+    @property
+    def counted_by_loop(self) -> bool:
+        return False
+
+    def space(self) -> StructureSpace:
+        """The shapes that the configuration allows.
+
+        Raises:
+            InvalidInput: the budget is out of reach.
+        """
+        target = self.config.target
+        return StructureSpace(
+            self._costs, target.sparsity, heads=target.heads, drop=target.drop, step=target.step
+        )
+
+    def plan(self) -> Plan:
+        return generation_plan(self.config.searcher, self.config.data.window)
+
+    def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
+        config, space = self.config, self.space()
+        self._run.add_identity(blocks=len(self._costs.widths))
+        payload = {
+            "prepared": prepared.name,
+            "accumulation": config.target.accumulation,
+            "database": self._database,
+        }
+        self._named = self._seeds(space, payload, ask)
+        return GenerationSearch(
+            space,
+            by_genome(self._named),
+            Switches(space, config.seed),
+            [Stage(stage.windows, stage.survivors) for stage in config.searcher.stages],
+            windows=config.searcher.windows,
+            final_windows=config.searcher.windows,
+            offspring=config.searcher.offspring,
+            crossover=config.searcher.crossover,
+            surrogate=config.searcher.surrogate,
+            seed=config.seed,
+            evaluations=config.evaluations,
+            identity=self.identity,
+            payload=payload,
+        )
+
+    def comparison(
+        self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask
+    ) -> StructureComparison:
+        return StructureComparison(self.config, self.identity, search, self._named, self._run)
+
+    def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
+        """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
+        found = {UNIFORM: space.near(space.even(), self._rng(UNIFORM))}
+        given = given_shape(self.config.seed_from)
+        if given is not None:
+            if given.widths != self._costs.widths:
+                raise InvalidInput(f"{self.config.seed_from} is a shape of another model: it has other widths")
+            found[GIVEN] = space.near_shape([kept_by(block) for block in given.blocks], self._rng(GIVEN))
+        self.phase("asking the criteria of units")
+        jobs = []
+        for name in self.config.seeds:
+            asked = {"criterion": name, "space": space.to_json()}
+            jobs.append(Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked}))
+        for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):
+            try:
+                if outcome.status != "ok":
+                    raise failure(outcome)
+                kept: list[Kept] = [(groups, heads, neurons) for groups, heads, neurons in outcome.values["kept"]]
+                found[name] = space.near_shape(kept, self._rng(name))
+            except EvopruneError as error:
+                self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
+        return found
+
+    def _rng(self, seed: str) -> random.Random:
+        return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))

@@ -1,0 +1,69 @@
+"""Results of structure searches as tables for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from evoprune.search.kinds.structure import shape_text
+from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
+
+
+def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
+    """A finished run: the table, the winner block by block, how it was found, and where its files are."""
+    best = result["best"]
+    numerics = {} if result.get("bit_reproducible", True) else {"numerics": Text(NOT_REPRODUCIBLE, style="yellow")}
+    left = best["cost"] + result["rest_cost"]
+    facts = facts_table(
+        {
+            "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B",
+            "keeps": f"{shape_text(best['shape'])}: {best['cost']:,} of {result['dense_cost']:,} {result['cost']} of "
+            f"heads and MLPs ({best['cost'] / result['dense_cost']:.2%}), {left:,} in the whole model",
+            "found": f"generation {best['generation']} of {result['generations']} ({best['origin']})",
+            "search": f"{result['evaluations']} evaluations, seed {result['seed']}",
+            **numerics,
+        }
+    )
+    blocks = Padding(blocks_table(result), (0, 0, 1, 0))
+    return [Padding(heldout_table(result), (1, 0, 1, 0)), blocks, facts, Text(), *ways_on(result, run)]
+
+
+def blocks_table(result: Mapping[str, Any]) -> Table:
+    """What every block keeps."""
+    table = plain_box("block", "KV groups", "query heads", "neurons")
+    rows = zip(result["best"]["shape"], result["widths"], strict=True)
+    for block, ((groups, each, neurons), (all_groups, heads, all_neurons)) in enumerate(rows):
+        table.add_row(
+            str(block),
+            _share(groups, all_groups),
+            _share(groups * each, heads),
+            _share(neurons, all_neurons),
+        )
+    for column in table.columns:
+        column.justify = "right"
+    return table
+
+
+def _share(kept: int, count: int) -> Text:
+    style = "dim" if kept == count else "bold" if not kept else ""
+    return Text(f"{kept:,} of {count:,}" if kept else "dropped", style=style)
+
+
+def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
+    """Where the files are, and commands to copy; one line each, however long."""
+    quoted, file = shlex.quote(str(run)), run / "export" / "shape.json"
+    ways = {
+        "json": str(file),
+        "report": f"evoprune report {quoted}",
+        "show": f"evoprune show {quoted}",
+        "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
+        "prune": f"evoprune prune {shlex.quote(result['model'])} --shape {shlex.quote(str(file))} --out DIR",
+    }
+    return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
