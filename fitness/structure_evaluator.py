@@ -66,9 +66,7 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
     def shape(self, given: Sequence[Kept]) -> tuple[BlockShape, ...]:
         """Which units stay, where so many do."""
         return tuple(
-            BlockShape(
-                *self._database.kept_heads(block, groups, heads), self._database.kept_neurons(block, neurons)
-            )
+            BlockShape(*self._database.kept_heads(block, groups, heads), self._database.kept_neurons(block, neurons))
             for block, (groups, heads, neurons) in enumerate(self.complete(given))
         )
 

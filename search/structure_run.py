@@ -62,9 +62,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             InvalidInput: the budget is out of reach.
         """
         target = self.config.target
-        return StructureSpace(
-            self._costs, target.sparsity, heads=target.heads, drop=target.drop, step=target.step
-        )
+        return StructureSpace(self._costs, target.sparsity, heads=target.heads, drop=target.drop, step=target.step)
 
     def plan(self) -> Plan:
         return generation_plan(self.config.searcher, self.config.data.window)
@@ -94,9 +92,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             payload=payload,
         )
 
-    def comparison(
-        self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask
-    ) -> StructureComparison:
+    def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:
         return StructureComparison(self.config, self.identity, search, self._named, self._run)
 
     def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from evoprune.search.engine.trial_record import Range, TrialRecord
 from evoprune.search.trials import Trials
 
+
 @dataclass
 class _Candidate:
     """What is known of one child of the present generation."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
     from evoprune.searches_joint import search_joint
+    from evoprune.searches_structure import search_structure
 
     __version__: str
 
@@ -48,6 +49,7 @@ _HOMES = {
     "search_allocation": "evoprune.searches",
     "search_joint": "evoprune.searches_joint",
     "search_metric": "evoprune.searches",
+    "search_structure": "evoprune.searches_structure",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "search_allocation",
     "search_joint",
     "search_metric",
+    "search_structure",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Commands that search: `search metric`, `search allocation` and `resume`; `search joint` has a file of its own."""
+"""Commands that search: `search metric`, `search allocation` and `resume`; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from evoprune import completion
 from evoprune.commands_joint import search_joint
+from evoprune.commands_structure import search_structure
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.options import (
@@ -49,7 +50,6 @@ from evoprune.options import (
 from evoprune.search_output import command_line, finish, show_config
 
 NOT_LANDED = {
-    "structure": "evolve structured shapes: heads, KV groups, neurons, blocks",
     "policy": "learn Bernoulli mask policies by policy gradient",
     "experts": "mixture of experts: which stay, and how many are active",
 }
@@ -63,6 +63,7 @@ def register(app: typer.Typer) -> None:
     search.command("metric")(search_metric)
     search.command("allocation")(search_allocation)
     search.command("joint")(search_joint)
+    search.command("structure")(search_structure)
     for kind, what in NOT_LANDED.items():
         search.command(kind, help=f"{what[0].upper()}{what[1:]} (not landed yet).", context_settings=ANY_WORDS)(
             _not_landed(kind)
@@ -74,7 +75,8 @@ def register(app: typer.Typer) -> None:
 def _not_landed(kind: str) -> Any:
     def command() -> None:
         raise InvalidInput(
-            f"`evoprune search {kind}` has not landed yet; `search metric`, `search allocation` and `search joint` have"
+            f"`evoprune search {kind}` has not landed yet; `search metric`, `search allocation`, `search joint` and "
+            "`search structure` have"
         )
 
     return command

@@ -14,6 +14,7 @@ from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
+from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.given import allocation_file
 from evoprune.search.kinds import kind_of
 from evoprune.search.rundir import RunDirectory
@@ -68,6 +69,18 @@ JOINT_KEYS = {
     "granularity": "target.granularity",
     "rounds": "rounds",
     "metric_share": "metric_share",
+}
+
+# Of a structure search, where it differs.
+STRUCTURE_KEYS = {
+    **{
+        name: key
+        for name, key in KEYS.items()
+        if name not in ("pattern", "group", "allocation", "objective", "population", "searcher")
+    },
+    "population": "searcher.offspring",
+    "surrogate": "searcher.surrogate",
+    **{name: f"target.{name}" for name in ("cost", "heads", "drop", "step", "accumulation")},
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
@@ -141,6 +154,18 @@ def joint_config(
     return _settled(resolve_as(JointSearchConfig, files, given | dict(settings or {}), assignments))
 
 
+def structure_config(
+    options: Mapping[str, Any],
+    *,
+    files: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> StructureSearchConfig:
+    """`metric_config` for a structure search, with the options of `STRUCTURE_KEYS`."""
+    given = {STRUCTURE_KEYS[name]: value for name, value in options.items() if value is not None}
+    return _settled(resolve_as(StructureSearchConfig, files, given | dict(settings or {}), assignments))
+
+
 def _settled(config: Config) -> Config:
     """`config` with the run that ``latest`` means now, for soon it would be the search's own."""
     if config.seed_from != "latest":
@@ -156,6 +181,7 @@ def config_again(
         "metric": metric_config,
         "allocation": allocation_config,
         "joint": joint_config,
+        "structure": structure_config,
     }
     return resolvers[kind_of(run.kind).name](
         {}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments

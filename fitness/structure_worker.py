@@ -1,0 +1,115 @@
+"""What runs in a worker process of a structure search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
+from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.model_worker import Handler, heldout_answer
+from evoprune.fitness.parcels import deliver
+from evoprune.fitness.prepare import calibration_windows
+from evoprune.fitness.structure_database import StructureDatabase, build_structure_database
+from evoprune.fitness.structure_evaluator import StructureEvaluator
+from evoprune.fitness.teacher import window_losses
+from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
+from evoprune.fitness.unit_criteria import Chosen, choose_units
+from evoprune.fitness.units import BlockUnits, find_units
+
+
+def build(context: dict[str, Any]) -> StructureWorker:
+    """The factory that executors call, with `EvaluationContext.to_json` as its argument."""
+    return StructureWorker(EvaluationContext.from_json(context))
+
+
+class StructureWorker(CandidateWorker[StructureEvaluator]):
+    """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons].
+
+    Jobs (kind and payload):
+        costs: ``quantity``, ``sequence``; returns `UnitCosts`.
+        database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
+        choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes; returns what its own choice
+            of units ``kept``.
+        shape: what ``database`` was given and its name, ``shape``, ``parent`` (a shape too), ``first``, ``last``;
+            returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
+        units: what ``database`` was given and its name, ``shape``; returns the units that stay of all ``blocks``.
+        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model), or what ``choose`` was
+            given, for the model as that criterion leaves it; returns losses on text C, by window.
+    """
+
+    @property
+    def jobs(self) -> Mapping[str, Handler]:
+        return {
+            **super().jobs,
+            "costs": self._costs,
+            "database": self._database,
+            "choose": self._choose,
+            "shape": self._shape,
+            "units": self._kept_units,
+            "heldout": self._heldout,
+        }
+
+    @cached_property
+    def _units(self) -> list[BlockUnits]:
+        return find_units(self.language_model)
+
+    def _costs(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return unit_costs(self.language_model, payload["quantity"], sequence=payload["sequence"]).to_json()
+
+    def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        windows = calibration_windows(self.language_model, self.context)
+        database = build_structure_database(self.language_model, self._units, windows, mode=payload["accumulation"])
+        deliver(database.name)
+        return {"database": database.name}
+
+    def _choose(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"kept": [list(kept_by(block)) for block in self._chosen(payload).blocks]}
+
+    def _chosen(self, payload: dict[str, Any]) -> Chosen:
+        self._restore()
+        return choose_units(
+            payload["criterion"],
+            self.language_model,
+            self._units,
+            self.prepared(payload["prepared"]).statistics(),
+            UnitCosts.from_json(payload["costs"]),
+            payload["fraction"],
+        )
+
+    def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return self._measured(payload, payload["shape"])
+
+    def _kept_units(self, payload: dict[str, Any]) -> dict[str, Any]:
+        blocks = self.evaluator(payload).shape(self.candidate(payload["shape"]))
+        return {"blocks": [[list(block.groups), list(block.heads), list(block.neurons)] for block in blocks]}
+
+    def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
+        if "criterion" not in payload:
+            return self._heldout_of(payload, payload["shape"])
+        chosen, evaluator = self._chosen(payload), self.evaluator(payload)
+        windows, teacher = self.prepared(payload["prepared"]).text("heldout")
+        with evaluator.own(chosen):
+            losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
+        return {**heldout_answer(losses, windows), "kept": [list(kept_by(block)) for block in chosen.blocks]}
+
+    def candidate(self, spelled: Sequence[Sequence[int]]) -> list[Kept]:
+        return [(groups, heads, neurons) for groups, heads, neurons in spelled]
+
+    def evaluator(self, payload: Mapping[str, Any]) -> StructureEvaluator:
+        named = payload["prepared"], payload["database"]
+        if self._kept is None or self._kept[0] != named:
+            self._restore()
+            windows, teacher = self.prepared(payload["prepared"]).text("search")
+            evaluator = StructureEvaluator(
+                self.language_model,
+                self._units,
+                StructureDatabase.open(payload["database"], self.language_model, self._units),
+                windows,
+                teacher,
+                max_prefix_bytes=MAX_PREFIX_BYTES,
+            )
+            self._kept = named, evaluator
+        return self._kept[1]

@@ -1,0 +1,90 @@
+"""Structure searches in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from evoprune.configuration import structure_config
+from evoprune.runs import Run
+from evoprune.search.worker_session import Resources
+from evoprune.searches import as_files, as_text
+from evoprune.sessions import start
+
+__all__ = ["search_structure"]
+
+
+def search_structure(
+    model: str | None = None,
+    *,
+    sparsity: float | None = None,
+    cost: Literal["parameters", "flops", "kv_bytes"] | None = None,
+    heads: Literal["whole", "groups", "balanced", "both"] | None = None,
+    drop: Literal["none", "parts"] | None = None,
+    step: int | None = None,
+    accumulation: Literal["dense", "expectation"] | None = None,
+    evaluations: int | None = None,
+    minutes: float | None = None,
+    population: int | None = None,
+    surrogate: bool | None = None,
+    seed: int | None = None,
+    data: str | None = None,
+    calibration: str | None = None,
+    calibration_sequences: int | None = None,
+    calibration_window: int | None = None,
+    seed_from: str | Path | None = None,
+    window: int | None = None,
+    threads: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool | None = None,
+    config: str | Path | Sequence[str | Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    executor: Literal["ray", "inline"] = "ray",
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    address: str = "local",
+    storage: str | None = None,
+    insecure_cluster: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Evolve how many heads and neurons every block keeps and return the finished run.
+
+    Args:
+        model: see `search_metric`.
+        sparsity: fraction of what the heads and MLPs of all blocks cost that goes, in (0, 1); 0.25 unless given.
+        cost: what is counted: parameters, operations of a forward pass, or bytes of keys and values for each token.
+        heads: what goes of an attention: nothing but all of it (``whole``), KV groups, as many query heads of every
+            group (``balanced``), or both.
+        drop: whether attentions and MLPs may go as a whole (``parts``).
+        step: neurons that an MLP loses or gains at a time.
+        accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks, or the
+            ``expectation`` over cut ones.
+        evaluations: candidates with a forward pass, at most.
+        minutes: time for the search, at most; how far it gets then depends on the machine.
+        population: children of a generation.
+        surrogate: see `search_allocation`.
+        seed: fixes texts A and B and the search: one seed, one history.
+        data, calibration, calibration_sequences, calibration_window: see `search_metric`.
+        seed_from: a ``shape.json``, or a run that left one, to start from.
+        window: candidates that may wait for results; changes no history.
+        threads, dtype, device, revision, trust_remote_code, config, settings, run_dir: see `search_metric`.
+        executor, workers, gpus_per_worker, address, storage, insecure_cluster, quiet: see `search_metric`.
+
+    Raises:
+        InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
+    """
+    options = {
+        "model": model, "sparsity": sparsity, "cost": cost, "heads": heads, "drop": drop, "step": step,
+        "accumulation": accumulation, "evaluations": evaluations, "minutes": minutes, "population": population,
+        "surrogate": surrogate, "seed": seed, "data": data, "calibration": calibration,
+        "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
+        "seed_from": as_text(seed_from), "window": window, "threads": threads, "dtype": dtype, "device": device,
+        "revision": revision, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    resolved = structure_config(options, files=as_files(config), settings=settings)
+    resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)
+    return Run(start(resolved, resources, run_dir=run_dir, quiet=quiet))
