@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from evoprune.fitness.adapters import ADAPTERS, SiteModule
 from evoprune.fitness.adapters.base import AttentionLayout, MlpLayout
-from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.models import Prunable
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
 from evoprune.metrics.shape import BlockShape, BlockWidths
@@ -30,7 +30,7 @@ class AttentionUnits:
         name: module path.
         inputs: query, key and value, or one matrix with the rows of all three.
         output: the matrix whose columns are the query heads.
-        norms: module paths of the norms that go with it.
+        norms: module paths of the norms that go with it, those of queries and keys inside it among them.
         groups: KV groups.
         heads: query heads.
         head_dim: rows of a head.
@@ -101,7 +101,7 @@ class MlpUnits:
     @property
     def fused(self) -> bool:
         """Whether gate and up are rows of one matrix."""
-        return self.inputs[0].site.out_features == 2 * self.neurons
+        return self.inputs[0].site.out_features == 2 * self.output.site.in_features
 
     def rows(self, neurons: Sequence[int]) -> tuple[list[int], ...]:
         """Rows of each of `inputs` that stay, in order, where these neurons do."""
@@ -129,12 +129,14 @@ class BlockUnits:
     Attributes:
         name: module path of the block.
         block: its index.
+        norms: module paths of the norms that attention and MLP share.
     """
 
     name: str
     block: int
     attention: AttentionUnits
     mlp: MlpUnits
+    norms: tuple[str, ...] = ()
 
     @property
     def widths(self) -> BlockWidths:
@@ -146,21 +148,34 @@ class BlockUnits:
         attention = self.attention.parameters(len(shape.groups), shape.heads_per_group)
         return attention + self.mlp.parameters(len(shape.neurons))
 
+    def gone_norms(self, shape: BlockShape) -> tuple[str, ...]:
+        """Module paths of the norms that nothing needs any more: those of dropped parts."""
+        attention = () if shape.groups else self.attention.norms
+        mlp = () if shape.neurons else self.mlp.norms
+        return (*attention, *mlp, *(() if shape.groups or shape.neurons else self.norms))
 
-def find_units(language_model: LanguageModel) -> list[BlockUnits]:
+
+def find_units(language_model: Prunable) -> list[BlockUnits]:
     """The units of every decoder block of the language model, in model order.
 
     Raises:
         InvalidInput: nobody has said how the blocks of this family can be cut; or an attention holds weights for each
-            head beside its matrices, or heads that do not come in equal groups.
+            head beside its matrices, or heads that do not come in equal groups; or the norms lie behind the parts.
     """
     model = language_model.model
-    family = model.config.get_text_config().model_type
+    assert isinstance(model, PreTrainedModel)
+    config = model.config.get_text_config()
+    family = config.model_type
     attention, mlp = (ADAPTERS[family].attention, ADAPTERS[family].mlp) if family in ADAPTERS else (None, None)
     if attention is None or mlp is None:
         known = [name for name in ADAPTERS if ADAPTERS[name].attention is not None]
         raise InvalidInput(
             f"model family {family!r} cannot be cut into heads and neurons; supported: {', '.join(known)}"
+        )
+    if not getattr(config, "do_layer_norm_before", True):
+        raise InvalidInput(
+            f"{type(model).__name__} normalises behind attention and MLP (do_layer_norm_before is false), so neither "
+            "can be dropped: it cannot be cut"
         )
     bound = {site.site.name: site for site in language_model.sites if site.site.component == LANGUAGE}
     blocks: dict[str, int] = {}
@@ -172,6 +187,7 @@ def find_units(language_model: LanguageModel) -> list[BlockUnits]:
             index,
             _attention(model, name, attention, bound),
             _mlp(model, name, mlp, bound),
+            tuple(f"{name}.{path}" for path in ADAPTERS[family].shared_norms),
         )
         for index, name in enumerate(blocks)
     ]
@@ -190,8 +206,10 @@ def _attention(
     heads, groups = query // head_dim, key // head_dim
     if heads * head_dim != query or groups * head_dim != key or not groups or heads % groups:
         raise InvalidInput(f"{name} has {query} query and {key} key rows for heads of {head_dim}: it cannot be cut")
-    _refuse_per_head(name, module, head_dim, {site.module for site in (*inputs, output)})
-    norms = tuple(f"{block}.{path}" for path in layout.norms)
+    cut = {site.module for site in (*inputs, output)}
+    _refuse_per_head(name, module, head_dim, cut)
+    inner = [path for path, norm in module.named_modules() if norm not in cut and list(norm.parameters(recurse=False))]
+    norms = (*(f"{block}.{path}" for path in layout.norms), *(f"{name}.{path}" for path in inner))
     return AttentionUnits(name, inputs, output, norms, groups, heads, head_dim)
 
 

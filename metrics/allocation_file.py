@@ -10,11 +10,10 @@ from typing import Any
 from evoprune.metrics.allocation import Allocation, SiteSparsity
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.evopress import from_evopress, to_evopress
-from evoprune.metrics.files import canonical_json, user_path, write_atomically
+from evoprune.metrics.files import canonical_json, strict_json, user_path, user_text, write_atomically
 from evoprune.metrics.records import Site
 
 FORMAT = "evoprune-allocation/1"
-_MAX_BYTES = 20_000_000
 _KEYS = ("format", "model", "allocator", "parameters", "sparsity", "sites")
 
 
@@ -99,11 +98,13 @@ def read_allocation(
         InvalidInput: no such file, or not one of these; the text needs what is not given; or the allocation is of
             another model, which is only asked if `model` and `sites` are given.
     """
-    text = _read(user_path(path), path)
+    text = user_text(
+        path, "allocation", "an allocation's .json or .txt", "an allocation's .json or .txt, or an allocator's name"
+    )
     name = Path(path).name[:80]
     try:
         if text.lstrip().startswith(("{", "[")):
-            allocation = from_json(json.loads(text, parse_constant=_refuse_constant))
+            allocation = from_json(strict_json(text))
         else:
             return from_evopress(text, model=model, sites=sites, sparsity=sparsity, step=step)
     except InvalidInput as error:
@@ -147,25 +148,3 @@ def _readable(document: dict[str, Any]) -> str:
     rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["sites"])
     canonical_json(document)  # a NaN is refused here, and not by whoever reads it
     return f'{head[:-2]},\n  "sites": [\n{rows}\n  ]\n}}\n'
-
-
-def _read(place: Path, shown: str | Path) -> str:
-    try:
-        if not place.is_file():
-            raise InvalidInput(
-                f"no file {str(shown)[:200]!r}; give an allocation's .json or .txt, or an allocator's name"
-            )
-        with place.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise InvalidInput(f"{str(shown)[:200]!r} is no text file; give an allocation's .json or .txt") from None
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read {str(shown)[:200]!r}: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > _MAX_BYTES:
-        raise InvalidInput(f"{str(shown)[:200]!r} is larger than {_MAX_BYTES // 1_000_000} MB, so it is no allocation")
-    return text
-
-
-def _refuse_constant(literal: str) -> float:
-    raise ValueError(f"{literal} is no JSON number")

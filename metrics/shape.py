@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from evoprune.metrics.errors import InvalidInput
 
@@ -21,6 +23,9 @@ class BlockWidths:
     groups: int
     heads: int
     neurons: int
+
+    def __str__(self) -> str:
+        return f"{self.heads} query heads in {self.groups} KV groups and {self.neurons} neurons"
 
     @property
     def heads_per_group(self) -> int:
@@ -77,3 +82,52 @@ class BlockShape:
                 f"block {block} keeps {' and '.join(map(str, sorted(set(per_group.values()))))} query heads in its KV "
                 "groups: a model can be written only where all kept groups have as many, and at least one"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What every block of a model keeps.
+
+    Attributes:
+        model: class name of the dense model.
+        fingerprint: of its config and weights.
+        blocks: what each block keeps, in model order.
+        widths: what each block has in the dense model.
+        weights: how the output projections of what stays are made, in JSON values; ``{"method": "none"}`` leaves
+            them as they are.
+        target: what was asked for, in JSON values.
+    """
+
+    model: str
+    fingerprint: str
+    blocks: tuple[BlockShape, ...]
+    widths: tuple[BlockWidths, ...]
+    weights: Mapping[str, Any]
+    target: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) != len(self.widths):
+            raise InvalidInput(f"a shape has {len(self.blocks)} blocks and the widths of {len(self.widths)}")
+        for index, (block, widths) in enumerate(zip(self.blocks, self.widths, strict=True)):
+            block.check(index, widths)
+
+    def check(self, model: str, widths: Sequence[BlockWidths]) -> None:
+        """Refuse a model that this shape is not of.
+
+        Args:
+            model: class name of the model.
+            widths: what its blocks have.
+
+        Raises:
+            InvalidInput: names what differs first.
+        """
+        unlike = [at for at, (here, there) in enumerate(zip(widths, self.widths, strict=False)) if here != there]
+        difference = ""
+        if model != self.model:
+            difference = "the classes differ"
+        elif len(widths) != len(self.widths):
+            difference = f"it has {len(self.widths)} blocks and this one {len(widths)}"
+        elif unlike:
+            difference = f"block {unlike[0]} has {self.widths[unlike[0]]} there and {widths[unlike[0]]} here"
+        if difference:
+            raise InvalidInput(f"the shape is of another model, {self.model[:80]} and not this {model}: {difference}")

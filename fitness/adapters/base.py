@@ -58,12 +58,14 @@ class ModelAdapter:
         blocks: module path of the list of decoder blocks in the causal language model, such as ``model.layers``.
         kinds: paths of the prunable linear layers inside a block, in the order in which a forward pass uses them.
         attention, mlp: what has to be cut together; None where nobody has said so.
+        shared_norms: norms that attention and MLP both read; they go with both.
     """
 
     blocks: str
     kinds: tuple[str, ...]
     attention: AttentionLayout | None = None
     mlp: MlpLayout | None = None
+    shared_norms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

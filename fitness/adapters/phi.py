@@ -14,11 +14,11 @@ ADAPTERS.add(
             "mlp.fc1",
             "mlp.fc2",
         ),
-        # Attention and MLP read the same norm, so it stays as long as one of them does.
         attention=AttentionLayout(
             "self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.dense"
         ),
         mlp=MlpLayout("mlp", ("mlp.fc1",), "mlp.fc2"),
+        shared_norms=("input_layernorm",),
     ),
 )
 
