@@ -27,7 +27,7 @@ def layer(width: int, *, out: int = OUT, seed: int = 0, dtype: torch.dtype = tor
 
 
 def problem_of(width: int, **more: int) -> Problem:
-    return Problem.of(*layer(width, **more))  # type: ignore[arg-type]
+    return Problem.of(*layer(width, **more))
 
 
 def best(problem: Problem, kept: Tensor) -> tuple[Tensor, float]:
