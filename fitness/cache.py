@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,30 @@ def cache_folder() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "evoprune"
+
+
+# Beside what is announced: file headers, and what a disk should not run out of.
+_SPARE_BYTES = 64 << 20
+
+
+def check_room(size: int, what: str, instead: str) -> None:
+    """Refuse what the disk of the cache has no room for.
+
+    Args:
+        size: bytes that shall be written.
+        what: they are, as the subject of a sentence in the plural.
+        instead: something else that the user can do.
+
+    Raises:
+        InvalidInput: says how much is needed, and what can be done.
+    """
+    folder = cache_folder()
+    free = shutil.disk_usage(folder).free
+    if size + _SPARE_BYTES > free:
+        raise InvalidInput(
+            f"{what} take {size / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB free: {instead}, or set "
+            "EVOPRUNE_CACHE to a folder on a larger disk"
+        )
 
 
 @contextmanager

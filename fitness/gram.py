@@ -28,8 +28,8 @@ def damped(hessian: Tensor, damping: float = DAMPINGS[0]) -> Tensor:
     return result
 
 
-def damped_cholesky(hessian: Tensor) -> Tensor:
-    """Lower Cholesky factor [in, in] of the damped Hessian, with the least damping of `DAMPINGS` that works.
+def damped_cholesky(hessian: Tensor) -> tuple[Tensor, float]:
+    """Lower Cholesky factor [in, in] of the damped Hessian, and the damping: the least of `DAMPINGS` that works.
 
     Raises:
         EvopruneError: no damping makes the matrix positive definite.
@@ -37,7 +37,7 @@ def damped_cholesky(hessian: Tensor) -> Tensor:
     for damping in DAMPINGS:
         factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed.item() and bool(factor.diagonal().isfinite().all()):
-            return factor
+            return factor, damping
     raise EvopruneError(f"the Gram matrix of {hessian.shape[0]} inputs is not positive definite, even damped")
 
 
@@ -55,7 +55,7 @@ def inverse_diagonals(gram: Tensor, tokens_per_sequence: float) -> tuple[Tensor,
     Raises:
         EvopruneError: the matrix is not positive definite, even damped.
     """
-    factor, inverse = _reversed_factors(2 * tokens_per_sequence * _wide(gram))
+    factor, inverse = _reversed_factors(2 * tokens_per_sequence * wide(gram))
     diagonals = inverse.square().sum(0), factor.diagonal().pow(-2)
     hinv, hchol2 = (diagonal.flip(0).float()[None] for diagonal in diagonals)
     return hinv, hchol2
@@ -70,11 +70,12 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     Raises:
         EvopruneError: the matrix is not positive definite, even damped.
     """
-    return _reversed_factors(_wide(hessian))[1].flip(0, 1)
+    return _reversed_factors(wide(hessian))[1].flip(0, 1)
 
 
-def _wide(gram: Tensor) -> Tensor:
-    return gram if gram.device.type == "mps" else gram.to(torch.float64)  # MPS has no float64
+def wide(matrix: Tensor) -> Tensor:
+    """`matrix` in float64, or as it is on MPS, which has none."""
+    return matrix if matrix.device.type == "mps" else matrix.to(torch.float64)
 
 
 def _reversed_factors(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +83,6 @@ def _reversed_factors(hessian: Tensor) -> tuple[Tensor, Tensor]:
 
     With both axes reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, so U = R⁻¹: one factorisation serves both.
     """
-    factor = damped_cholesky(hessian.flip(0, 1))
+    factor, _ = damped_cholesky(hessian.flip(0, 1))
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     return factor, torch.linalg.solve_triangular(factor, identity, upper=False)

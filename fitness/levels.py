@@ -106,8 +106,8 @@ class LevelDatabase:
 
 
 @contextmanager
-def readable(folder: Path) -> Iterator[None]:
-    """Inside, what keeps a database in `folder` from being read is one line.
+def readable(folder: Path, kind: str = "level") -> Iterator[None]:
+    """Inside, what keeps a database of a `kind` in `folder` from being read is one line.
 
     Raises:
         InvalidInput: in place of what file system and parsers raise.
@@ -115,11 +115,11 @@ def readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise InvalidInput(f"{folder} holds no readable level database ({type(error).__name__}: {error})") from None
+        raise InvalidInput(f"{folder} holds no readable {kind} database ({type(error).__name__}: {error})") from None
 
 
-def manifest_of(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the database in `folder`.
+def manifest_of(folder: Path, recipe: Mapping[str, Any], kind: str = "level") -> dict[str, Any]:
+    """The manifest of the database of a `kind` in `folder`.
 
     Raises:
         InvalidInput: it is of something else than `recipe` says.
@@ -129,7 +129,7 @@ def manifest_of(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     for part, expected in recipe.items():
         if (found := manifest.get(part)) != expected:
             raise InvalidInput(
-                f"the level database {folder.name} is of {part} {str(found)[:80]!r}, not {str(expected)[:80]!r}: "
+                f"the {kind} database {folder.name} is of {part} {str(found)[:80]!r}, not {str(expected)[:80]!r}: "
                 f"build it again"
             )
     return manifest

@@ -10,14 +10,15 @@ Source: layerwise sparsity allocation, section 7.2 (3).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from evoprune.fitness.block_hooks import beside_hidden, input_replaced, input_seen, output_seen, passing_through
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Batch
 
@@ -99,7 +100,7 @@ class PrefixCache:
                 stack.enter_context(self._from(start, states[start]))
             for at in remember:
                 if at > start:
-                    stack.enter_context(_input_seen(self._blocks[at], partial(self._keep, batch, at)))
+                    stack.enter_context(input_seen(self._blocks[at], partial(self._keep, batch, at)))
             yield start
 
     def _keep(self, batch: Pass, at: int, hidden: Tensor) -> None:
@@ -110,8 +111,8 @@ class PrefixCache:
     def _from(self, start: int, hidden: Tensor) -> Iterator[None]:
         with ExitStack() as stack:
             for block, output in zip(self._blocks[:start], self._outputs[:start], strict=True):
-                stack.enter_context(_passing_through(block, output))
-            stack.enter_context(_input_replaced(self._blocks[start], hidden))
+                stack.enter_context(passing_through(block, output))
+            stack.enter_context(input_replaced(self._blocks[start], hidden))
             yield
 
     @torch.no_grad()
@@ -120,8 +121,8 @@ class PrefixCache:
         seen: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for at, block in enumerate(self._blocks):
-                stack.enter_context(_input_seen(block, partial(_put_copy, seen, at)))
-                stack.enter_context(_output_seen(block, partial(self._learn, at)))
+                stack.enter_context(input_seen(block, partial(_put_copy, seen, at)))
+                stack.enter_context(output_seen(block, partial(self._learn, at)))
             expected = language_model.model(**sample.inputs, use_cache=False).logits
         if len(seen) < len(self._blocks):
             return ()
@@ -139,72 +140,9 @@ class PrefixCache:
 
     def _learn(self, at: int, output: Any) -> None:
         # A tensor beside the hidden states belongs to its windows: blocks that read it are found out by the sample.
-        if isinstance(output, tuple):
-            self._outputs[at] = tuple(None if isinstance(part, Tensor) else part for part in output[1:])
+        self._outputs[at] = beside_hidden(output)
 
 
 def _put_copy(states: dict[int, Tensor], at: int, hidden: Tensor) -> None:
     # A copy, for a block that adds into its input.
     states[at] = hidden.clone()
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The hidden states among the arguments of a block: the first, or the one of that name."""
-    return args[0] if args else kwargs.get("hidden_states")
-
-
-@contextmanager
-def _input_seen(block: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = _hidden(args, kwargs)
-        if isinstance(hidden, Tensor):
-            see(hidden)
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _output_seen(block: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
-    handle = block.register_forward_hook(lambda module, args, output: see(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _input_replaced(block: nn.Module, hidden: Tensor) -> Iterator[None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (hidden.clone(), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden.clone()}
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _passing_through(block: nn.Module, beside: tuple[Any, ...] | None) -> Iterator[None]:
-    """Inside, `block` returns the hidden states that it is given, with `beside` behind them if it returns a tuple."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = _hidden(args, kwargs)
-        return hidden if beside is None else (hidden, *beside)
-
-    # An attribute of the instance hides the method of its class, and may itself be there before: accelerate's is.
-    before = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del block.forward
-        else:
-            block.forward = before

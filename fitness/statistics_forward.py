@@ -98,7 +98,7 @@ class InputSums:
         wanda: keep ``X_ss`` as Wanda's reference code does; `add` must then get one sequence at a time.
     """
 
-    def __init__(self, width: int, device: torch.device, names: frozenset[str], wanda: bool) -> None:
+    def __init__(self, width: int, device: torch.device, names: frozenset[str], wanda: bool = False) -> None:
         self._names = names
         self._tokens = 0
         columns = {name.removeprefix("X_") for name in names if name.startswith("X_")}

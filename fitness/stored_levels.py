@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from evoprune.fitness.adapters import SiteModule
-from evoprune.fitness.cache import cache_folder, disk_errors
+from evoprune.fitness.cache import cache_folder, check_room, disk_errors
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress_all
 from evoprune.fitness.levels import MANIFEST, Write, dense_weights, manifest_of, readable, site_ranks
 from evoprune.fitness.parcels import find, link, packing, require
@@ -36,9 +36,6 @@ from evoprune.metrics.ranks import GONE
 from evoprune.metrics.records import LEVELS, Site, removed_count
 
 FORMAT = "evoprune-stored-levels/1"
-
-# Beside the levels themselves: file headers, and what a disk should not run out of.
-_SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,11 @@ def build_stored_levels(
     with disk_errors(cache_folder()):
         begun.mkdir(parents=True, exist_ok=True)
         left = [site for site, needed in zip(sites, missing, strict=True) if needed]
-        _check_room(stored_bytes(left, recipe["dtype"], levels), len(levels))
+        check_room(
+            stored_bytes(left, recipe["dtype"], levels),
+            f"{len(levels)} levels of all matrices",
+            "store fewer of them (--set target.grid=8)",
+        )
         for done, (site, weight) in enumerate(zip(sites, dense_weights(prepared, device), strict=True)):
             progress(done, len(sites))
             if missing[done]:
@@ -233,21 +234,6 @@ def _is_whole(file: Path, site: Site, levels: Sequence[int]) -> bool:
         return _holds(file, site, levels)
     except (OSError, SafetensorError):
         return False
-
-
-def _check_room(size: int, count: int) -> None:
-    """Refuse what the disk of the cache has no room for.
-
-    Raises:
-        InvalidInput: says how much is needed, and what can be done.
-    """
-    folder = cache_folder()
-    free = shutil.disk_usage(folder).free
-    if size + _SPARE_BYTES > free:
-        raise InvalidInput(
-            f"{count} levels of all matrices take {size / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f} GiB "
-            "free: store fewer of them (--set target.grid=8), or set EVOPRUNE_CACHE to a folder on a larger disk"
-        )
 
 
 def _write(tensors: dict[str, Tensor], file: Path) -> None:
