@@ -21,6 +21,7 @@ NEIGHBOURS = 2
 """Blocks on either side of a part that comes or goes which make up for it first."""
 # Of what a gene can lose, how much one move of a repair may take, so that what it has to move is spread.
 _SHARE = 16
+_ATTEMPTS = 50
 
 Move = tuple[int, int, int]
 """A gene's place, the option where it goes, and the cost that this removes."""
@@ -37,6 +38,7 @@ class PartSpace(LadderSpace):
 
     Attributes:
         parts: the genes.
+        room: how far beside the budget the rungs alone may be, for what is missed goes to the MLP between them.
         spans: how many rungs a gene may sensibly move at once.
     """
 
@@ -47,9 +49,8 @@ class PartSpace(LadderSpace):
         self._mlps = [at for at, gene in enumerate(self.parts) if gene.part == "mlp"]
         self._fine = tolerance is None
         self.tolerance = max(self.parts[at].removed[1] for at in self._mlps) - 1 if tolerance is None else tolerance
-        # What is missed by less is left to the MLP between rungs.
         steps = [step for at in self._mlps for step in self.parts[at].rung_steps]
-        self._coarse = self.tolerance + max(steps, default=0) // 2
+        self.room = self.tolerance + max(steps, default=0) // 2 if self._fine else 0
 
     def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
         if any(gene.gone is not None for gene in self.parts) and rng.random() < DROP_SHARE:
@@ -61,6 +62,18 @@ class PartSpace(LadderSpace):
         changed = {at for at, (option, before) in enumerate(zip(options, genome, strict=True)) if option != before}
         settled = self._settled(options, rng, most=MOST_MOVES, first=changed, between=self._between(genome))
         return None if settled == genome else settled
+
+    def repaired(self, options: Sequence[int], rng: random.Random) -> Genome:
+        """A genome that meets the budget and is near to these options.
+
+        Raises:
+            InvalidInput: none is found.
+        """
+        for _ in range(_ATTEMPTS):
+            settled = self._settled([*options], rng, most=MANY_MOVES * len(self.parts))
+            if settled is not None:
+                return settled
+        raise self._unreachable()
 
     def crossed(self, first: Genome, second: Genome, rng: random.Random) -> Genome | None:
         """Some blocks of one parent and the others of another: cut where both have lost as much, or drawn evenly.
@@ -155,7 +168,7 @@ class PartSpace(LadderSpace):
         self._to_rungs(options)
         residue = self.budget - self.removed(tuple(options))
         for _ in range(most):
-            if self._missed(residue) <= self._coarse and self._fine:
+            if self._missed(residue) <= self.room and self._fine:
                 residue -= self._fill(options, rng, residue, first, never, between)
             if self._missed(residue) == 0:
                 return tuple(options)

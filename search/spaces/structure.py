@@ -18,7 +18,7 @@ from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import removed_count
 from evoprune.metrics.shape import BlockWidths
-from evoprune.search.spaces.ladder import MANY_MOVES, Genome
+from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.part_genes import Heads, PartGene, attention_gene, mlp_gene
 from evoprune.search.spaces.parts import PartSpace
 
@@ -141,10 +141,7 @@ class StructureSpace(PartSpace):
             else:
                 costs = self.costs.attention if gene.part == "attention" else self.costs.mlp
                 options.append(gene.nearest(gene.whole - costs[gene.block].at(*kept)))
-        settled = self._settled(options, rng, most=MANY_MOVES * len(self.parts))
-        if settled is None:
-            raise self._unreachable()
-        return settled
+        return self.repaired(options, rng)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, that `from_json` reads."""
