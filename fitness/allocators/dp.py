@@ -16,33 +16,42 @@ from evoprune.metrics.records import MaskRule, removed_count
 
 STATISTICS = ("H", "X_ss")
 # Finer units of cost than this many for the whole budget change no decision that the levels leave open.
-_MAX_UNITS = 200_000
+MAX_UNITS = 200_000
 
 
-def least_error(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]], budget: int) -> list[int]:
+def least_error(
+    errors: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[int]],
+    budget: int,
+    *,
+    most: int | None = None,
+    units: int = MAX_UNITS,
+) -> list[int]:
     """One level per group such that the costs reach the budget and the errors add up to the least.
 
     Args:
-        errors: by group and level, level 0 first; not falling with the level.
+        errors: by group and level, level 0 first; where `most` is None not falling with the level.
         costs: weights removed, by group and level, whole numbers; 0 at level 0.
         budget: weights to remove; if all groups together cannot, the largest costs are aimed at.
+        most: weights that may go at most, where levels can be chosen so that they do.
+        units: parts of the budget in which costs are told apart, at most.
 
     Returns:
         Level of each group. Among sums of equal error the least cost wins, then the lower levels of the later groups.
 
-    Exact while the budget is at most 200,000 times the largest common divisor of the costs, else for costs rounded to
+    Exact while the budget is at most `units` times the largest common divisor of the costs, else for costs rounded to
     units of that share.
 
     Source: allocation chapter, 2.5: D[l][c] = min_s D[l - 1][c - cost_s] + e_(l, s).
     """
-    unit = max(math.gcd(*(cost for row in costs for cost in row)), -(-budget // _MAX_UNITS), 1)
+    unit = max(math.gcd(*(cost for row in costs for cost in row)), -(-budget // units), 1)
     prices = [[round(cost / unit) for cost in row] for row in costs]
     goal = min(-(-budget // unit), sum(max(row) for row in prices))
     # What costs more than this could give up the level of one group and still reach the goal.
     places = goal + max(max(row) for row in prices) + 1
     best = np.full(places, np.inf)
     best[0] = 0.0
-    choices = np.zeros((len(costs), places), dtype=np.int8)
+    choices = np.zeros((len(costs), places), dtype=np.int16)
     for group in range(len(costs)):
         after = np.full(places, np.inf)
         for level, price in enumerate(prices[group]):
@@ -52,7 +61,8 @@ def least_error(errors: Sequence[Sequence[float]], costs: Sequence[Sequence[int]
             after[better] = through[better]
             choices[group, better] = level
         best = after
-    place = goal + int(best[goal:].argmin())
+    within = best[goal:] if most is None else best[goal : max(most // unit, goal) + 1]
+    place = goal + int((within if np.isfinite(within).any() else best[goal:]).argmin())
     levels = [0] * len(costs)
     for group in reversed(range(len(costs))):
         levels[group] = int(choices[group, place])

@@ -1,0 +1,207 @@
+"""Shapes of models: KV groups, query heads and neurons that stay in every block, or whole parts that go, at a budget.
+
+Source: layerwise sparsity allocation, sections 5.1 to 5.3. Heads and neurons trade with each other here, which
+published structured searches never let them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+
+from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import removed_count
+from evoprune.metrics.shape import BlockWidths
+from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.part_genes import Heads, PartGene, attention_gene, mlp_gene
+from evoprune.search.spaces.parts import PartSpace
+
+DropParts = Literal["none", "parts"]
+
+STEPS = 32
+"""Steps of an MLP's ladder where nobody says otherwise, about."""
+# Times are met to this part of what may be spent.
+_TIME_SLACK = 200
+# Parts of all costs that sums are told apart by, to say which budget could be met.
+_BUCKETS = 20_000
+_NAMES = {"kv_bytes": "bytes of keys and values", "flops": "operations", "latency": "time", "parameters": "parameters"}
+
+
+class StructureSpace(PartSpace):
+    """Genomes of shapes that remove `fraction` of what heads and MLPs cost, and hardly more.
+
+    Hardly: less than a neuron more, where one MLP at a time may stand between the rungs of its ladder; else at most a
+    usual step of the smallest gene; of times 0.5 % of what may be spent.
+
+    Args:
+        costs: of every block.
+        fraction: of `costs.dense` that goes, in (0, 1).
+        heads: what of attentions may go.
+        drop: whether whole parts may go.
+        step: of the ladders of MLPs, in neurons; by default such that there are about 32 in the widest.
+        multiple: what numbers of neurons are multiples of, but for those of a dense MLP and of the one between rungs.
+        residual: whether one MLP may stand between rungs; never, where costs are from a table or neurons have none.
+
+    Attributes:
+        costs, fraction: as given.
+
+    Raises:
+        InvalidInput: the budget is out of reach, or the options contradict each other or the model.
+    """
+
+    def __init__(
+        self,
+        costs: UnitCosts,
+        fraction: float,
+        *,
+        heads: Heads = "both",
+        drop: DropParts = "none",
+        step: int | None = None,
+        multiple: int = 1,
+        residual: bool = True,
+    ) -> None:
+        if not 0 < fraction < 1:
+            raise InvalidInput(f"a budget of {fraction:g} is outside (0, 1): give the fraction that goes")
+        self.costs, self.fraction = costs, fraction
+        self._options = {"heads": heads, "drop": drop, "step": step, "multiple": multiple, "residual": residual}
+        if heads == "balanced" and all(width.heads_per_group == 1 for width in costs.widths):
+            raise InvalidInput("every KV group has one query head, so none can go and leave the group: choose groups")
+        fine = residual and all(isinstance(mlp, MlpCost) and mlp.per_neuron for mlp in costs.mlp)
+        genes = _genes(costs, heads, drop == "parts", _neuron_step(costs, step, multiple), fine)
+        if not genes:
+            raise InvalidInput(
+                f"nothing that may go costs any {_NAMES[costs.quantity]}: let KV groups go, by heads groups or both, "
+                "or whole parts"
+            )
+        budget, most = removed_count(fraction, costs.dense), sum(gene.removed[-1] for gene in genes)
+        if budget > most:
+            raise InvalidInput(
+                f"{fraction:g} of the {_NAMES[costs.quantity]} of heads and MLPs cannot go: what may go makes up "
+                f"{math.floor(1e4 * most / costs.dense) / 1e4:g}, so give that or less, or let more go"
+            )
+        if fine:
+            tolerance = None
+        elif costs.quantity == "latency":
+            tolerance = max((costs.dense - budget) // _TIME_SLACK, 1)
+        else:
+            tolerance = min(gene.stride for gene in genes)
+        super().__init__(genes, budget, tolerance)
+        self._place = {(gene.block, gene.part): at for at, gene in enumerate(genes)}
+
+    def shape(self, genome: Genome) -> list[Kept]:
+        """What every block keeps: KV groups, query heads in each, neurons."""
+        found = []
+        for block, width in enumerate(self.costs.widths):
+            attention, mlp = self._place.get((block, "attention")), self._place.get((block, "mlp"))
+            dense = (width.groups, width.heads_per_group)
+            groups, heads = dense if attention is None else self.parts[attention].kept[genome[attention]]
+            (neurons,) = (width.neurons,) if mlp is None else self.parts[mlp].kept[genome[mlp]]
+            found.append((groups, heads, neurons))
+        return found
+
+    def even(self) -> list[float]:
+        """What `near` is given to have the same everywhere."""
+        return [self.fraction] * (2 * len(self.costs.widths))
+
+    def near(self, sparsities: Sequence[float], rng: random.Random) -> Genome:
+        """A genome near to these sparsities that meets the budget.
+
+        Args:
+            sparsities: fraction of the cost that goes, of the attention and the MLP of every block in turn; any number.
+            rng: decides what is moved to meet the budget.
+
+        Raises:
+            InvalidInput: there are too many or too few, or the steps do not add up to the budget.
+        """
+        if len(sparsities) != 2 * len(self.costs.widths):
+            raise InvalidInput(f"{len(sparsities)} sparsities for {2 * len(self.costs.widths)} parts of blocks")
+        wanted = [sparsities[2 * gene.block + (gene.part == "mlp")] * gene.whole for gene in self.parts]
+        return self.nearest(wanted, rng)
+
+    def near_shape(self, shape: Sequence[Kept], rng: random.Random) -> Genome:
+        """A genome near to what every block keeps here, which may be of another budget; arguments as of `near`.
+
+        Raises:
+            InvalidInput: it is of another number of blocks, or the steps do not add up to the budget.
+        """
+        if len(shape) != len(self.costs.widths):
+            raise InvalidInput(f"a shape of {len(shape)} blocks for a model of {len(self.costs.widths)}")
+        options = []
+        for gene in self.parts:
+            groups, heads, neurons = shape[gene.block]
+            kept = (groups, heads) if gene.part == "attention" else (neurons,)
+            if kept in gene.kept:
+                options.append(gene.kept.index(kept))
+            else:
+                costs = self.costs.attention if gene.part == "attention" else self.costs.mlp
+                options.append(gene.nearest(gene.whole - costs[gene.block].at(*kept)))
+        return self.repaired(options, rng)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, that `from_json` reads."""
+        return {"costs": self.costs.to_json(), "fraction": self.fraction, **self._options}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StructureSpace:
+        """The inverse of `to_json`."""
+        options = {name: value for name, value in values.items() if name not in ("costs", "fraction")}
+        return cls(UnitCosts.from_json(values["costs"]), values["fraction"], **options)
+
+    def _unreachable(self) -> InvalidInput:
+        return InvalidInput(
+            f"no shape was found that removes {self.fraction:g} of the {_NAMES[self.costs.quantity]} of heads and "
+            f"MLPs, or up to {self.tolerance / self.costs.dense:.2g} more: choose another budget, such as "
+            f"{self._nearest_reachable():.4f}, or finer steps"
+        )
+
+    def _nearest_reachable(self) -> float:
+        """The fraction next to the budget that some sum of rungs removes, to within rounding."""
+        unit = max(self.costs.dense // _BUCKETS, 1)
+        reached = np.zeros(2 * _BUCKETS, dtype=bool)
+        reached[0] = True
+        for gene in self.parts:
+            after = np.zeros_like(reached)
+            for place in {round(gene.removed[option] / unit) for option in gene.choices}:
+                after[place:] |= reached[: len(reached) - place]
+            reached = after
+        sums = np.flatnonzero(reached)
+        beyond = [place for place in sums if not self.budget <= place * unit <= self.budget + self.tolerance]
+        return float(min(beyond, key=lambda place: abs(place * unit - self.budget)) * unit / self.costs.dense)
+
+
+def _neuron_step(costs: UnitCosts, step: int | None, multiple: int) -> int:
+    """Neurons from rung to rung."""
+    widest, narrowest = (pick(width.neurons for width in costs.widths) for pick in (max, min))
+    if not 1 <= multiple <= narrowest:
+        raise InvalidInput(f"numbers of neurons cannot be multiples of {multiple}: give 1 to {narrowest}")
+    found = max(round(widest / STEPS / multiple), 1) * multiple if step is None else step
+    if found % multiple or not 1 <= found <= narrowest:
+        raise InvalidInput(
+            f"steps of {found} neurons: give a multiple of {multiple} of at most {narrowest}, the narrowest MLP's width"
+        )
+    return found
+
+
+def _genes(costs: UnitCosts, heads: Heads, drop: bool, step: int, fine: bool) -> list[PartGene]:
+    """Of every block attention and MLP, without those that can lose nothing."""
+    # Equal blocks share their tables, which have an entry for every neuron.
+    made: dict[tuple[str, BlockWidths, PartCosts], PartGene] = {}
+    found = []
+    for block, width in enumerate(costs.widths):
+        for part, cost in (("attention", costs.attention[block]), ("mlp", costs.mlp[block])):
+            key = (part, width, cost)
+            if key not in made:
+                made[key] = (
+                    attention_gene(block, width, cost, heads, drop=drop)
+                    if part == "attention"
+                    else mlp_gene(block, width, cost, step, fine=fine, drop=drop)
+                )
+            if made[key].removed[-1]:
+                found.append(replace(made[key], name=f"block {block} {part}", block=block))
+    return found
