@@ -10,7 +10,7 @@ from torch import Tensor
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
 from evoprune.fitness.samples import Sequences
-from evoprune.fitness.structure_database import StructureDatabase
+from evoprune.fitness.structure_database import PartName, StructureDatabase
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.teacher import Teacher
 from evoprune.fitness.unit_costs import Kept
@@ -80,24 +80,20 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
                 outputs[units.mlp.output.site.name] = self._output(block, "mlp", kept)
         self._surgeon.apply(shape, outputs)
 
-    def own(self, shape: Sequence[BlockShape], outputs: dict[str, Tensor]) -> None:
-        """Leave the model at a shape of somebody else's choice, with output matrices of theirs where they have any."""
-        self._surgeon.apply(shape, outputs)
-
     def restore(self) -> None:
         self._surgeon.restore()
 
     def differing(self, one: tuple[Kept, ...], other: tuple[Kept, ...]) -> int | None:
         return next((block for block, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
 
-    def _output(self, block: int, part: str, kept: BlockShape) -> Tensor:
+    def _output(self, block: int, part: PartName, kept: BlockShape) -> Tensor:
         """The refitted output matrix, kept in the model's dtype for the next candidate that asks for it."""
         key = block, part, kept.heads if part == "attention" else (len(kept.neurons),)
         if key in self._solved:
             self._solved.move_to_end(key)
             return self._solved[key]
         model = self.language_model
-        found = self._database.output(block, part, kept).to(model.device, model.model.dtype)
+        found = self._database.output(block, part, kept, model.device).to(model.model.dtype)
         self._solved[key] = found
         self._solved_bytes += found.nbytes
         while self._solved_bytes > MAX_SOLVED_BYTES and len(self._solved) > 1:

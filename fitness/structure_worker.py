@@ -8,14 +8,12 @@ from typing import Any
 
 from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
 from evoprune.fitness.context import EvaluationContext
-from evoprune.fitness.model_worker import Handler, heldout_answer
-from evoprune.fitness.parcels import deliver
+from evoprune.fitness.model_worker import Handler
 from evoprune.fitness.prepare import calibration_windows
-from evoprune.fitness.structure_database import StructureDatabase, build_structure_database
+from evoprune.fitness.structure_build import build_structure_block, build_structure_database
+from evoprune.fitness.structure_database import PARTS, StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
-from evoprune.fitness.teacher import window_losses
-from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
-from evoprune.fitness.unit_criteria import Chosen, choose_units
+from evoprune.fitness.unit_costs import Kept, unit_costs
 from evoprune.fitness.units import BlockUnits, find_units
 
 
@@ -30,13 +28,14 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
     Jobs (kind and payload):
         costs: ``quantity``, ``sequence``; returns `UnitCosts`.
         database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
-        choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes; returns what its own choice
-            of units ``kept``.
+        block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
+        errors: ``database``; returns output ``errors`` at every width, of the attention and the MLP of each block in
+            turn.
         shape: what ``database`` was given and its name, ``shape``, ``parent`` (a shape too), ``first``, ``last``;
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
         units: what ``database`` was given and its name, ``shape``; returns the units that stay of all ``blocks``.
-        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model), or what ``choose`` was
-            given, for the model as that criterion leaves it; returns losses on text C, by window.
+        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model); returns losses on text C,
+            by window.
     """
 
     @property
@@ -45,7 +44,8 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             **super().jobs,
             "costs": self._costs,
             "database": self._database,
-            "choose": self._choose,
+            "block": self._block,
+            "errors": self._errors,
             "shape": self._shape,
             "units": self._kept_units,
             "heldout": self._heldout,
@@ -62,22 +62,17 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         self._restore()
         windows = calibration_windows(self.language_model, self.context)
         database = build_structure_database(self.language_model, self._units, windows, mode=payload["accumulation"])
-        deliver(database.name)
         return {"database": database.name}
 
-    def _choose(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return {"kept": [list(kept_by(block)) for block in self._chosen(payload).blocks]}
-
-    def _chosen(self, payload: dict[str, Any]) -> Chosen:
+    def _block(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        return choose_units(
-            payload["criterion"],
-            self.language_model,
-            self._units,
-            self.prepared(payload["prepared"]).statistics(),
-            UnitCosts.from_json(payload["costs"]),
-            payload["fraction"],
-        )
+        windows = calibration_windows(self.language_model, self.context)
+        return {"parcel": build_structure_block(self.language_model, self._units, windows, payload["block"])}
+
+    def _errors(self, payload: dict[str, Any]) -> dict[str, Any]:
+        database = StructureDatabase.open(payload["database"], self.language_model, self._units)
+        blocks = range(len(self._units))
+        return {"errors": [database.errors(block, part).tolist() for block in blocks for part in PARTS]}
 
     def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["shape"])
@@ -87,13 +82,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         return {"blocks": [[list(block.groups), list(block.heads), list(block.neurons)] for block in blocks]}
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
-        if "criterion" not in payload:
-            return self._heldout_of(payload, payload["shape"])
-        chosen, evaluator = self._chosen(payload), self.evaluator(payload)
-        windows, teacher = self.prepared(payload["prepared"]).text("heldout")
-        with evaluator.own(chosen):
-            losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
-        return {**heldout_answer(losses, windows), "kept": [list(kept_by(block)) for block in chosen.blocks]}
+        return self._heldout_of(payload, payload["shape"])
 
     def candidate(self, spelled: Sequence[Sequence[int]]) -> list[Kept]:
         return [(groups, heads, neurons) for groups, heads, neurons in spelled]

@@ -9,8 +9,8 @@ from typing import Any
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
-from evoprune.search.config_sections import SearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
+from evoprune.search.config_sections import SearchConfig
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span

@@ -7,8 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
-from evoprune.fitness.structure_database import ACCUMULATIONS
-from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.search.config_allocation import GenerationsConfig, StageConfig
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.spaces.part_genes import Heads
@@ -37,7 +35,7 @@ class StructureTarget(Section):
     drop: Literal["none", "parts"] = Field(
         "parts", description="whether the attention or the MLP of a block may go as a whole"
     )
-    accumulation: Literal[ACCUMULATIONS] = Field(  # type: ignore[valid-type]
+    accumulation: Literal["dense", "expectation"] = Field(
         "expectation",
         description="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
         "ones",
@@ -92,11 +90,11 @@ class StructureSearchConfig(SearchConfig):
     @property
     def seeds(self) -> tuple[str, ...]:
         """Criteria of units to start from, by name."""
-        return tuple(sorted(UNIT_CRITERIA)) if self.searcher.seeds is None else self.searcher.seeds
+        return self.searcher.seeds or ()
 
     def context(self) -> EvaluationContext:
         """What workers have to know."""
-        needs = frozenset[str]().union(*(UNIT_CRITERIA[name].needs for name in self.seeds))
+        needs: set[str] = set()
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,

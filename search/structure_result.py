@@ -21,6 +21,8 @@ from evoprune.search.spaces.structure import StructureSpace
 
 UNIFORM = "uniform"
 """The seed that loses the same fraction everywhere."""
+LEAST_ERROR = "dp"
+"""The seed with the least sum of the output errors of all parts."""
 AS_PUBLISHED = " as published"
 """Behind a criterion's name: its own choice of units, compensated as its authors do, and not as the database does."""
 

@@ -6,12 +6,14 @@ import random
 from typing import Any, ClassVar
 
 from evoprune.fitness.prepare import Summary
-from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by
-from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.fitness.structure_database import PARTS
+from evoprune.fitness.unit_costs import UnitCosts, kept_by
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.shape_file import to_json
 from evoprune.search.breeders.switches import Switches
 from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.dynamic_program import least_error_genome
 from evoprune.search.engine.executor import Job
 from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.given import given_shape
@@ -21,7 +23,7 @@ from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.structure import StructureSpace
-from evoprune.search.structure_result import UNIFORM, StructureComparison
+from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison
 from evoprune.search.worker_session import Ask, First
 
 
@@ -30,7 +32,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "choose", "shape", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
 
@@ -44,7 +46,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
         self.space()  # what cannot be is refused before the work of hours
         self.phase("building the structured database", f": {target.accumulation} accumulation")
-        making = {"prepared": prepared.name, "accumulation": target.accumulation}
+        making = {"accumulation": target.accumulation}
         self._database = first("database", making)["database"]
         self._hold(database=self._database)
         # What shapes are worth depends on the bits of the database.
@@ -103,20 +105,24 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             if given.widths != self._costs.widths:
                 raise InvalidInput(f"{self.config.seed_from} is a shape of another model: it has other widths")
             found[GIVEN] = space.near_shape([kept_by(block) for block in given.blocks], self._rng(GIVEN))
-        self.phase("asking the criteria of units")
-        jobs = []
-        for name in self.config.seeds:
-            asked = {"criterion": name, "space": space.to_json()}
-            jobs.append(Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked}))
-        for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):
-            try:
-                if outcome.status != "ok":
-                    raise failure(outcome)
-                kept: list[Kept] = [(groups, heads, neurons) for groups, heads, neurons in outcome.values["kept"]]
-                found[name] = space.near_shape(kept, self._rng(name))
-            except EvopruneError as error:
-                self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
+        asked = {"database": self._database}
+        (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        tables = [outcome.values["errors"][2 * gene.block + PARTS.index(gene.part)] for gene in space.parts]
+        errors = [
+            [_entry(table, gene.kept[option]) for option in gene.choices]
+            for gene, table in zip(space.parts, tables, strict=True)
+        ]
+        found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
         return found
 
     def _rng(self, seed: str) -> random.Random:
         return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
+
+
+def _entry(table: Any, kept: tuple[int, ...]) -> float:
+    """The entry of a table by widths; see `StructureDatabase.errors`."""
+    for width in kept:
+        table = table[width]
+    return float(table)

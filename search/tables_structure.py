@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from evoprune.search.kinds.structure import shape_text
+from evoprune.search.spaces.structure import shape_text
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evoprune.search.breeders import BREEDERS, BreederPlugin, Plain
-from evoprune.search.spaces.ladder import Genome
-from evoprune.search.spaces.levels import LevelSpace
+from evoprune.search.spaces.ladder import Genome, LadderSpace
 
 _ATTEMPTS_PER_CHILD = 20
 
@@ -23,7 +22,7 @@ class Switches(Plain):
     redraw = True
     crosses = True
 
-    def __init__(self, space: LevelSpace, seed: int) -> None:
+    def __init__(self, space: LadderSpace, seed: int) -> None:
         self._space = space
 
     def children(self, parent: Genome, count: int, rng: random.Random) -> Sequence[Genome]:

@@ -83,6 +83,8 @@ class StructureKind:
         }
 
     def words(self, best: Mapping[str, Any]) -> str:
+        from evoprune.search.spaces.structure import shape_text
+
         return shape_text(best["shape"])
 
     def table(self, result: Mapping[str, Any]) -> Table:
@@ -119,18 +121,9 @@ class StructureKind:
         return write_page(run)
 
     def check_names(self, config: StructureSearchConfig) -> None:
-        from evoprune.fitness.unit_criteria import UNIT_CRITERIA
         from evoprune.search.given import given_shape
 
-        for name in config.searcher.seeds or ():
-            _ = UNIT_CRITERIA[name]
         given_shape(config.seed_from)
-
-
-def shape_text(shape: Sequence[Sequence[int]]) -> str:
-    """Such as ``30 query heads, 2,100 neurons``, of what every block keeps: KV groups, heads in each, neurons."""
-    heads = sum(groups * each for groups, each, _ in shape)
-    return f"{heads:,} query heads, {sum(block[2] for block in shape):,} neurons"
 
 
 KIND: BoardKind = StructureKind()

@@ -55,6 +55,8 @@ class StructureSpace(PartSpace):
         InvalidInput: the budget is out of reach, or the options contradict each other or the model.
     """
 
+    job = "shape"
+
     def __init__(
         self,
         costs: UnitCosts,
@@ -143,6 +145,16 @@ class StructureSpace(PartSpace):
                 options.append(gene.nearest(gene.whole - costs[gene.block].at(*kept)))
         return self.repaired(options, rng)
 
+    def spelled(self, genome: Genome) -> list[list[int]]:
+        return [list(kept) for kept in self.shape(genome)]
+
+    def shown(self, genome: Genome) -> list[int]:
+        """What every block keeps, in one list: KV groups, query heads in each, neurons."""
+        return [count for kept in self.shape(genome) for count in kept]
+
+    def words(self, genome: Genome) -> str:
+        return shape_text(self.shape(genome))
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, that `from_json` reads."""
         return {"costs": self.costs.to_json(), "fraction": self.fraction, **self._options}
@@ -173,6 +185,12 @@ class StructureSpace(PartSpace):
         sums = np.flatnonzero(reached)
         beyond = [place for place in sums if not self.budget <= place * unit <= self.budget + self.tolerance]
         return float(min(beyond, key=lambda place: abs(place * unit - self.budget)) * unit / self.costs.dense)
+
+
+def shape_text(shape: Sequence[Sequence[int]]) -> str:
+    """Such as ``30 query heads, 2,100 neurons``, of what every block keeps."""
+    heads = sum(groups * each for groups, each, _ in shape)
+    return f"{heads:,} query heads, {sum(neurons for _, _, neurons in shape):,} neurons"
 
 
 def _neuron_step(costs: UnitCosts, step: int | None, multiple: int) -> int:
