@@ -60,9 +60,9 @@ class ColumnSums:
             self._sums["var"] += shift.square() * (self._rows * wide.shape[0] / total)
         self._sums["mean"] += shift * (wide.shape[0] / total)
 
-    def result(self, name: str, sequences: int) -> Tensor:
-        """One statistic, [width] float32: ``ss`` is per sequence, ``l1``, ``mean`` and ``var`` per row."""
-        divisor = {"ss": sequences, "l1": self._rows, "var": self._rows}.get(name, 1)
+    def result(self, name: str, shares: int) -> Tensor:
+        """One statistic, [width] float32: ``ss`` is the mean over `shares`, ``l1``, ``mean`` and ``var`` over rows."""
+        divisor = {"ss": shares, "l1": self._rows, "var": self._rows}.get(name, 1)
         return (self._sums[name] / divisor).float()
 
 
@@ -120,18 +120,22 @@ class InputSums:
             narrow = rows.float()
             self._gram.addmm_(narrow.t(), narrow)
 
-    def results(self, sequences: int) -> dict[str, Tensor]:
-        """Terminal -> [1, in] float32, and ``H`` [in, in]; to be called once."""
+    def results(self, shares: int) -> dict[str, Tensor]:
+        """Terminal -> [1, in] float32, and ``H`` [in, in]; to be called once.
+
+        Args:
+            shares: what sums of squares are divided by: sequences or rows.
+        """
         found: dict[str, Tensor] = {}
         if self._wanda:
             found["X_ss"] = self._wanda.result()[None]
         for name in sorted(self._names):
             if self._columns and name.startswith("X_") and name not in found:
-                found[name] = self._columns.result(name.removeprefix("X_"), sequences)[None]
+                found[name] = self._columns.result(name.removeprefix("X_"), shares)[None]
         if self._gram is not None:
             found["H"] = self._gram.div_(self._tokens)
             if not self._names.isdisjoint({"Hinv", "Hchol2"}):
-                found["Hinv"], found["Hchol2"] = inverse_diagonals(found["H"], self._tokens / sequences)
+                found["Hinv"], found["Hchol2"] = inverse_diagonals(found["H"], self._tokens / shares)
             self._gram = None
         return {name: tensor for name, tensor in found.items() if name in self._names}
 
@@ -140,7 +144,7 @@ class ForwardSums:
     """Collects the forward statistics of all sites while the model runs under `hooked`.
 
     Sites that read the very same tensor (q, k and v; gate and up) share one collection: `leaders` maps each site to
-    the first that read it.
+    the first that read it. `rows` counts the tokens that each site's statistics are of.
 
     Args:
         sites: the sites of the model.
@@ -159,6 +163,7 @@ class ForwardSums:
         self._live_block = -1
         self._batch: Batch | None = None
         self.leaders: dict[str, str] = {}
+        self.rows: dict[str, int] = dict.fromkeys((bound.site.name for bound in self._sites), 0)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -185,11 +190,15 @@ class ForwardSums:
             raise InvalidInput(f"{silent[0]} never ran: calibrate on samples that hold what it reads, such as images")
         found: Results = {site.site.name: {} for site in self._sites}
         for name, inputs in self._inputs.items():
-            found[name] |= inputs.results(sequences)
+            found[name] |= inputs.results(self._shares(name, sequences))
         for name, outputs in self._outputs.items():
             for kept in sorted(self._output_names):
-                found[name][f"Y_{kept}"] = outputs.result(kept, sequences)[:, None]
+                found[name][f"Y_{kept}"] = outputs.result(kept, self._shares(name, sequences))[:, None]
         return found
+
+    def _shares(self, name: str, sequences: int) -> int:
+        """What the sums of squares of a site are divided by."""
+        return sequences
 
     def _hear(self, bound: SiteModule, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         site, inputs, outputs = bound.site, args[0].detach(), output.detach()
@@ -201,6 +210,7 @@ class ForwardSums:
     def _add(self, bound: SiteModule, leader: str, inputs: Tensor, outputs: Tensor) -> None:
         """Take in the rows of a site's inputs, if it is their leader, and of its outputs."""
         site = bound.site
+        self.rows[site.name] += outputs.numel() // site.out_features
         if self._input_names and leader == site.name:
             if leader not in self._inputs:
                 self._inputs[leader] = InputSums(site.in_features, inputs.device, self._input_names, self._wanda)
