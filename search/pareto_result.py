@@ -156,7 +156,8 @@ class ParetoComparison:
         parameters = provenance(self._config, result)
 
         def allocation(row: Mapping[str, Any]) -> Any:
-            return allocation_of_row(row, self._search.space, self._model_class, None, ALLOCATOR, parameters)
+            space, fingerprint = self._search.space, run.identity["model_fingerprint"]
+            return allocation_of_row(row, space, self._model_class, None, ALLOCATOR, parameters, fingerprint)
 
         for row in result["front"]:
             write_whole(allocation(row), folder / "front" / f"{row['saved']}.json")

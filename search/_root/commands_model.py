@@ -335,6 +335,8 @@ def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
     searched = name if allocation is None else allocation.parameters.get("compressor", name)
     if searched != name:
         yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"
+    if pruned.doubt is not None:
+        yield f"warning: {pruned.doubt}"
 
 
 def check_writable(folder: Path) -> None:
