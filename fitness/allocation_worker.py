@@ -14,7 +14,7 @@ from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency import part_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
-from evoprune.fitness.levels import LevelDatabase, build_levels
+from evoprune.fitness.levels import LevelDatabase, build_levels, criterion_key
 from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import Prepared, calibration_windows
@@ -24,7 +24,6 @@ from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
 from evoprune.fitness.teacher import window_losses
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
-from evoprune.metrics.files import canonical_json
 
 LOSS_WINDOWS = 8
 """Windows of text B on which an allocator that tries things out compares losses."""
@@ -131,11 +130,8 @@ class AllocationWorker(ModelWorker):
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         prepared, criterion = self.prepared(payload["prepared"]), criterion_from(payload["criterion"])
-        key, compressor, device = (
-            canonical_json(payload["criterion"]),
-            payload["compressor"],
-            self.language_model.device,
-        )
+        key = criterion_key(payload["criterion"], criterion, prepared)
+        compressor, device = payload["compressor"], self.language_model.device
         database: Levels
         try:
             if stores_weights(compressor):
@@ -208,7 +204,8 @@ class AllocationWorker(ModelWorker):
         if self._evaluator is None or self._evaluator[:2] != named:
             self._restore()
             prepared = self.prepared(payload["prepared"])
-            key, name, compressor = canonical_json(payload["criterion"]), payload["database"], payload["compressor"]
+            key = criterion_key(payload["criterion"], criterion_from(payload["criterion"]), prepared)
+            name, compressor = payload["database"], payload["compressor"]
             database: Levels
             if stores_weights(compressor):
                 database = StoredLevels.open(name, prepared, compressor, payload["grid"], key)
