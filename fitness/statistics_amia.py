@@ -89,7 +89,9 @@ class ChosenSums(ForwardSums):
             pairs = zip(self._batch.by_row(inputs), self._batch.by_row(outputs), rows, strict=True)
             for (given, _), (made, modality), seen in pairs:
                 index = select_tokens(made, seen[:, 0], self._choice, modality=modality)
-                self._add(bound, bound.site.name, given[index], made[index])
+                self._add(
+                    bound, bound.site.name, given[index], made[index], None if modality is None else modality[index]
+                )
 
 
 def last_row(attention: Tensor, batch: Batch | None) -> Tensor:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters.base import SiteModule
 from evoprune.fitness.gram import inverse_diagonals
-from evoprune.fitness.samples import Batch, Sequences, forward_batches
+from evoprune.fitness.samples import TEXT_TOKEN, VISUAL_TOKENS, Batch, Sequences, forward_batches
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.records import LANGUAGE
+
+# Norms over the tokens of some modalities.
+MODALITY_NORMS: dict[str, tuple[int, ...]] = {"X_v": VISUAL_TOKENS, "X_l": (TEXT_TOKEN,)}
 
 Results = dict[str, dict[str, Tensor]]  # site name -> terminal -> tensor
 
@@ -101,7 +104,8 @@ class InputSums:
     def __init__(self, width: int, device: torch.device, names: frozenset[str], wanda: bool) -> None:
         self._names = names
         self._tokens = 0
-        columns = {name.removeprefix("X_") for name in names if name.startswith("X_")}
+        columns = {name.removeprefix("X_") for name in names - MODALITY_NORMS.keys() if name.startswith("X_")}
+        self._parts = {name: ColumnSums(width, device, frozenset({"ss"})) for name in names & MODALITY_NORMS.keys()}
         self._wanda = WandaSum(width, device) if wanda and "ss" in columns else None
         if self._wanda:
             columns.remove("ss")
@@ -109,13 +113,16 @@ class InputSums:
         needs_gram = not names.isdisjoint({"H", "Hinv", "Hchol2"})
         self._gram = torch.zeros(width, width, device=device) if needs_gram else None
 
-    def add(self, rows: Tensor) -> None:
-        """Take in `rows`, [tokens, width]."""
+    def add(self, rows: Tensor, modality: Tensor | None = None) -> None:
+        """Take in `rows`, [tokens, width], and the [tokens] int64 modality of each, which norms of some alone need."""
         self._tokens += rows.shape[0]
         if self._wanda:
             self._wanda.add(rows)
         if self._columns:
             self._columns.add(rows)
+        for name, part in self._parts.items():
+            assert modality is not None
+            part.add(rows[torch.isin(modality, modality.new_tensor(MODALITY_NORMS[name])).to(rows.device)])
         if self._gram is not None:
             narrow = rows.float()
             self._gram.addmm_(narrow.t(), narrow)
@@ -129,9 +136,11 @@ class InputSums:
         found: dict[str, Tensor] = {}
         if self._wanda:
             found["X_ss"] = self._wanda.result()[None]
-        for name in sorted(self._names):
+        for name in sorted(self._names - self._parts.keys()):
             if self._columns and name.startswith("X_") and name not in found:
                 found[name] = self._columns.result(name.removeprefix("X_"), shares)[None]
+        for name, part in self._parts.items():
+            found[name] = part.result("ss", shares).sqrt()[None]
         if self._gram is not None:
             found["H"] = self._gram.div_(self._tokens)
             if not self._names.isdisjoint({"Hinv", "Hchol2"}):
@@ -203,18 +212,21 @@ class ForwardSums:
     def _hear(self, bound: SiteModule, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         site, inputs, outputs = bound.site, args[0].detach(), output.detach()
         leader = self._leader(site.name, site.block, args[0])
-        if site.component == LANGUAGE and self._batch is not None and self._batch.keep is not None:
-            inputs, outputs = self._batch.real(inputs), self._batch.real(outputs)
-        self._add(bound, leader, inputs, outputs)
+        modality = None
+        if site.component == LANGUAGE and self._batch is not None:
+            modality = self._batch.kinds()
+            if self._batch.keep is not None:
+                inputs, outputs = self._batch.real(inputs), self._batch.real(outputs)
+        self._add(bound, leader, inputs, outputs, modality)
 
-    def _add(self, bound: SiteModule, leader: str, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in the rows of a site's inputs, if it is their leader, and of its outputs."""
+    def _add(self, bound: SiteModule, leader: str, inputs: Tensor, outputs: Tensor, modality: Tensor | None) -> None:
+        """Take in the rows of a site's inputs, if it is their leader, and of its outputs, and their modality."""
         site = bound.site
         self.rows[site.name] += outputs.numel() // site.out_features
         if self._input_names and leader == site.name:
             if leader not in self._inputs:
                 self._inputs[leader] = InputSums(site.in_features, inputs.device, self._input_names, self._wanda)
-            self._inputs[leader].add(inputs.reshape(-1, site.in_features))
+            self._inputs[leader].add(inputs.reshape(-1, site.in_features), modality)
         if self._output_names:
             if site.name not in self._outputs:
                 self._outputs[site.name] = ColumnSums(site.out_features, outputs.device, self._output_names)

@@ -47,6 +47,8 @@ RULES: dict[str, Callable[[Tensor, Tensor, _Shares], Tensor]] = {
     "Y_ss": lambda a, b, of: of.q * a + of.r * b,
     "X_l1": lambda a, b, of: of.t * a + of.v * b,
     "X_mean": lambda a, b, of: of.t * a + of.v * b,
+    "X_v": lambda a, b, of: (of.q**0.5 * a).hypot(of.r**0.5 * b),
+    "X_l": lambda a, b, of: (of.q**0.5 * a).hypot(of.r**0.5 * b),
     "X_max": lambda a, b, of: a.maximum(b),
     "G_l2": lambda a, b, of: a.hypot(b),
     "G_l1": lambda a, b, of: a + b,

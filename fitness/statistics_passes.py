@@ -11,9 +11,9 @@ from torch import Tensor
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Sequences
+from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.statistics_amia import ChosenSums
-from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
+from evoprune.fitness.statistics_forward import MODALITY_NORMS, ForwardSums, Results, forward_pass
 from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
 from evoprune.fitness.statistics_store import SetWriter, encode
 from evoprune.metrics.errors import InvalidInput
@@ -86,12 +86,11 @@ def run_passes(
         empty where no statistic of inputs or outputs is asked for.
 
     Raises:
-        InvalidInput: gradients of a tower are asked for, or a site never runs.
+        InvalidInput: gradients of a tower are asked for, norms by modality of a tower or of text, or a site never
+            runs.
     """
     sequences = len(calibration)
-    asked, towers = stored & (GRADIENT_NAMES | REGIONAL_NAMES), set(language_model.components or ()) - {LANGUAGE}
-    if asked and towers:
-        raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
+    _refuse_what_cannot_be(language_model, calibration, stored)
     plan = _plan(language_model, stored)
     done = 0
     leaders: dict[str, str] = {}
@@ -117,6 +116,22 @@ def run_passes(
         for block in group:
             writer.add(block, _encoded(results, [bound for bound in sites if bound.site.block == block]))
     return leaders, rows
+
+
+def _refuse_what_cannot_be(language_model: LanguageModel, calibration: Sequences, stored: frozenset[str]) -> None:
+    towers = {bound.site.component for bound in language_model.sites} - {LANGUAGE}
+    if towers and (asked := stored & (GRADIENT_NAMES | REGIONAL_NAMES)):
+        raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
+    if asked := stored & MODALITY_NORMS.keys():
+        if towers:
+            raise InvalidInput(
+                f"{min(asked)} is of one modality, which {min(towers)} does not tell apart: leave one of them out"
+            )
+        if not (isinstance(calibration, Samples) and calibration.visual):
+            raise InvalidInput(
+                f"{min(asked)} is of one modality, and there is text alone: calibrate a model that reads images on "
+                "images with texts, or take X_l2"
+            )
 
 
 def gradient_sum_bytes(names: Iterable[str], prunable: int, weight_bytes: int) -> int:

@@ -222,6 +222,62 @@ def split(batch: dict[str, Tensor], index: int, family: str) -> dict[str, Tensor
     return one
 
 
+# Norms by modality (chapter, 5.5)
+
+
+def test_norms_of_images_and_of_text(family: str, tmp_path: Path) -> None:
+    """One sample behind padding, one of text alone; over two sets merged as over one."""
+    model, names = tiny_multimodal_model(family), ["X_v", "X_l", "X_l2"]
+    given = [encoded(family, (0,)), encoded(family, (1,), text_only=True)]
+    if family != "llava_next":
+        given[0] = padded(given[0], 3)
+    found = collect_statistics(model, Samples(given, model.model.config), names, folder=tmp_path / "set")
+    squares = {bound.site.name: torch.zeros(2, bound.site.in_features) for bound in model.sites}
+    for batch in given:
+        heard: dict[str, Tensor] = {}
+        for bound in model.sites:
+            bound.module.register_forward_hook(
+                lambda m, args, out, name=bound.site.name, heard=heard: heard.__setitem__(name, args[0][0])
+            )
+        model.model(**batch)
+        image = batch["input_ids"][0] == IMAGE
+        text = ~image & batch["attention_mask"][0].bool()
+        for name, x in heard.items():
+            squares[name] += torch.stack([x[image].square().sum(0), x[text].square().sum(0)]) / 2
+    other = collect_statistics(model, samples(model, family, 5, 6, 7), names, folder=tmp_path / "other")
+    merged = merge(found, other, tmp_path / "merged")
+    for name, (images, texts) in squares.items():
+        assert images.any()
+        torch.testing.assert_close(found.tensor(name, "X_v")[0], images.sqrt())
+        torch.testing.assert_close(found.tensor(name, "X_l")[0], texts.sqrt())
+        for kind in names:
+            whole = (0.4 * found.tensor(name, kind).square() + 0.6 * other.tensor(name, kind).square()).sqrt()
+            torch.testing.assert_close(merged.tensor(name, kind), whole)
+
+
+def test_norms_of_chosen_tokens_by_modality_add_up(tmp_path: Path) -> None:
+    model = tiny_multimodal_model()
+    settings = PassSettings(tokens=TokenChoice(min_tokens=6))
+    found = collect_statistics(
+        model, samples(model, "llava"), ["X_v", "X_l", "X_l2"], folder=tmp_path / "set", settings=settings
+    )
+    for bound in model.sites:
+        v, text, every = (found.tensor(bound.site.name, name) for name in ("X_v", "X_l", "X_l2"))
+        torch.testing.assert_close(v.hypot(text), every)
+
+
+def test_norms_by_modality_where_there_is_one(tmp_path: Path) -> None:
+    llava, plain = tiny_multimodal_model(), tiny_language_model()
+    text = Samples([encoded("llava", (1,), text_only=True)], llava.model.config)
+    for model, calibration in ((plain, random_windows()), (llava, random_windows()), (llava, text)):
+        with pytest.raises(InvalidInput, match="X_l is of one modality, and there is text alone") as refusal:
+            collect_statistics(model, calibration, ["X_l", "X_v"], folder=tmp_path / "set")
+        assert "\n" not in str(refusal.value)
+    towers = tiny_multimodal_model("llava", "all")
+    with pytest.raises(InvalidInput, match="X_v is of one modality, which projector does not tell apart"):
+        collect_statistics(towers, samples(towers, "llava"), ["X_v"], folder=tmp_path / "set")
+
+
 # Which tokens stand for all (chapter, 7.7 and 7.8)
 
 
