@@ -12,7 +12,7 @@ from evoprune.fitness.allocating import allocate_model, ask_allocator, describe_
 from evoprune.fitness.allocators import ALLOCATORS, Use
 from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
-from evoprune.fitness.latency import part_latencies
+from evoprune.fitness.latency import part_latencies, whole_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import LevelDatabase, build_levels, criterion_key
 from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
@@ -58,7 +58,9 @@ class AllocationWorker(ModelWorker):
         heldout: what ``database`` was given and its name, ``levels`` (None: the dense model); returns losses on text
             C, by window.
         latency: ``parts`` (places of the sites of each), ``window``; returns nanoseconds, of every one of the ``parts``
-            and of the ``rest``. A measurement: the only answer that the job alone does not determine.
+            and of the ``rest``. Like the next one a measurement, which the job alone does not determine.
+        whole-latency: ``absent`` (for each measurement the parts that are gone, as the places of their sites),
+            ``window``; returns ``nanoseconds``, of each.
     """
 
     def __init__(self, context: EvaluationContext) -> None:
@@ -80,6 +82,7 @@ class AllocationWorker(ModelWorker):
             "levels": self._levels,
             "heldout": self._heldout,
             "latency": self._latency,
+            "whole-latency": self._whole_latency,
         }
 
     def _allocate(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +196,10 @@ class AllocationWorker(ModelWorker):
         self._restore()
         rest, parts = part_latencies(self.language_model, payload["parts"], payload["window"])
         return {"rest": rest, "parts": parts}
+
+    def _whole_latency(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        return {"nanoseconds": whole_latencies(self.language_model, payload["absent"], payload["window"])}
 
     def _by_name(self, levels: Sequence[int]) -> dict[str, int]:
         sites = (bound.site.name for bound in self.language_model.sites)

@@ -165,7 +165,11 @@ def test_a_resumed_run_keeps_the_latencies_that_it_began_with(
         scale = 1000 ** next(calls)
         return 100 * scale, [(10 + at) * scale for at in range(len(parts))]
 
+    def whole(model: Any, absent: list[list[list[int]]], window: int) -> list[int]:
+        return [1000 - len(parts) for parts in absent]
+
     monkeypatch.setattr("evoprune.fitness.allocation_worker.part_latencies", measured)
+    monkeypatch.setattr("evoprune.fitness.allocation_worker.whole_latencies", whole)
     options = {**DROPPED, "target.pareto": "latency"}
     first = start_search(config(world, **options), INLINE, run_dir=tmp_path / "whole")
     assert next(calls) == 1
@@ -183,6 +187,10 @@ def test_a_resumed_run_keeps_the_latencies_that_it_began_with(
     assert (told["dense"], told["rest"], told["unit"]) == (100 + 10 + 11 + 12 + 13, 100, "ns")
     names = [f"block {block} {part}" for block in (0, 1) for part in ("attention", "mlp")]
     assert told["parts"] == dict(zip(names, (10, 11, 12, 13), strict=True))
+    assert told["measured"]["dense"] == 1000
+    for row, taken in zip(result_of(run)["front"], told["measured"]["front"], strict=True):
+        gone = {name.rpartition(".")[0] for name, share in row["allocation"].items() if share == 1}
+        assert taken == (None if row["heldout"] is None else 1000 - len(gone))
 
 
 @pytest.mark.parametrize(
