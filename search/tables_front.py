@@ -49,7 +49,7 @@ def front_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     yield (
         None,
         "dense",
-        *_end_to_end(result, result["pareto"]),
+        *_end_to_end(result, None),
         "",
         f"{dense['perplexity']:,.2f}",
         f"{dense['loss']:.4f} ± {dense['stderr']:.4f}",

@@ -90,7 +90,8 @@ def prune_pipeline(
     if target is not None:
         MaskRule(target)
     loaded = pipeline.copy() if isinstance(pipeline, Pipeline) else load_pipeline(pipeline)
-    measure, by_component = None, None
+    measure: Callable[[], float] | None = None
+    by_component: Callable[[], Mapping[str, float]] | None = None
     if loss is not None:
         measure = partial(loss, loaded)
     elif tries and prompts:

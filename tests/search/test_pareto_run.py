@@ -22,6 +22,7 @@ from evoprune.search.pareto_result import spread
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.tables_front import front_head, front_rows
 from evoprune.search.worker_session import Resources
 from tests.models import tiny_model
 from tests.search.html_page import Page
@@ -188,6 +189,8 @@ def test_a_resumed_run_keeps_the_latencies_that_it_began_with(
     names = [f"block {block} {part}" for block in (0, 1) for part in ("attention", "mlp")]
     assert told["parts"] == dict(zip(names, (10, 11, 12, 13), strict=True))
     assert told["measured"]["dense"] == 1000
+    assert front_head(result_of(run))[1] == "ms"
+    assert {cells[2] for cells in front_rows(result_of(run))} == {"0.00"}  # a thousand nanoseconds
     for row, taken in zip(result_of(run)["front"], told["measured"]["front"], strict=True):
         gone = {name.rpartition(".")[0] for name, share in row["allocation"].items() if share == 1}
         assert taken == (None if row["heldout"] is None else 1000 - len(gone))
