@@ -1,6 +1,6 @@
 """Speed and memory of evoprune, as ratios within one run.
 
-    python benchmarks/run.py                 # all but the quality studies, `scale`, `generations`, `evopress`
+    python benchmarks/run.py                 # all but the quality studies and those in `LONG`
     python benchmarks/run.py candidate mask  # some of them
 
 Prints a table and writes benchmarks/out/results.json. Each benchmark lives in a file of its own with a function
@@ -28,8 +28,13 @@ BENCHMARKS = {
     "search": "search_speed",
     "levels": "level_cost",
 }
-LONG = {"scale": "engine_scale", "generations": "generation_cost", "evopress": "evopress_speed"}
-"""These take over 5 minutes and run only when they are named."""
+LONG = {
+    "scale": "engine_scale",
+    "generations": "generation_cost",
+    "evopress": "evopress_speed",
+    "controls": "multimodal_controls",
+}
+"""These take over 5 minutes, or judge methods and not this code, and run only when they are named."""
 OUT = Path(__file__).parent / "out"
 
 

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.allocators import Allocator, Use, check_numbers, parameters_of
-from evoprune.fitness.component_budgets import search_budgets
+from evoprune.fitness.component_budgets import guarded, search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
@@ -34,6 +34,7 @@ from evoprune.metrics.terminals import STATISTICS
 
 # The loss of a model that gives no finite numbers: worse than any other.
 _LOST = float("inf")
+Measured = TypeVar("Measured")
 
 
 class Reader(Protocol):
@@ -170,11 +171,13 @@ def searched_budgets(
     calibration: Sequences | None = None,
     search: Sequences | None = None,
     loss: Callable[[], float] | None = None,
+    losses: Callable[[], Mapping[str, float]] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> dict[str, float]:
     """Budgets of the components that give the lowest loss with this allocator inside each; see `search_budgets`.
 
-    Arguments as in `allocate_model`.
+    Arguments as in `allocate_model`, and `losses`, which measures each component by itself in place of `loss`: then no
+    component may fall off a cliff, see `guarded`.
 
     Raises:
         InvalidInput: as `allocate_model`, or the model has one component only.
@@ -182,7 +185,7 @@ def searched_budgets(
     sites = [bound.site for bound in language_model.sites]
     evidence = ModelEvidence(language_model, target, criterion, statistics, calibration, search, progress, loss=loss)
 
-    def loss_of(budgets: Mapping[str, float]) -> float:
+    def measured(budgets: Mapping[str, float], measure: Callable[[], Measured]) -> Measured:
         found = allocate_model(
             language_model,
             name,
@@ -195,9 +198,13 @@ def searched_budgets(
             loss=loss,
             budgets=budgets,
         )
-        return evidence.loss_at([site.sparsity for site in found.sites])
+        return evidence.measured_at([site.sparsity for site in found.sites], measure)
 
-    return search_budgets(sites, target, loss_of, lambda tried: progress("trying budgets of components", tried, 0))
+    def loss_of(budgets: Mapping[str, float]) -> float:
+        return measured(budgets, evidence.loss)
+
+    chosen = loss_of if losses is None else guarded(lambda budgets: measured(budgets, losses))
+    return search_budgets(sites, target, chosen, lambda tried: progress("trying budgets of components", tried, 0))
 
 
 @torch.no_grad()
@@ -320,14 +327,18 @@ class ModelEvidence:
 
     def loss_at(self, sparsities: Sequence[float]) -> float:
         """The loss of the model pruned by the criterion, each matrix to its own sparsity."""
+        return self.measured_at(sparsities, self.loss)
+
+    def measured_at(self, sparsities: Sequence[float], measure: Callable[[], Measured]) -> Measured:
+        """What `measure` gives while the model is pruned by the criterion, each matrix to its own sparsity."""
         with self._pruned(sparsities):
-            return self._measured()
+            return measure()
 
     def losses_without(self) -> Sequence[float]:
         found: list[float] = []
         for block in self._blocks:
             with without_block(self._reader(), block):
-                found.append(self._measured())
+                found.append(self.loss())
             self._progress("measuring the loss without each block", len(found), len(self._blocks))
         return found
 
@@ -347,7 +358,8 @@ class ModelEvidence:
             for weight, copy in dense:
                 weight.copy_(copy)
 
-    def _measured(self) -> float:
+    def loss(self) -> float:
+        """The loss of the model as it is."""
         try:
             if self._loss is not None:
                 loss = self._loss()

@@ -11,9 +11,9 @@ from evoprune.fitness.allocators import ALLOCATORS, Use
 from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
 from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
-from evoprune.fitness.latency import part_latencies
+from evoprune.fitness.latency import part_latencies, whole_latencies
 from evoprune.fitness.level_evaluator import LevelEvaluator
-from evoprune.fitness.levels import LevelDatabase, build_levels
+from evoprune.fitness.levels import LevelDatabase, build_levels, criterion_key
 from evoprune.fitness.model_worker import Handler, criterion_from
 from evoprune.fitness.parcels import deliver
 from evoprune.fitness.prepare import Prepared, calibration_windows
@@ -22,7 +22,6 @@ from evoprune.fitness.samples import Sequences
 from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
-from evoprune.metrics.files import canonical_json
 
 LOSS_WINDOWS = 8
 """Windows of text B on which an allocator that tries things out compares losses."""
@@ -48,7 +47,9 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
         heldout: what ``database`` was given and its name, ``levels`` (None: the dense model); returns losses on text
             C, by window.
         latency: ``parts`` (places of the sites of each), ``window``; returns nanoseconds, of every one of the ``parts``
-            and of the ``rest``. A measurement: the only answer that the job alone does not determine.
+            and of the ``rest``. Like the next one a measurement, which the job alone does not determine.
+        whole-latency: ``absent`` (for each measurement the parts that are gone, as the places of their sites),
+            ``window``; returns ``nanoseconds``, of each.
     """
 
     @property
@@ -61,6 +62,7 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
             "levels": self._levels,
             "heldout": self._heldout,
             "latency": self._latency,
+            "whole-latency": self._whole_latency,
         }
 
     def _allocate(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -107,11 +109,8 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         prepared, criterion = self.prepared(payload["prepared"]), criterion_from(payload["criterion"])
-        key, compressor, device = (
-            canonical_json(payload["criterion"]),
-            payload["compressor"],
-            self.language_model.device,
-        )
+        key = criterion_key(payload["criterion"], criterion, prepared)
+        compressor, device = payload["compressor"], self.language_model.device
         database: Levels
         try:
             if stores_weights(compressor):
@@ -134,6 +133,10 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
         rest, parts = part_latencies(self.language_model, payload["parts"], payload["window"])
         return {"rest": rest, "parts": parts}
 
+    def _whole_latency(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        return {"nanoseconds": whole_latencies(self.language_model, payload["absent"], payload["window"])}
+
     def candidate(self, spelled: Sequence[int]) -> dict[str, int]:
         sites = (bound.site.name for bound in self.language_model.sites)
         return dict(zip(sites, spelled, strict=True))
@@ -143,7 +146,8 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
         if self._kept is None or self._kept[0] != named:
             self._restore()
             prepared = self.prepared(payload["prepared"])
-            key, name, compressor = canonical_json(payload["criterion"]), payload["database"], payload["compressor"]
+            key = criterion_key(payload["criterion"], criterion_from(payload["criterion"]), prepared)
+            name, compressor = payload["database"], payload["compressor"]
             database: Levels
             if stores_weights(compressor):
                 database = StoredLevels.open(name, prepared, compressor, payload["grid"], key)

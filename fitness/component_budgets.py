@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 
@@ -11,6 +12,10 @@ from evoprune.metrics.records import Site
 # Sparsity that the largest move takes from a component, and the smallest at which the search ends: cliffs lie within
 # a twentieth of sparsity (multimodal allocation chapter, section 6).
 FIRST_STEP, LAST_STEP = 0.1, 0.0125
+
+# A loss that more than triples within a twentieth of sparsity is a cliff (same section). Near the dense model any loss
+# does: that of magnitude pruning grows with the cube of sparsity, which triples so fast up to 0.16.
+CLIFF_FACTOR, CLIFF_STEP, CLIFF_FROM = 3.0, 0.05, 0.2
 
 
 def search_budgets(
@@ -34,7 +39,7 @@ def search_budgets(
         Sparsities that weighted by sizes add up to the target, at each of which every row keeps a weight.
 
     Raises:
-        InvalidInput: there is one component only.
+        InvalidInput: there is one component only, or the model is lost at all budgets that were tried.
     """
     sizes: dict[str, int] = {}
     rows: dict[str, int] = {}
@@ -66,4 +71,31 @@ def search_budgets(
             step /= 2
         else:
             best = found
+    if least == math.inf:
+        raise InvalidInput(f"the model is lost at all {len(tried)} budgets that were tried: give a lower sparsity")
     return best
+
+
+def guarded(
+    losses_of: Callable[[Mapping[str, float]], Mapping[str, float]],
+) -> Callable[[Mapping[str, float]], float]:
+    """The sum of the components' losses, infinite where one has fallen off a cliff.
+
+    Args:
+        losses_of: the loss of each component at some budgets, which depends on its own sparsity alone.
+    """
+    known: dict[tuple[str, float], float] = {}
+
+    def losses(budgets: Mapping[str, float]) -> dict[str, float]:
+        if not known.keys() >= set(budgets.items()):
+            known.update({(name, budgets[name]): loss for name, loss in losses_of(budgets).items()})
+        return {name: known[name, share] for name, share in budgets.items()}
+
+    def loss_of(budgets: Mapping[str, float]) -> float:
+        now = losses(budgets)
+        before = losses({name: share - CLIFF_STEP * (share >= CLIFF_FROM) for name, share in budgets.items()})
+        fallen = any(now[name] > CLIFF_FACTOR * before[name] for name, share in budgets.items() if share >= CLIFF_FROM)
+        total = sum(now.values())
+        return math.inf if fallen or not math.isfinite(total) else total
+
+    return loss_of

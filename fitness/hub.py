@@ -26,6 +26,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 DESCRIPTIONS = ["*.json", "*.model", "*.txt", "*.jinja"]
 # Some repositories hold the same weights a second time, in another layout.
 DUPLICATES = ["consolidated*", "*/*"]
+# What says that a folder holds a pipeline of diffusers, and not a model.
+PIPELINE_INDEX = "model_index.json"
 
 
 @contextmanager

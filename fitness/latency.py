@@ -2,13 +2,14 @@
 
 Every part is run by itself on what it is given in a forward pass. All parts and the whole model take turns, so that a
 machine that is slow for a while is so for all of them, and of the turns the median counts.
-Source: layerwise sparsity allocation, section 5.8.
+Source: layerwise sparsity allocation, section 5.8; what is chosen is measured end to end, section 3.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.models import LanguageModel
 
 WARM_UP, TURNS = 3, 20
@@ -36,25 +36,92 @@ def part_latencies(language_model: LanguageModel, parts: Sequence[Sequence[int]]
         the parts in their order. A part whose matrices have a module of their own is that module, with attention and
         activations; where they lie directly in the block it is the sum of its matrices.
     """
-    model = language_model.model
-    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
-    tokens = torch.arange(window, device=language_model.device).remainder(vocabulary)[None]
-    whole = partial(model, input_ids=tokens, use_cache=False)
-    modules = [_modules(language_model, [language_model.sites[at] for at in places]) for places in parts]
+    whole = _whole(language_model, window)
+    modules = [_modules(language_model, places) for places in parts]
     calls = _recorded(whole, [module for some in modules for module in some])
     runs: list[Callable[[], Any]] = [whole, *(partial(_all, [calls[module] for module in some]) for some in modules)]
-    taken: list[list[int]] = [[] for _ in runs]
-    for turn in range(WARM_UP + TURNS):
-        for run, times in zip(runs, taken, strict=True):
-            nanoseconds = _timed(run, language_model.device)
-            if turn >= WARM_UP:
-                times.append(nanoseconds)
-    total, *found = (int(median(times)) for times in taken)
+    total, *found = _medians(runs, language_model.device)
     return max(total - sum(found), 0), found
 
 
-def _modules(language_model: LanguageModel, bound: Sequence[SiteModule]) -> list[nn.Module]:
-    """The module that all of these sites are in, or their own where that is the block itself."""
+@torch.no_grad()
+def whole_latencies(language_model: LanguageModel, absent: Sequence[Sequence[Sequence[int]]], window: int) -> list[int]:
+    """Nanoseconds of a forward pass over one window, end to end, where some parts do nothing.
+
+    Args:
+        language_model: run as it is otherwise, without compiling it.
+        absent: for each measurement the parts that do nothing, each as the places of its sites.
+        window: tokens.
+
+    A part that does nothing gives zeros at once; norms before it still run.
+    """
+    whole = _whole(language_model, window)
+    gone = [[module for places in parts for module in _modules(language_model, places)] for parts in absent]
+    nothing = _outputs(whole, [module for some in gone for module in some])
+
+    def run(some: Sequence[nn.Module]) -> None:
+        with _doing_nothing({module: nothing[module] for module in some}):
+            whole()
+
+    return _medians([partial(run, some) for some in gone], language_model.device)
+
+
+def _whole(language_model: LanguageModel, window: int) -> Callable[[], Any]:
+    """What runs the whole model on a window of tokens."""
+    model = language_model.model
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    tokens = torch.arange(window, device=language_model.device).remainder(vocabulary)[None]
+    return partial(model, input_ids=tokens, use_cache=False)
+
+
+def _medians(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[int]:
+    """Nanoseconds of each, over turns that all take."""
+    taken: list[list[int]] = [[] for _ in runs]
+    for turn in range(WARM_UP + TURNS):
+        for run, times in zip(runs, taken, strict=True):
+            nanoseconds = _timed(run, device)
+            if turn >= WARM_UP:
+                times.append(nanoseconds)
+    return [int(median(times)) for times in taken]
+
+
+def _outputs(whole: Callable[[], Any], modules: Sequence[nn.Module]) -> dict[nn.Module, Any]:
+    """For each module zeros in the place of what one run of the whole makes it give; they take no memory."""
+    found: dict[nn.Module, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        zeros = first.new_zeros(()).expand(first.shape)
+        found[module] = (zeros, *(None for _ in output[1:])) if isinstance(output, tuple) else zeros
+
+    handles = [module.register_forward_hook(note) for module in set(modules)]
+    try:
+        whole()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def _doing_nothing(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Inside, these modules give what is said at once."""
+
+    def give(output: Any, *args: Any, **kwargs: Any) -> Any:
+        return output
+
+    for module, output in outputs.items():
+        module.forward = partial(give, output)
+    try:
+        yield
+    finally:
+        for module in outputs:
+            del module.forward
+
+
+def _modules(language_model: LanguageModel, places: Sequence[int]) -> list[nn.Module]:
+    """The module that all sites at these places are in, or their own where that is the block itself."""
+    bound = [language_model.sites[at] for at in places]
     paths = [one.site.name.split(".") for one in bound]
     shared = []
     for names in zip(*paths, strict=False):

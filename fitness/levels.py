@@ -25,7 +25,7 @@ from evoprune.fitness.parcels import find, packing, require
 from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.resident import ResidentWeights
 from evoprune.fitness.statistics_reader import Statistics
-from evoprune.metrics.criterion import Criterion
+from evoprune.metrics.criterion import Criterion, Metric
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.files import canonical_json, content_hash
 from evoprune.metrics.interpreter import free_inputs
@@ -144,8 +144,22 @@ def level_recipe(prepared: Prepared, criterion: str) -> dict[str, Any]:
         "fingerprint": prepared.facts["fingerprint"],
         "dtype": identity["dtype"],
         "statistics": identity["statistics"][0],
-        "sparsity": identity["sparsity"],
     }
+
+
+def criterion_key(spelt: Mapping[str, Any], criterion: Criterion, prepared: Prepared) -> str:
+    """Names the ranks that a criterion gives in a prepared set.
+
+    Ranks serve every level, so that searches at other sparsities share them. Only a criterion that reads the terminal
+    ``sparsity``, or of which it cannot be told, ranks otherwise where the target of the set is another one.
+
+    Args:
+        spelt: the criterion as jobs spell it.
+        criterion: what it spells.
+        prepared: says what the target is.
+    """
+    blind = isinstance(criterion, Metric) and "sparsity" not in criterion.expression.terminals
+    return canonical_json(spelt if blind else [spelt, prepared.facts["identity"]["sparsity"]])
 
 
 @torch.no_grad()
@@ -165,7 +179,7 @@ def build_levels(
     Args:
         prepared: the model's dense weights and its statistics.
         criterion: gives the scores, low = removed first.
-        key: names the criterion: equal for equal scores only, such as the text of an expression.
+        key: names the criterion: equal for equal scores only; see `criterion_key`.
         device: where scores are computed and sorted.
         progress: called with (done, total) in matrices.
 
@@ -183,7 +197,7 @@ def build_levels(
     def all_ranked() -> Iterable[Tensor]:
         for done, (site, weight) in enumerate(zip(sites, dense_weights(prepared, device), strict=True)):
             progress(done, len(sites))
-            yield site_ranks(criterion, site, weight, statistics, recipe["sparsity"])
+            yield site_ranks(criterion, site, weight, statistics, prepared.facts["identity"]["sparsity"])
         progress(len(sites), len(sites))
 
     with disk_errors(cache_folder()), packing(prefix) as packed:

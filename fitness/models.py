@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from evoprune.fitness.adapters import SiteModule, auto_class, decoder_blocks, is_multimodal, list_sites
-from evoprune.fitness.hub import fingerprint, model_folder, one_line, silence, weight_files
+from evoprune.fitness.hub import PIPELINE_INDEX, fingerprint, model_folder, one_line, silence, weight_files
 from evoprune.metrics.errors import InvalidInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -212,6 +212,11 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     file = folder / "config.json"
+    if (folder / PIPELINE_INDEX).is_file():
+        raise InvalidInput(
+            f"{folder} is a pipeline of diffusers, which `evoprune prune` alone takes: --budget searched finds what "
+            "each of its components should lose"
+        )
     if not file.is_file():
         raise InvalidInput(f"{folder} has no config.json: give a folder that save_pretrained() wrote")
     try:

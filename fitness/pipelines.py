@@ -15,11 +15,10 @@ from torch import nn
 
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.adapters.base import Part, bind_sites, is_linear
-from evoprune.fitness.hub import one_line, silence
+from evoprune.fitness.hub import PIPELINE_INDEX, one_line, silence
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import user_path
 
-INDEX = "model_index.json"
 TEXT_ENCODER, DENOISER = "text_encoder", "denoiser"
 # What diffusers calls the parts that are pruned; a pipeline has one denoiser and up to three text encoders.
 _COMPONENTS = {
@@ -68,7 +67,7 @@ class Pipeline:
 
 def is_pipeline(name: str) -> bool:
     """Whether a folder holds a pipeline of diffusers."""
-    return bool(name) and (user_path(name) / INDEX).is_file()
+    return bool(name) and (user_path(name) / PIPELINE_INDEX).is_file()
 
 
 def load_pipeline(name: str) -> Pipeline:
@@ -82,7 +81,7 @@ def load_pipeline(name: str) -> Pipeline:
     except ImportError:
         raise InvalidInput("pipelines need diffusers: pip install 'evoprune[diffusion]'") from None
     if not is_pipeline(name):
-        raise InvalidInput(f"no pipeline {name[:200]!r}: give a folder with a {INDEX} that diffusers wrote")
+        raise InvalidInput(f"no pipeline {name[:200]!r}: give a folder with a {PIPELINE_INDEX} that diffusers wrote")
     try:
         with silence():
             pipe = diffusers.DiffusionPipeline.from_pretrained(str(user_path(name)), use_safetensors=True)

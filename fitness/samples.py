@@ -13,6 +13,7 @@ from torch import Tensor
 from evoprune.metrics.errors import InvalidInput
 
 TEXT_TOKEN = 0
+VISUAL_TOKENS = (1, 2)
 # Attributes of a config that name placeholder tokens, and what `mm_token_type_ids` calls their modality.
 _PLACEHOLDERS = {"image_token_id": 1, "video_token_id": 2, "audio_token_id": 3}
 _PATCHES = ("pixel_values", "pixel_values_videos", "input_features")
@@ -62,6 +63,13 @@ class Batch:
     def real(self, hidden: Tensor) -> Tensor:
         """The rows of [sequences, tokens, features] that are no padding, as [n, features]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
+        return flat if self.keep is None else flat[self.keep.reshape(-1).to(flat.device)]
+
+    def kinds(self) -> Tensor | None:
+        """[n] int64: the modality of each token that is no padding, in the order of `real`; None if all is text."""
+        if self.modality is None:
+            return None
+        flat = self.modality.reshape(-1)
         return flat if self.keep is None else flat[self.keep.reshape(-1).to(flat.device)]
 
     def by_row(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -161,6 +169,12 @@ class Samples:
     def images(self) -> bool:
         """Whether some sample holds something else than text."""
         return any(name in batch.inputs for batch in self._batches for name in _PATCHES)
+
+    @property
+    def visual(self) -> bool:
+        """Whether some token stands for a part of an image or a video."""
+        kinds = [batch.kinds() for batch in self._batches]
+        return any(kind in VISUAL_TOKENS for found in kinds if found is not None for kind in found.unique().tolist())
 
     def digest(self) -> str:
         """sha256 over all tensors, in hex."""

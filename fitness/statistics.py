@@ -116,8 +116,8 @@ def collect_statistics(
     }
     with disk_errors(folder), new_folder(folder) as partial, freed_tensors_released():
         writer = SetWriter(partial)
-        leaders = run_passes(language_model, windows, stored, settings, writer, progress)
-        writer.finish(site_facts((bound.site for bound in language_model.sites), leaders), facts)
+        leaders, rows = run_passes(language_model, windows, stored, settings, writer, progress)
+        writer.finish(site_facts((bound.site for bound in language_model.sites), leaders), facts | {"rows": rows})
     found = Statistics.open(folder, fingerprint=language_model.fingerprint)
     _warn_of_zeros(found.manifest["zero_fractions"])
     return found

@@ -20,8 +20,10 @@ from evoprune.metrics.records import LANGUAGE
 class ChosenSums(ForwardSums):
     """`ForwardSums` over the tokens that `select_tokens` takes of each sequence, matrix by matrix.
 
-    Towers and projectors, which no last token looks at, are summed over all tokens. Unlike in the released code the
-    model is dense throughout, as it is for all statistics here, and not pruned up to the block at hand.
+    Sums of squares are divided by the tokens that were chosen for the matrix, in towers too, since not equally many are
+    chosen everywhere. Towers and projectors, which no last token looks at, are summed over all tokens. Unlike in the
+    released code the model is dense throughout, as it is for all statistics here, and not pruned up to the block at
+    hand.
 
     Args:
         sites: the sites of the model.
@@ -29,7 +31,8 @@ class ChosenSums(ForwardSums):
         choice: how tokens are chosen.
         blocks: the block with each index that `sites` name.
         model: whose attention gives its maps while `hooked`.
-        wanda: see `InputSums`.
+
+    Source of the divisor: Lee et al. 2025, TAMP; multimodal allocation chapter, section 2, step 5.
     """
 
     def __init__(
@@ -39,9 +42,8 @@ class ChosenSums(ForwardSums):
         choice: TokenChoice,
         blocks: Mapping[int, nn.Module],
         model: PreTrainedModel,
-        wanda: bool = False,
     ) -> None:
-        super().__init__(sites, names, wanda)
+        super().__init__(sites, names)
         self._choice = choice
         self._model = model
         read = {bound.site.block for bound in self._sites if bound.site.component == LANGUAGE}
@@ -59,6 +61,9 @@ class ChosenSums(ForwardSums):
                 for handle in handles:
                     stack.callback(handle.remove)
             yield
+
+    def _shares(self, name: str, sequences: int) -> int:
+        return self.rows[name]
 
     def _hear(self, bound: SiteModule, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if bound.site.component != LANGUAGE:
@@ -84,7 +89,9 @@ class ChosenSums(ForwardSums):
             pairs = zip(self._batch.by_row(inputs), self._batch.by_row(outputs), rows, strict=True)
             for (given, _), (made, modality), seen in pairs:
                 index = select_tokens(made, seen[:, 0], self._choice, modality=modality)
-                self._add(bound, bound.site.name, given[index], made[index])
+                self._add(
+                    bound, bound.site.name, given[index], made[index], None if modality is None else modality[index]
+                )
 
 
 def last_row(attention: Tensor, batch: Batch | None) -> Tensor:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters.base import SiteModule
 from evoprune.fitness.gram import inverse_diagonals
-from evoprune.fitness.samples import Batch, Sequences, forward_batches
+from evoprune.fitness.samples import TEXT_TOKEN, VISUAL_TOKENS, Batch, Sequences, forward_batches
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.records import LANGUAGE
+
+# Norms over the tokens of some modalities.
+MODALITY_NORMS: dict[str, tuple[int, ...]] = {"X_v": VISUAL_TOKENS, "X_l": (TEXT_TOKEN,)}
 
 Results = dict[str, dict[str, Tensor]]  # site name -> terminal -> tensor
 
@@ -60,9 +63,9 @@ class ColumnSums:
             self._sums["var"] += shift.square() * (self._rows * wide.shape[0] / total)
         self._sums["mean"] += shift * (wide.shape[0] / total)
 
-    def result(self, name: str, sequences: int) -> Tensor:
-        """One statistic, [width] float32: ``ss`` is per sequence, ``l1``, ``mean`` and ``var`` per row."""
-        divisor = {"ss": sequences, "l1": self._rows, "var": self._rows}.get(name, 1)
+    def result(self, name: str, shares: int) -> Tensor:
+        """One statistic, [width] float32: ``ss`` is the mean over `shares`, ``l1``, ``mean`` and ``var`` over rows."""
+        divisor = {"ss": shares, "l1": self._rows, "var": self._rows}.get(name, 1)
         return (self._sums[name] / divisor).float()
 
 
@@ -101,7 +104,8 @@ class InputSums:
     def __init__(self, width: int, device: torch.device, names: frozenset[str], wanda: bool = False) -> None:
         self._names = names
         self._tokens = 0
-        columns = {name.removeprefix("X_") for name in names if name.startswith("X_")}
+        columns = {name.removeprefix("X_") for name in names - MODALITY_NORMS.keys() if name.startswith("X_")}
+        self._parts = {name: ColumnSums(width, device, frozenset({"ss"})) for name in names & MODALITY_NORMS.keys()}
         self._wanda = WandaSum(width, device) if wanda and "ss" in columns else None
         if self._wanda:
             columns.remove("ss")
@@ -109,29 +113,38 @@ class InputSums:
         needs_gram = not names.isdisjoint({"H", "Hinv", "Hchol2"})
         self._gram = torch.zeros(width, width, device=device) if needs_gram else None
 
-    def add(self, rows: Tensor) -> None:
-        """Take in `rows`, [tokens, width]."""
+    def add(self, rows: Tensor, modality: Tensor | None = None) -> None:
+        """Take in `rows`, [tokens, width], and the [tokens] int64 modality of each, which norms of some alone need."""
         self._tokens += rows.shape[0]
         if self._wanda:
             self._wanda.add(rows)
         if self._columns:
             self._columns.add(rows)
+        for name, part in self._parts.items():
+            assert modality is not None
+            part.add(rows[torch.isin(modality, modality.new_tensor(MODALITY_NORMS[name])).to(rows.device)])
         if self._gram is not None:
             narrow = rows.float()
             self._gram.addmm_(narrow.t(), narrow)
 
-    def results(self, sequences: int) -> dict[str, Tensor]:
-        """Terminal -> [1, in] float32, and ``H`` [in, in]; to be called once."""
+    def results(self, shares: int) -> dict[str, Tensor]:
+        """Terminal -> [1, in] float32, and ``H`` [in, in]; to be called once.
+
+        Args:
+            shares: what sums of squares are divided by: sequences or rows.
+        """
         found: dict[str, Tensor] = {}
         if self._wanda:
             found["X_ss"] = self._wanda.result()[None]
-        for name in sorted(self._names):
+        for name in sorted(self._names - self._parts.keys()):
             if self._columns and name.startswith("X_") and name not in found:
-                found[name] = self._columns.result(name.removeprefix("X_"), sequences)[None]
+                found[name] = self._columns.result(name.removeprefix("X_"), shares)[None]
+        for name, part in self._parts.items():
+            found[name] = part.result("ss", shares).sqrt()[None]
         if self._gram is not None:
             found["H"] = self._gram.div_(self._tokens)
             if not self._names.isdisjoint({"Hinv", "Hchol2"}):
-                found["Hinv"], found["Hchol2"] = inverse_diagonals(found["H"], self._tokens / sequences)
+                found["Hinv"], found["Hchol2"] = inverse_diagonals(found["H"], self._tokens / shares)
             self._gram = None
         return {name: tensor for name, tensor in found.items() if name in self._names}
 
@@ -140,7 +153,7 @@ class ForwardSums:
     """Collects the forward statistics of all sites while the model runs under `hooked`.
 
     Sites that read the very same tensor (q, k and v; gate and up) share one collection: `leaders` maps each site to
-    the first that read it.
+    the first that read it. `rows` counts the tokens that each site's statistics are of.
 
     Args:
         sites: the sites of the model.
@@ -159,6 +172,7 @@ class ForwardSums:
         self._live_block = -1
         self._batch: Batch | None = None
         self.leaders: dict[str, str] = {}
+        self.rows: dict[str, int] = dict.fromkeys((bound.site.name for bound in self._sites), 0)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -185,26 +199,34 @@ class ForwardSums:
             raise InvalidInput(f"{silent[0]} never ran: calibrate on samples that hold what it reads, such as images")
         found: Results = {site.site.name: {} for site in self._sites}
         for name, inputs in self._inputs.items():
-            found[name] |= inputs.results(sequences)
+            found[name] |= inputs.results(self._shares(name, sequences))
         for name, outputs in self._outputs.items():
             for kept in sorted(self._output_names):
-                found[name][f"Y_{kept}"] = outputs.result(kept, sequences)[:, None]
+                found[name][f"Y_{kept}"] = outputs.result(kept, self._shares(name, sequences))[:, None]
         return found
+
+    def _shares(self, name: str, sequences: int) -> int:
+        """What the sums of squares of a site are divided by."""
+        return sequences
 
     def _hear(self, bound: SiteModule, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         site, inputs, outputs = bound.site, args[0].detach(), output.detach()
         leader = self._leader(site.name, site.block, args[0])
-        if site.component == LANGUAGE and self._batch is not None and self._batch.keep is not None:
-            inputs, outputs = self._batch.real(inputs), self._batch.real(outputs)
-        self._add(bound, leader, inputs, outputs)
+        modality = None
+        if site.component == LANGUAGE and self._batch is not None:
+            modality = self._batch.kinds()
+            if self._batch.keep is not None:
+                inputs, outputs = self._batch.real(inputs), self._batch.real(outputs)
+        self._add(bound, leader, inputs, outputs, modality)
 
-    def _add(self, bound: SiteModule, leader: str, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in the rows of a site's inputs, if it is their leader, and of its outputs."""
+    def _add(self, bound: SiteModule, leader: str, inputs: Tensor, outputs: Tensor, modality: Tensor | None) -> None:
+        """Take in the rows of a site's inputs, if it is their leader, and of its outputs, and their modality."""
         site = bound.site
+        self.rows[site.name] += outputs.numel() // site.out_features
         if self._input_names and leader == site.name:
             if leader not in self._inputs:
                 self._inputs[leader] = InputSums(site.in_features, inputs.device, self._input_names, self._wanda)
-            self._inputs[leader].add(inputs.reshape(-1, site.in_features))
+            self._inputs[leader].add(inputs.reshape(-1, site.in_features), modality)
         if self._output_names:
             if site.name not in self._outputs:
                 self._outputs[site.name] = ColumnSums(site.out_features, outputs.device, self._output_names)

@@ -60,6 +60,7 @@ def import_gradients(path: Path, language_model: LanguageModel, folder: Path, *,
             "tokens": 0,
             "windows": None,
             "settings": {},
+            "rows": {},
             "provenance": {"imported": path.name, "sha256": file_hash(path)},
         }
         writer.finish(site_facts(sites), facts)

@@ -11,9 +11,9 @@ from torch import Tensor
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.samples import Sequences
+from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.statistics_amia import ChosenSums
-from evoprune.fitness.statistics_forward import ForwardSums, Results, forward_pass
+from evoprune.fitness.statistics_forward import MODALITY_NORMS, ForwardSums, Results, forward_pass
 from evoprune.fitness.statistics_gradient import GradientSums, gradient_pass, loss_scale, regional_pass
 from evoprune.fitness.statistics_store import SetWriter, encode
 from evoprune.metrics.errors import InvalidInput
@@ -41,6 +41,9 @@ class PassSettings:
         gradient_batch: sequences per backward pass; None chooses.
         checkpointing: recompute each block's activations in the backward pass; None chooses by size.
         tokens: how the tokens are chosen that statistics of inputs and outputs are of; None takes all.
+
+    Raises:
+        InvalidInput: tokens are to be chosen in the mode of Wanda's code, which takes all.
     """
 
     mode: Literal["standard", "wanda_fp32"] = "standard"
@@ -48,6 +51,10 @@ class PassSettings:
     gradient_batch: int | None = None
     checkpointing: bool | None = None
     tokens: TokenChoice | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.mode == "wanda_fp32":
+            raise InvalidInput("mode wanda_fp32 is of all tokens: choose tokens in mode standard")
 
     def resolved(self, language_model: LanguageModel, window: int) -> PassSettings:
         """These settings with every None replaced: by what depends on model and window only, never on the machine."""
@@ -71,19 +78,23 @@ def run_passes(
     settings: PassSettings,
     writer: SetWriter,
     progress: Progress | None,
-) -> dict[str, str]:
-    """Collect all of `stored` and hand it to `writer`; returns which site leads each site's input statistics.
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Collect all of `stored` and hand it to `writer`.
+
+    Returns:
+        Which site leads each site's input statistics, and how many tokens each site's statistics are of; both are
+        empty where no statistic of inputs or outputs is asked for.
 
     Raises:
-        InvalidInput: gradients of a tower are asked for, or a site never runs.
+        InvalidInput: gradients of a tower are asked for, norms by modality of a tower or of text, or a site never
+            runs.
     """
     sequences = len(calibration)
-    asked, towers = stored & (GRADIENT_NAMES | REGIONAL_NAMES), set(language_model.components or ()) - {LANGUAGE}
-    if asked and towers:
-        raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
+    _refuse_what_cannot_be(language_model, calibration, stored)
     plan = _plan(language_model, stored)
     done = 0
     leaders: dict[str, str] = {}
+    rows: dict[str, int] = {}
 
     def advance(sequences: int) -> None:
         nonlocal done
@@ -101,9 +112,26 @@ def run_passes(
             forward_pass(language_model.model, sums, calibration, batch, language_model.device, advance)
             results = sums.results(sequences)
             leaders |= sums.leaders
+            rows |= sums.rows
         for block in group:
             writer.add(block, _encoded(results, [bound for bound in sites if bound.site.block == block]))
-    return leaders
+    return leaders, rows
+
+
+def _refuse_what_cannot_be(language_model: LanguageModel, calibration: Sequences, stored: frozenset[str]) -> None:
+    towers = {bound.site.component for bound in language_model.sites} - {LANGUAGE}
+    if towers and (asked := stored & (GRADIENT_NAMES | REGIONAL_NAMES)):
+        raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
+    if asked := stored & MODALITY_NORMS.keys():
+        if towers:
+            raise InvalidInput(
+                f"{min(asked)} is of one modality, which {min(towers)} does not tell apart: leave one of them out"
+            )
+        if not (isinstance(calibration, Samples) and calibration.visual):
+            raise InvalidInput(
+                f"{min(asked)} is of one modality, and there is text alone: calibrate a model that reads images on "
+                "images with texts, or take X_l2"
+            )
 
 
 def gradient_sum_bytes(names: Iterable[str], prunable: int, weight_bytes: int) -> int:
@@ -125,11 +153,10 @@ def _sum_room(weight_bytes: int) -> int:
 def _forward_sums(
     language_model: LanguageModel, sites: list[SiteModule], names: frozenset[str], settings: PassSettings
 ) -> ForwardSums:
-    wanda = settings.mode == "wanda_fp32"
     if settings.tokens is None:
-        return ForwardSums(sites, names, wanda)
+        return ForwardSums(sites, names, wanda=settings.mode == "wanda_fp32")
     blocks = dict(enumerate(block for _, block in language_model.blocks()))
-    return ChosenSums(sites, names, settings.tokens, blocks, language_model.model, wanda)
+    return ChosenSums(sites, names, settings.tokens, blocks, language_model.model)
 
 
 def _gradients(

@@ -40,6 +40,7 @@ class Statistics:
         sites: the names of the sites, in model order.
         sequences: how many sequences the set was collected from; 0 where that is not known.
         tokens: how many tokens; 0 where that is not known.
+        rows: site -> of how many tokens its statistics of inputs and outputs are; empty where there are none.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -51,6 +52,7 @@ class Statistics:
         self.sites = tuple(self._sites)
         self.sequences = int(manifest["sequences"])
         self.tokens = int(manifest["tokens"])
+        self.rows: dict[str, int] = manifest["rows"]
         self._readers: dict[int, Any] = {}
 
     @classmethod

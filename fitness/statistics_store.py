@@ -26,9 +26,9 @@ from evoprune.metrics.files import canonical_json, file_hash, write_atomically
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import FREE_TERMINALS, STATISTICS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Raised whenever a terminal's definition changes: older sets are then refused.
-DEFINITION_VERSION = 1
+DEFINITION_VERSION = 2
 MANIFEST = "manifest.json"
 
 # The Gram matrix (1/T) Σ x xᵀ, [in, in]: for objectives and compressors, no leaf of the language.
@@ -130,7 +130,7 @@ class SetWriter:
 
         Args:
             sites: what `site_facts` says of the model.
-            facts: what the manifest says besides: names, fingerprint, windows, settings.
+            facts: what the manifest says besides: names, fingerprint, windows, settings, rows.
         """
         files: dict[str, dict[str, Any]] = {}
         for block, parts in sorted(self._parts.items()):

@@ -119,7 +119,6 @@ def stored_recipe(prepared: Prepared, compressor: str, levels: Sequence[int], cr
         "dtype": identity["dtype"],
         "statistics": identity["statistics"][0],
         "threads": identity.get("threads"),
-        "sparsity": identity["sparsity"] if reads else None,
     }
 
 

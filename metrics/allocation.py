@@ -67,6 +67,7 @@ class Allocation:
         sites: one entry per matrix, in model order.
         allocator: name of what made it.
         parameters: of the allocator; JSON values.
+        fingerprint: of the weights that it was found on; None if that is not known.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Allocation:
     sites: tuple[SiteSparsity, ...]
     allocator: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
 
     @property
     def weights(self) -> int:
@@ -100,6 +102,21 @@ class Allocation:
             InvalidInput: names the first matrix that differs.
         """
         check_matrices(self.model, {site.name: site.shape for site in self.sites}, model, sites)
+
+    def doubt(self, fingerprint: str) -> str | None:
+        """A line that says so if this allocation was found on other weights; None if not, or if that is not known.
+
+        No error: what was found on a model may well serve what was trained further from it.
+
+        Args:
+            fingerprint: of the weights at hand.
+        """
+        if self.fingerprint in (None, fingerprint):
+            return None
+        return (
+            f"the allocation was found on other weights of the same shapes (fingerprint {str(self.fingerprint)[:12]}, "
+            f"here {fingerprint[:12]}): compare it with uniform sparsity"
+        )
 
     def check_budget(self) -> None:
         """Refuse sparsities that do not add up to the budget, as in a file that was edited by hand.

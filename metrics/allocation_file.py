@@ -22,6 +22,7 @@ def to_json(allocation: Allocation) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": allocation.model,
+        **({} if allocation.fingerprint is None else {"fingerprint": allocation.fingerprint}),
         **allocation.summary(),
         "sites": [
             {"name": site.name, "shape": list(site.shape), "sparsity": site.sparsity} for site in allocation.sites
@@ -40,16 +41,19 @@ def from_json(document: Any) -> Allocation:
         raise InvalidInput(f"format {shown!r} is not known; this version reads {FORMAT!r}")
     if missing := [key for key in _KEYS if key not in document]:
         raise InvalidInput(f"it has no {missing[0]!r}")
-    parameters, rows = document["parameters"], document["sites"]
+    parameters, rows, fingerprint = document["parameters"], document["sites"], document.get("fingerprint")
     if not isinstance(parameters, dict) or not isinstance(rows, list) or not rows:
         raise InvalidInput("'parameters' must be an object and 'sites' a list of at least one matrix")
+    if fingerprint is not None and not isinstance(fingerprint, str):
+        raise InvalidInput("'fingerprint' must be a string, or not there")
     sites = tuple(_site(row, index) for index, row in enumerate(rows))
     if len({site.name for site in sites}) < len(sites):
         names = [site.name for site in sites]
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidInput(f"{twice[:120]} is in it twice: give each matrix one sparsity")
     sparsity = _fraction(document["sparsity"], "the budget 'sparsity'")
-    allocation = Allocation(str(document["model"]), sparsity, sites, str(document["allocator"]), parameters)
+    model, allocator = str(document["model"]), str(document["allocator"])
+    allocation = Allocation(model, sparsity, sites, allocator, parameters, fingerprint)
     allocation.check_budget()
     return allocation
 

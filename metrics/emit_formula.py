@@ -48,6 +48,8 @@ _TEXT_TERMINALS: dict[str, Formula] = {
     "X_var": ("var(X)", Level.FACTOR),
     "X_max": ("max|X|", Level.FACTOR),
     "X_gate_l2": ("‖gX‖₂", Level.ATOM),
+    "X_v": ("‖X_v‖₂", Level.ATOM),
+    "X_l": ("‖X_l‖₂", Level.ATOM),
     "Y_ss": ("‖Y‖₂²", Level.FACTOR),
     "Y_l2": ("‖Y‖₂", Level.ATOM),
     "G_l2": ("‖G‖₂", Level.ATOM),

@@ -167,6 +167,8 @@ def synthetic_inputs() -> dict[str, Tensor]:
         "G_reg": 1e-2 * (2 * normal(rows, columns)).exp(),
         "Hinv": (normal(1, columns)).exp() / (1 + spread.square()),
         "Hchol2": (normal(1, columns)).exp() / (1 + spread.square()),
+        "X_v": spread * normal(1, columns).sigmoid().sqrt(),
+        "X_l": spread * normal(1, columns).sigmoid().sqrt(),
         "depth": torch.full((1, 1), 0.3),
         "n_in": torch.full((1, 1), float(columns)).log(),
         "n_out": torch.full((1, 1), float(rows)).log(),

@@ -1,4 +1,7 @@
-"""The leaves of the language: the statistics that a metric may read. Source: symbolic pruning metrics, section 2.1."""
+"""The leaves of the language: the statistics that a metric may read.
+
+Source: symbolic pruning metrics, section 2.1; for norms by modality multimodal allocation, section 5.5 (4).
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,15 @@ def _terminals() -> dict[str, Terminal]:
         ("X_var", invec, "forward", NONNEGATIVE, r"\operatorname{var}X", "population variance of x"),
         ("X_max", invec, "forward", NONNEGATIVE, r"\lVert X\rVert_\infty", "largest |x|"),
         ("X_gate_l2", invec, "forward", NONNEGATIVE, r"\lVert gX\rVert_2", "X_l2 weighted by the router gate"),
+        (
+            "X_v",
+            invec,
+            "forward",
+            NONNEGATIVE,
+            r"\lVert X_\mathrm{v}\rVert_2",
+            "X_l2 over tokens of images and videos alone",
+        ),
+        ("X_l", invec, "forward", NONNEGATIVE, r"\lVert X_\mathrm{l}\rVert_2", "X_l2 over tokens of text alone"),
         ("Y_ss", outvec, "forward", NONNEGATIVE, r"\lVert Y\rVert_2^2", "mean over sequences of the sum of y squared"),
         ("Y_l2", outvec, "forward", NONNEGATIVE, r"\lVert Y\rVert_2", "l2 norm of y over a sequence: root of Y_ss"),
         ("G_l2", mat, "backward", NONNEGATIVE, r"\lVert G\rVert_2", "l2 norm over sequences of the loss gradient"),

@@ -156,7 +156,10 @@ class AllocationComparison:
         budget = None if self._config.target.drop_only else self._config.target.sparsity
         parameters = provenance(self._config, result)
         space = self._search.space
-        winner = allocation_of_row(result["best"], space, self._model_class, budget, "evolution", parameters)
+        fingerprint = run.identity["model_fingerprint"]
+        winner = allocation_of_row(
+            result["best"], space, self._model_class, budget, "evolution", parameters, fingerprint
+        )
         write_whole(winner, folder / "allocation.json")
         write_allocation(winner, folder / "allocation.txt")
         if "formula" in result:

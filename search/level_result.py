@@ -84,6 +84,7 @@ def allocation_of_row(
     budget: float | None,
     allocator: str,
     parameters: Mapping[str, Any],
+    fingerprint: str,
 ) -> Allocation:
     """The allocation of a row of a result.
 
@@ -94,6 +95,7 @@ def allocation_of_row(
         budget: as a fraction of all weights; None is what goes, as it is where the steps of the space are so coarse
             that the budget is met to less than a file may claim.
         allocator: who made it, with its `parameters`.
+        fingerprint: of the weights that it was found on.
 
     Raises:
         InvalidInput: it does not meet the budget.
@@ -104,7 +106,7 @@ def allocation_of_row(
     )
     if budget is None or space.tolerance > slack_of(sites):
         budget = sum(site.removed for site in sites) / sum(site.weights for site in sites)
-    allocation = Allocation(model_class, budget, sites, allocator, parameters)
+    allocation = Allocation(model_class, budget, sites, allocator, parameters, fingerprint)
     allocation.check_budget()
     return allocation
 

@@ -176,6 +176,8 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
             allocation.check(prepared.facts["model_class"], space.sites)
         except InvalidInput as error:
             raise InvalidInput(f"{self.config.seed_from}: {error}") from None
+        if doubt := allocation.doubt(prepared.facts["fingerprint"]):
+            self.progress.line(f"warning: {doubt}")
         # Counted in whole columns, as the file means it, for `near` rounds what lies between two of them.
         asked = [site.removed / site.weights for site in allocation.sites]
         low, high = self.config.budgets[0], self.config.budgets[-1]

@@ -66,6 +66,9 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
             self.progress.line(
                 f"warning: {', '.join(sorted(dead))}: zero along 1 % or more of all rows, so no candidate may read it"
             )
+        allocation = None if self.context.allocation is None else from_json(self.context.allocation)
+        if allocation is not None and (doubt := allocation.doubt(prepared.facts["fingerprint"])):
+            self.progress.line(f"warning: {doubt}")
         space = MetricSpace(
             config.terminals - dead,
             self.context.group,

@@ -8,8 +8,9 @@ from typing import Any
 
 from evoprune.metrics.allocation_file import write_allocation
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import content_hash
 from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.costs import Cost, saved_percent
+from evoprune.search.costs import Cost, is_gone, parts_of, saved_percent
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.front import Point
 from evoprune.search.level_result import (
@@ -78,6 +79,22 @@ class ParetoComparison:
         self._entrants |= {("front", at): places[at] for at in chosen}
         self._entrants |= {("beside", at): genome for at, genome in self._beside.items()}
         self._entrants |= {("seed", at): genome for at, (_, genome) in enumerate(seeds)}
+        self._chosen = chosen
+        self._times: dict[int | None, int] = {}  # nanoseconds by place in the front; None is the dense model
+
+    def timing_job(self) -> Job:
+        """The dense model and the members that held-out text is for, end to end, without the parts that they drop."""
+        space, parts = self._search.space, parts_of(self._search.space.sites)
+        absent: list[list[list[int]]] = [[]]
+        for at in self._chosen:
+            levels = space.levels(self._search.front[at].member.genome)
+            absent.append([places for places in parts.values() if is_gone(places, levels)])
+        payload = {"absent": absent, "window": self._config.data.window}
+        return Job(content_hash([self._identity, "whole-latency", payload]), "whole-latency", payload)
+
+    def take_times(self, nanoseconds: Sequence[int]) -> None:
+        """What `timing_job` found, in its order; the result then says it beside the sums of parts."""
+        self._times = dict(zip([None, *self._chosen], nanoseconds, strict=True))
 
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text."""
@@ -100,7 +117,11 @@ class ParetoComparison:
         return {
             **run_facts(config, search, run_id, evaluations, self._distinct),
             "stage_tokens": [config.front.windows * config.data.window],
-            "pareto": {**search.cost.to_json(), "range": list(config.target.sparsity_range or ())},
+            "pareto": {
+                **search.cost.to_json(),
+                **self._measured(),
+                "range": list(config.target.sparsity_range or ()),
+            },
             "dense": {"heldout": summary(losses["dense", None])},
             "baselines": [
                 {
@@ -117,6 +138,13 @@ class ParetoComparison:
             "best": front[self._best],
             "front": front,
         }
+
+    def _measured(self) -> dict[str, Any]:
+        """What `take_times` was told; members of the front are equal for equal seeds, and so say nothing of it."""
+        if not self._times:
+            return {}
+        front = [self._times.get(at) for at in range(len(self._search.front))]
+        return {"measured": {"dense": self._times[None], "front": front}}
 
     def _row(self, at: int, point: Point, losses: Mapping[tuple[str, Any], Mapping[str, Any]]) -> dict[str, Any]:
         space, cost, member = self._search.space, self._search.cost, point.member
@@ -156,7 +184,8 @@ class ParetoComparison:
         parameters = provenance(self._config, result)
 
         def allocation(row: Mapping[str, Any]) -> Any:
-            return allocation_of_row(row, self._search.space, self._model_class, None, ALLOCATOR, parameters)
+            space, fingerprint = self._search.space, run.identity["model_fingerprint"]
+            return allocation_of_row(row, space, self._model_class, None, ALLOCATOR, parameters, fingerprint)
 
         for row in result["front"]:
             write_whole(allocation(row), folder / "front" / f"{row['saved']}.json")

@@ -25,7 +25,8 @@ WHAT_IS_SAVED = {
 
 def front_head(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the columns of `front_rows`."""
-    return "saved", "sparsity", "perplexity", "loss", "KL", f"minus {reference_name(result['drop_only'])}'s"
+    reference = f"minus {reference_name(result['drop_only'])}'s"
+    return "saved", *_end_to_end_head(result), "sparsity", "perplexity", "loss", "KL", reference
 
 
 def front_table(result: Mapping[str, Any]) -> Table:
@@ -45,19 +46,42 @@ def front_table(result: Mapping[str, Any]) -> Table:
 def front_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """The dense model, then the members on held-out text: their part of the result (None for dense), and cells."""
     dense = result["dense"]["heldout"]
-    yield None, "dense", "", f"{dense['perplexity']:,.2f}", f"{dense['loss']:.4f} ± {dense['stderr']:.4f}", "", ""
+    yield (
+        None,
+        "dense",
+        *_end_to_end(result, None),
+        "",
+        f"{dense['perplexity']:,.2f}",
+        f"{dense['loss']:.4f} ± {dense['stderr']:.4f}",
+        "",
+        "",
+    )
     for row in measured(result):
         heldout, reference = row["heldout"], row[reference_name(result["drop_only"])]
         beside = None if reference is None else reference["member_minus_this"]
         yield (
             row,
             f"{row['saved']}%",
+            *_end_to_end(result, row),
             f"{row['sparsity']:.1%}",
             f"{heldout['perplexity']:,.2f}",
             f"{heldout['loss']:.4f} ± {heldout['stderr']:.4f}",
             f"{heldout['kl']:.4f}",
             "" if beside is None else f"{beside['loss']:+.4f} ± {beside['stderr']:.4f}",
         )
+
+
+def _end_to_end_head(result: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("ms",) if "measured" in result["pareto"] else ()
+
+
+def _end_to_end(result: Mapping[str, Any], row: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The milliseconds that the whole model took, as a cell, where they were measured; None is the dense model."""
+    if "measured" not in result["pareto"]:
+        return ()
+    times = result["pareto"]["measured"]
+    taken = times["dense"] if row is None else times["front"][result["front"].index(row)]
+    return (f"{taken / 1e6:.2f}",)
 
 
 def measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -70,7 +94,8 @@ def front_caption(result: Mapping[str, Any]) -> str:
     members, shown = len(result["front"]), len(measured(result))
     others = f" {members - shown} more members have a fitness only." if members > shown else ""
     return (
-        f"Saved: {WHAT_IS_SAVED[result['pareto']['cost']]}. "
+        f"Saved: {WHAT_IS_SAVED[result['pareto']['cost']]}"
+        f"{'; ms: the whole model without them, measured at the end' if _end_to_end_head(result) else ''}. "
         f"{result['dense']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), "
         f"{measured_on(result)}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
         f"The last column is the loss minus that of {beside(result['drop_only'])} at the same cost, ± paired standard "

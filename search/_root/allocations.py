@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -121,13 +121,15 @@ def allocate(
     }
     if formula is not None:
         assert target is not None
-        return allocate_by_formula(language_model, formula, target, **given)
+        found = allocate_by_formula(language_model, formula, target, **given)
+        return replace(found, fingerprint=language_model.fingerprint)
     assert chosen is not None
     if searched:
         assert target is not None
         budgets = searched_budgets(language_model, str(allocator), chosen, target, **given)
         target = None
-    return allocate_model(language_model, str(allocator), chosen, target, budgets=cast(Any, budgets), **given)
+    found = allocate_model(language_model, str(allocator), chosen, target, budgets=cast(Any, budgets), **given)
+    return replace(found, fingerprint=language_model.fingerprint)
 
 
 @dataclass(frozen=True)

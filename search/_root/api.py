@@ -123,6 +123,7 @@ def prune(
         compressor=compressor,
         layers=layers,
         allocation=own,
+        doubt=None if own is None else own.doubt(language_model.fingerprint),
     )
     recipe = {
         "criterion": pruned.criterion,

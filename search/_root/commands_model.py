@@ -142,7 +142,7 @@ def prune(
         check_writable(out)
         from evoprune import api
         from evoprune.fitness.pipelines import is_pipeline
-        from evoprune.pipelines import prune_pipeline
+        from evoprune.pipelines import prune_pipeline, read_prompts
         from evoprune.search.tables import layers_table
 
         target: dict[str, Any] = {
@@ -161,7 +161,8 @@ def prune(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
                 )
-            pruned = prune_pipeline(model, allocation=allocation or "uniform", **target)
+            prompts = None if calibration is None else read_prompts(calibration)
+            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, seed=seed, **target)
         else:
             pruned = api.prune(
                 model,
@@ -335,6 +336,8 @@ def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
     searched = name if allocation is None else allocation.parameters.get("compressor", name)
     if searched != name:
         yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"
+    if pruned.doubt is not None:
+        yield f"warning: {pruned.doubt}"
 
 
 def check_writable(folder: Path) -> None:

@@ -115,7 +115,7 @@ CalibrationText = Annotated[
     option(
         "--calibration",
         metavar="TEXT",
-        help="text, or images with texts, of the statistics (side A)",
+        help="text, or images with texts, of the statistics (side A); of a pipeline prompts, one a line",
         panel=TEXT,
         default="corpus",
     ),

@@ -26,6 +26,7 @@ class Removal:
         layers: one entry per matrix, in model order.
         out: folder of the checkpoint; None if none was asked for.
         allocation: the sparsity of each matrix; None if all had the same.
+        doubt: why the allocation may not suit the model; see `Allocation.doubt`.
     """
 
     criterion: str | None
@@ -34,6 +35,7 @@ class Removal:
     layers: tuple[PrunedLayer, ...]
     out: Path | None = None
     allocation: Allocation | None = None
+    doubt: str | None = None
 
     @property
     def removed(self) -> int:

@@ -390,3 +390,29 @@ def test_a_model_or_a_text_that_does_not_fit_leaves_no_run(
         last = done.err.splitlines()[-1]
         assert last.startswith("error: ") and said in last, last
         assert tree(place) == before
+
+
+@pytest.mark.usefixtures("without_report")
+def test_an_allocation_of_other_weights_is_taken_with_a_warning(
+    run: Run, tiny: Path, story: Path, levels: Path, small: Path, place: Path, allocated: Path
+) -> None:
+    """Names and shapes agree, the weights do not, as in a model that was trained further."""
+    save_tiny(place / "sibling", seed=1)
+    file = allocated / "export" / "allocation.json"
+    words = ("--data", story, "--evaluations", 12, "--executor", "inline")
+    for model, warned in ((tiny, False), (place / "sibling", True)):
+        for command in (
+            ("prune", model, "--metric", "magnitude", "--allocation", file, "--out", f"out-{warned}"),
+            ("search", "allocation", model, "--seed-from", file, "--config", levels, *words),
+            ("search", "metric", model, "--allocation", file, "--config", small, *words),
+        ):
+            done = run(*command)
+            assert done.code == 0, done.err
+            said = [line for line in done.err.splitlines() if "found on other weights" in line]
+            assert len(said) == warned, command
+            assert all(line.startswith("warning: the allocation was found on other weights of") for line in said)
+    document = json.loads(file.read_text())
+    (place / "odd.json").write_text(json.dumps(document | {"fingerprint": 3}))
+    done = run("prune", tiny, "--allocation", "odd.json", "--out", "odd")
+    assert done.code == 2
+    assert "'fingerprint' must be a string" in done.err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,48 @@ def test_a_metric_searched_on_images(run: Run, llava: Path, place: Path) -> None
     _, result = result_of(place)
     assert result["images"]
     assert result["best"]["heldout"]["tokens"] == result["dense"]["heldout"]["tokens"] < 100
+
+
+def test_a_joint_search_on_images(run: Run, llava: Path, place: Path) -> None:
+    """The pair that it prints is pruned to what it measured, on images that only the report reads."""
+    parts = ("metric.racing.rungs=[2,3]", "allocation.searcher.windows=3", f"allocation.{STAGES}", "rounds=1")
+    done = run("search", "joint", llava, *SMALL, "--evaluations", 24, *(w for part in parts for w in ("--set", part)))
+    assert done.code == 0, done.err
+    folder, result = result_of(place)
+    assert result["images"]
+    assert "images with texts" in " ".join(run("show", folder).out.split())
+    assert "images with texts" in (folder / "report.html").read_text()
+    (command,) = [line for line in done.err.splitlines() if line.startswith("prune ")]
+    words = shlex.split(command.removeprefix("prune").strip())[1:]
+    pruned = run(*[word if word != "DIR" else "pruned" for word in words])
+    assert pruned.code == 0, pruned.err
+    measured = run("eval", "pruned", "--dense", llava, "--data", "images.jsonl", "--json").json
+    for name in ("loss", "kl", "tokens"):
+        assert measured[name] == pytest.approx(result["best"]["heldout"][name], abs=1e-4)
+
+
+def test_metrics_of_norms_by_modality(
+    run: Run, llava: Path, tiny: Path, place: Path, refused: Callable[..., str]
+) -> None:
+    statistics = ("--set", "statistics=[X_l2,X_v,X_l]")
+    done = run("search", "metric", llava, *SMALL, "--set", "racing.rungs=[2,3]", *statistics)
+    assert done.code == 0, done.err
+    folder, _ = result_of(place)
+    expressions = [json.loads(line)["expression"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert any(re.search(r"X_[vl]\b", text) for text in expressions)
+    metric = ("--metric", "mul(abs(W),div(X_v,X_l))")
+    pruned = run("prune", llava, *metric, "--calibration", "images.jsonl", "--out", "pruned", "--json")
+    assert pruned.code == 0, pruned.err
+    assert "X_l is of one modality, which projector does not tell apart" in refused(
+        *metric, "--components", "all", "--calibration", "images.jsonl"
+    )
+    alone = "of one modality, and there is text alone: calibrate a model that reads images on images with texts"
+    assert alone in refused(*metric, "--calibration-window", 16, "--calibration-sequences", 2)
+    assert alone in refused(*metric, "--calibration-window", 16, "--calibration-sequences", 2, model=tiny)
+    windows = ("--set", "data.window=16", "--calibration-window", 16)
+    done = run("search", "metric", tiny, *statistics, "--executor", "inline", *windows)
+    assert (done.code, done.out) == (2, "")
+    assert alone in done.err.splitlines()[-1]
 
 
 def test_too_little_to_search_on(run: Run, llava: Path, place: Path) -> None:

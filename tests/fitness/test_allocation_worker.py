@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from evoprune.fitness.candidate_worker import WORTHWHILE
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.level_evaluator import LevelEvaluator
+from evoprune.fitness.levels import site_ranks
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.teacher import WindowLosses, linear_head, window_losses
@@ -343,3 +344,30 @@ def test_a_parents_pass_is_paid_for_where_it_saves_more(llama: Tried, monkeypatc
     assert ask(0, children[0]) == 1
     assert ask(1, parent, *children[:3]) == 1
     assert ask(2, children[0], parent, *children) == 1  # when the parent's turn comes
+
+
+def test_levels_are_built_once_for_all_sparsities(llama: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the metric reads the sparsity that the search aims at."""
+    scored: list[float] = []
+    plain = site_ranks
+
+    def counted(*arguments: Any) -> Any:
+        scored.append(arguments[-1])
+        return plain(*arguments)
+
+    monkeypatch.setattr("evoprune.fitness.levels.site_ranks", counted)
+    other = AllocationWorker(replace(llama.worker.context, sparsity=0.7))
+    sites = len(llama.dense)
+    for criterion, wanted in (({"name": "wanda"}, 0), ({"expression": ["mul", ["abs", "W"], "sparsity"]}, sites)):
+        named = []
+        for worker in (llama.worker, other):
+            making = {"criterion": criterion, "compressor": "mask", "grid": []}
+            making["prepared"] = worker.handle("prepare", {})["name"]
+            named.append({**making, **worker.handle("database", making)})
+        first, second = named
+        assert first["prepared"] != second["prepared"]
+        assert (first["database"] == second["database"]) == (wanted == 0)
+        assert scored.count(0.5) == scored.count(0.7) == wanted
+        measured = {"levels": [179] * sites, "parent": [0] * sites, "first": 0, "last": WINDOWS}
+        answers = [w.handle("levels", {**n, **measured}) for w, n in zip((llama.worker, other), named, strict=True)]
+        assert answers[0] == answers[1]

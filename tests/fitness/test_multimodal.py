@@ -20,8 +20,9 @@ from evoprune.fitness.amia import TokenChoice, select_tokens
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Samples, token_modalities
-from evoprune.fitness.statistics import PassSettings, Statistics, collect_statistics
+from evoprune.fitness.statistics import PassSettings, collect_statistics
 from evoprune.fitness.statistics_amia import attention_maps, last_row
+from evoprune.fitness.statistics_merge import merge
 from evoprune.metrics.criterion import CRITERIA
 from evoprune.metrics.errors import InvalidInput
 from tests.models import random_windows, tiny_language_model
@@ -221,6 +222,62 @@ def split(batch: dict[str, Tensor], index: int, family: str) -> dict[str, Tensor
     return one
 
 
+# Norms by modality (chapter, 5.5)
+
+
+def test_norms_of_images_and_of_text(family: str, tmp_path: Path) -> None:
+    """One sample behind padding, one of text alone; over two sets merged as over one."""
+    model, names = tiny_multimodal_model(family), ["X_v", "X_l", "X_l2"]
+    given = [encoded(family, (0,)), encoded(family, (1,), text_only=True)]
+    if family != "llava_next":
+        given[0] = padded(given[0], 3)
+    found = collect_statistics(model, Samples(given, model.model.config), names, folder=tmp_path / "set")
+    squares = {bound.site.name: torch.zeros(2, bound.site.in_features) for bound in model.sites}
+    for batch in given:
+        heard: dict[str, Tensor] = {}
+        for bound in model.sites:
+            bound.module.register_forward_hook(
+                lambda m, args, out, name=bound.site.name, heard=heard: heard.__setitem__(name, args[0][0])
+            )
+        model.model(**batch)
+        image = batch["input_ids"][0] == IMAGE
+        text = ~image & batch["attention_mask"][0].bool()
+        for name, x in heard.items():
+            squares[name] += torch.stack([x[image].square().sum(0), x[text].square().sum(0)]) / 2
+    other = collect_statistics(model, samples(model, family, 5, 6, 7), names, folder=tmp_path / "other")
+    merged = merge(found, other, tmp_path / "merged")
+    for name, (images, texts) in squares.items():
+        assert images.any()
+        torch.testing.assert_close(found.tensor(name, "X_v")[0], images.sqrt())
+        torch.testing.assert_close(found.tensor(name, "X_l")[0], texts.sqrt())
+        for kind in names:
+            whole = (0.4 * found.tensor(name, kind).square() + 0.6 * other.tensor(name, kind).square()).sqrt()
+            torch.testing.assert_close(merged.tensor(name, kind), whole)
+
+
+def test_norms_of_chosen_tokens_by_modality_add_up(tmp_path: Path) -> None:
+    model = tiny_multimodal_model()
+    settings = PassSettings(tokens=TokenChoice(min_tokens=6))
+    found = collect_statistics(
+        model, samples(model, "llava"), ["X_v", "X_l", "X_l2"], folder=tmp_path / "set", settings=settings
+    )
+    for bound in model.sites:
+        v, text, every = (found.tensor(bound.site.name, name) for name in ("X_v", "X_l", "X_l2"))
+        torch.testing.assert_close(v.hypot(text), every)
+
+
+def test_norms_by_modality_where_there_is_one(tmp_path: Path) -> None:
+    llava, plain = tiny_multimodal_model(), tiny_language_model()
+    text = Samples([encoded("llava", (1,), text_only=True)], llava.model.config)
+    for model, calibration in ((plain, random_windows()), (llava, random_windows()), (llava, text)):
+        with pytest.raises(InvalidInput, match="X_l is of one modality, and there is text alone") as refusal:
+            collect_statistics(model, calibration, ["X_l", "X_v"], folder=tmp_path / "set")
+        assert "\n" not in str(refusal.value)
+    towers = tiny_multimodal_model("llava", "all")
+    with pytest.raises(InvalidInput, match="X_v is of one modality, which projector does not tell apart"):
+        collect_statistics(towers, samples(towers, "llava"), ["X_v"], folder=tmp_path / "set")
+
+
 # Which tokens stand for all (chapter, 7.7 and 7.8)
 
 
@@ -321,11 +378,16 @@ def test_choosing_stops_at_its_bounds() -> None:
 
 
 def test_norms_are_those_of_the_chosen_tokens(family: str, tmp_path: Path) -> None:
-    """Mean over samples of the sum of squares over the tokens that the loops choose, matrix by matrix."""
+    """The mean square over all the tokens that the loops choose, matrix by matrix, in one set and in two merged."""
     model, choice = tiny_multimodal_model(family), TokenChoice(min_tokens=2)
     calibration = samples(model, family, 0, 1)
-    settings = PassSettings(tokens=choice)
-    found = collect_statistics(model, calibration, ["X_l2"], folder=tmp_path / "set", settings=settings)
+    settings, names = PassSettings(tokens=choice), ["X_l2", "Y_l2", "X_mean", "Hinv", "H"]
+    found = collect_statistics(model, calibration, names, folder=tmp_path / "set", settings=settings)
+    parts = [
+        collect_statistics(model, samples(model, family, seed), names, folder=tmp_path / str(seed), settings=settings)
+        for seed in (0, 1)
+    ]
+    merged = merge(*parts, tmp_path / "merged")
     heard: dict[str, tuple[Tensor, Tensor]] = {}
     maps: dict[int, Tensor] = {}
     for bound in model.sites:
@@ -336,8 +398,8 @@ def test_norms_are_those_of_the_chosen_tokens(family: str, tmp_path: Path) -> No
         attention = block.get_submodule("self_attn")
         attention.register_forward_hook(lambda m, a, out, index=index: maps.__setitem__(index, out[1][0].mean(0)[-1]))
     model.model.set_attn_implementation("eager")
-    expected = {bound.site.name: torch.zeros(bound.site.in_features) for bound in model.sites}
-    counts = []
+    rows: dict[str, list[Tensor]] = {bound.site.name: [] for bound in model.sites}
+    shares = []
     for given in calibration:
         model.model(**given.inputs)
         image = (given.inputs["input_ids"][0] == IMAGE).numpy().astype(int)
@@ -345,11 +407,19 @@ def test_norms_are_those_of_the_chosen_tokens(family: str, tmp_path: Path) -> No
             x, z = heard[bound.site.name]
             attention = maps[bound.site.block].double().numpy()
             index = chosen_by_loops(z.double().numpy(), attention, choice, image)
-            expected[bound.site.name] += x[index].square().sum(0) / 2
-            counts.append(len(index) / len(x))
-    assert min(counts) < 1
-    for bound in model.sites:
-        torch.testing.assert_close(found.tensor(bound.site.name, "X_l2")[0], expected[bound.site.name].sqrt())
+            rows[bound.site.name].append(x[index])
+            shares.append(len(index) / len(x))
+    assert min(shares) < 1
+    assert len({len(torch.cat(chosen)) for chosen in rows.values()}) > 1
+    for name, chosen in rows.items():
+        x = torch.cat(chosen)
+        assert found.rows[name] == merged.rows[name] == len(x)
+        torch.testing.assert_close(found.tensor(name, "X_l2")[0], x.square().mean(0).sqrt())
+        torch.testing.assert_close(found.tensor(name, "X_mean")[0], x.mean(0), rtol=1e-4, atol=1e-6)
+        for statistic in sorted(found.names):
+            torch.testing.assert_close(
+                merged.tensor(name, statistic), found.tensor(name, statistic), rtol=1e-4, atol=1e-6
+            )
 
 
 def test_towers_keep_all_tokens(tmp_path: Path) -> None:
@@ -359,8 +429,10 @@ def test_towers_keep_all_tokens(tmp_path: Path) -> None:
     chosen = collect_statistics(model, calibration, ["X_l2"], folder=tmp_path / "a", settings=settings)
     every = collect_statistics(model, calibration, ["X_l2"], folder=tmp_path / "b")
     for bound in model.sites:
-        a, b = (statistics.tensor(bound.site.name, "X_l2") for statistics in (chosen, every))
-        assert torch.equal(a, b) == (bound.site.component != "language_model")
+        name = bound.site.name
+        a, b = (statistics.tensor(name, "X_ss") * per for statistics, per in ((chosen, chosen.rows[name]), (every, 3)))
+        assert torch.allclose(a, b) == (bound.site.component != "language_model")
+        assert (chosen.rows[name] == every.rows[name]) == (bound.site.component != "language_model")
 
 
 def test_text_models_choose_tokens_too(tmp_path: Path) -> None:
@@ -369,8 +441,12 @@ def test_text_models_choose_tokens_too(tmp_path: Path) -> None:
     chosen = collect_statistics(model, windows, ["X_l2"], folder=tmp_path / "a", settings=settings)
     every = collect_statistics(model, windows, ["X_l2"], folder=tmp_path / "b")
     name = model.sites[0].site.name
-    assert bool((chosen.tensor(name, "X_l2") <= every.tensor(name, "X_l2")).all())
-    assert isinstance(chosen, Statistics)
+    assert chosen.rows[name] < every.rows[name] == 48
+    assert bool((chosen.tensor(name, "X_ss") * chosen.rows[name] <= every.tensor(name, "X_ss") * 3).all())
+    with pytest.raises(InvalidInput, match="differ in the setting tokens"):
+        merge(chosen, every, tmp_path / "mixed")
+    with pytest.raises(InvalidInput, match="wanda_fp32 is of all tokens"):
+        PassSettings("wanda_fp32", tokens=TokenChoice())
 
 
 def test_calibration_that_a_component_never_sees(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def random_inputs(seed: int, out_features: int = 16, in_features: int = 48) -> d
         "X_mean": 0.1 * spread * normal(1, in_features),
         "X_var": (0.5 * spread * (0.1 * normal(1, in_features)).exp()).square(),
         "X_max": 5 * spread * (0.3 * normal(1, in_features)).exp(),
+        "X_v": 9 * spread * (0.3 * normal(1, in_features)).exp(),
+        "X_l": 7 * spread * (0.3 * normal(1, in_features)).exp(),
         "X_gate_l2": 11 * spread * (0.3 * normal(1, in_features)).exp(),
         "Y_l2": 20 * normal(out_features, 1).exp(),
         "G_l2": 1e-3 * (2 * normal(*shape)).exp(),

@@ -149,8 +149,8 @@ def test_hostile_json_is_refused(name: str) -> None:
 
 
 def test_messages_name_the_mistake() -> None:
-    with pytest.raises(UnknownName, match="did you mean 'X_l2'"):
-        parse("mul(abs(W),X_l3)")
+    with pytest.raises(UnknownName, match="did you mean 'X_var'"):
+        parse("mul(abs(W),X_vr)")
     with pytest.raises(InvalidExpression, match="mul takes 2 arguments, 1 given"):
         parse("mul(W)")
     with pytest.raises(InvalidExpression, match=f"at most {MAX_TEXT}"):

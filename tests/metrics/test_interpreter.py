@@ -107,8 +107,9 @@ def test_shards_of_rows_score_and_mask_like_the_whole(
             evaluate(expression, {name: value[rows] if len(value) == 24 else value for name, value in given.items()})
             for rows in shards
         ]
-        # Vectorised and single powers of a vector may differ in the last bit.
-        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=0, msg=expression.text)
+        # Vectorised and single powers of a vector may differ in the last bit, of which a difference may leave more.
+        slack = 1e-7 * whole.abs().max().item()
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-6, atol=slack, msg=expression.text)
         exact += torch.equal(torch.cat(parts), whole)
         for rule in (MaskRule(0.5), MaskRule(0.7), MaskRule(pattern=(2, 4)), MaskRule(pattern=(4, 8))):
             sharded = torch.cat([mask(part, rule) for part in parts])

@@ -22,6 +22,7 @@ from evoprune.search.pareto_result import spread
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
+from evoprune.search.tables_front import front_head, front_rows
 from evoprune.search.worker_session import Resources
 from tests.models import tiny_model
 from tests.search.html_page import Page
@@ -165,7 +166,11 @@ def test_a_resumed_run_keeps_the_latencies_that_it_began_with(
         scale = 1000 ** next(calls)
         return 100 * scale, [(10 + at) * scale for at in range(len(parts))]
 
+    def whole(model: Any, absent: list[list[list[int]]], window: int) -> list[int]:
+        return [1000 - len(parts) for parts in absent]
+
     monkeypatch.setattr("evoprune.fitness.allocation_worker.part_latencies", measured)
+    monkeypatch.setattr("evoprune.fitness.allocation_worker.whole_latencies", whole)
     options = {**DROPPED, "target.pareto": "latency"}
     first = start_search(config(world, **options), INLINE, run_dir=tmp_path / "whole")
     assert next(calls) == 1
@@ -183,6 +188,12 @@ def test_a_resumed_run_keeps_the_latencies_that_it_began_with(
     assert (told["dense"], told["rest"], told["unit"]) == (100 + 10 + 11 + 12 + 13, 100, "ns")
     names = [f"block {block} {part}" for block in (0, 1) for part in ("attention", "mlp")]
     assert told["parts"] == dict(zip(names, (10, 11, 12, 13), strict=True))
+    assert told["measured"]["dense"] == 1000
+    assert front_head(result_of(run))[1] == "ms"
+    assert {cells[2] for cells in front_rows(result_of(run))} == {"0.00"}  # a thousand nanoseconds
+    for row, taken in zip(result_of(run)["front"], told["measured"]["front"], strict=True):
+        gone = {name.rpartition(".")[0] for name, share in row["allocation"].items() if share == 1}
+        assert taken == (None if row["heldout"] is None else 1000 - len(gone))
 
 
 @pytest.mark.parametrize(
