@@ -16,9 +16,10 @@ import numpy as np
 
 from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.records import removed_count
+from evoprune.metrics.records import Site, removed_count
 from evoprune.metrics.shape import BlockWidths
 from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import part_of
 from evoprune.search.spaces.part_genes import Heads, PartGene, attention_gene, mlp_gene
 from evoprune.search.spaces.parts import PartSpace
 
@@ -173,6 +174,26 @@ class StructureSpace(PartSpace):
         sums = np.flatnonzero(reached)
         beyond = [place for place in sums if not self.budget <= place * unit <= self.budget + self.tolerance]
         return float(min(beyond, key=lambda place: abs(place * unit - self.budget)) * unit / self.costs.dense)
+
+
+def part_sparsities(sites: Sequence[Site], sparsities: Sequence[float]) -> list[float]:
+    """What allocators ask of matrices as what `StructureSpace.near` is asked of parts: means by weights.
+
+    Args:
+        sites: the matrices of the decoder blocks, in model order.
+        sparsities: one for each.
+
+    Returns:
+        One for the attention and the MLP of every block in turn.
+    """
+    wanted: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    for site, sparsity in zip(sites, sparsities, strict=True):
+        wanted.setdefault((site.block, part_of(site)), []).append((sparsity, site.weights))
+    return [
+        math.fsum(sparsity * weights for sparsity, weights in found) / sum(weights for _, weights in found)
+        for block in sorted({block for block, _ in wanted})
+        for found in (wanted[block, "attention"], wanted[block, "mlp"])
+    ]
 
 
 def _neuron_step(costs: UnitCosts, step: int | None, multiple: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 
 from evoprune.fitness.unit_costs import AttentionCost, CostTable, Kept, MlpCost, UnitCosts
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.records import Site
 from evoprune.metrics.shape import BlockWidths
-from evoprune.search.spaces.structure import StructureSpace
+from evoprune.search.spaces.structure import StructureSpace, part_sparsities
+from evoprune.search.surrogate import Surrogate
 
 BLOCKS = 4
 HIDDEN, HEAD = 16, 4
@@ -172,6 +175,30 @@ def test_wishes_are_met_nearly() -> None:
     check(space, genome)
     for gene, option, share in zip(space.parts, genome, wanted, strict=True):
         assert abs(gene.removed[option] / gene.whole - share) < 0.15
+
+
+def test_wishes_for_matrices_are_means_of_parts() -> None:
+    shapes = {"self_attn.q_proj": (4, 8), "self_attn.o_proj": (8, 12), "mlp.up_proj": (6, 8), "mlp.down_proj": (8, 6)}
+    sites = [Site(f"{block}.{kind}", kind, block, 2, *shape) for block in range(2) for kind, shape in shapes.items()]
+    found = part_sparsities(sites, [0.1, 0.5, 0.2, 0.4, 0.0, 1.0, 0.3, 0.3])
+    assert found == pytest.approx([(3.2 + 48) / 128, 0.3, 96 / 128, 0.3])
+
+
+def test_a_surrogate_learns_shapes() -> None:
+    """What it is told is linear in what goes, so the cheapest of the new ones is what it names first."""
+    space = StructureSpace(parameters(4, 16, 96), 0.4, drop="parts")
+    rng = random.Random(0)
+    parent = space.near(space.even(), rng)
+    surrogate = Surrogate(space)
+
+    def loss(genome: tuple[int, ...]) -> float:
+        return math.fsum(at * gene.removed[genome[at]] for at, gene in enumerate(space.parts))
+
+    for _ in range(300):
+        if (child := space.switched(parent, rng, space.spans)) is not None:
+            surrogate.tell(0, child, loss(child))
+    fresh = [child for _ in range(50) if (child := space.switched(parent, rng, space.spans)) is not None]
+    assert loss(surrogate.best(fresh, 1)[0]) <= sorted(map(loss, fresh))[2]
 
 
 def test_shapes_are_read_back() -> None:
