@@ -37,6 +37,7 @@ _NAMES = {"kv_bytes": "bytes of keys and values", "flops": "operations", "latenc
 class StructureSpace(PartSpace):
     """Genomes of shapes that remove `fraction` of what heads and MLPs cost, and hardly more.
 
+    As on all ladders, option 0 of a gene removes nothing; where parts may go, the last one is the whole part.
     Hardly: less than a neuron more, where one MLP at a time may stand between the rungs of its ladder; else at most a
     usual step of the smallest gene; of times 0.5 % of what may be spent.
 
@@ -198,14 +199,13 @@ def part_sparsities(sites: Sequence[Site], sparsities: Sequence[float]) -> list[
 
 def _neuron_step(costs: UnitCosts, step: int | None, multiple: int) -> int:
     """Neurons from rung to rung."""
-    widest, narrowest = (pick(width.neurons for width in costs.widths) for pick in (max, min))
-    if not 1 <= multiple <= narrowest:
-        raise InvalidInput(f"numbers of neurons cannot be multiples of {multiple}: give 1 to {narrowest}")
-    found = max(round(widest / STEPS / multiple), 1) * multiple if step is None else step
-    if found % multiple or not 1 <= found <= narrowest:
-        raise InvalidInput(
-            f"steps of {found} neurons: give a multiple of {multiple} of at most {narrowest}, the narrowest MLP's width"
-        )
+    neurons = [width.neurons for width in costs.widths]
+    most = min(neurons) // 2
+    if not 1 <= multiple <= most:
+        raise InvalidInput(f"numbers of neurons cannot be multiples of {multiple}: give 1 to {most}, half of an MLP")
+    found = max(round(max(neurons) / STEPS / multiple), 1) * multiple if step is None else step
+    if found % multiple or not 1 <= found <= most:
+        raise InvalidInput(f"steps of {found} neurons: give a multiple of {multiple} of at most {most}, half of an MLP")
     return found
 
 
