@@ -5,6 +5,7 @@ Source: layerwise sparsity allocation, section 5.1 (parameters of units) and 5.8
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,6 +136,18 @@ class UnitCosts:
             attention.at(groups, heads) + mlp.at(neurons)
             for attention, mlp, (groups, heads, neurons) in zip(self.attention, self.mlp, kept, strict=True)
         )
+
+    def fraction_at(self, speedup: float) -> float:
+        """The fraction of `dense` that has to go for the whole to cost `speedup` times less.
+
+        Raises:
+            InvalidInput: it is not above 1, or what no shape changes costs more than that.
+        """
+        whole = self.rest + self.dense
+        most = whole / self.rest if self.rest else math.inf
+        if not 1 < speedup < most:
+            raise InvalidInput(f"a speedup of {speedup:g} cannot be: give more than 1 and less than {most:.4g}")
+        return (whole - whole / speedup) / self.dense
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, that `from_json` reads."""

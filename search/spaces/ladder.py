@@ -125,9 +125,16 @@ class LadderSpace(ABC):
         Raises:
             InvalidInput: none is found, as where a few parts can only be dropped as a whole.
         """
+        return self.repaired([gene.nearest(count) for gene, count in zip(self.genes, weights, strict=True)], rng)
+
+    def repaired(self, options: Sequence[int], rng: random.Random) -> Genome:
+        """A genome that meets the budget and is near to these options.
+
+        Raises:
+            InvalidInput: see `nearest`.
+        """
         for _ in range(_ATTEMPTS):
-            options = [gene.nearest(count) for gene, count in zip(self.genes, weights, strict=True)]
-            if (settled := self._settled(options, rng, most=MANY_MOVES * len(self.genes))) is not None:
+            if (settled := self._settled([*options], rng, most=MANY_MOVES * len(self.genes))) is not None:
                 return settled
         raise self._unreachable()
 

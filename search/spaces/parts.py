@@ -21,7 +21,6 @@ NEIGHBOURS = 2
 """Blocks on either side of a part that comes or goes which make up for it first."""
 # Of what a gene can lose, how much one move of a repair may take, so that what it has to move is spread.
 _SHARE = 16
-_ATTEMPTS = 50
 
 Move = tuple[int, int, int]
 """A gene's place, the option where it goes, and the cost that this removes."""
@@ -62,18 +61,6 @@ class PartSpace(LadderSpace):
         changed = {at for at, (option, before) in enumerate(zip(options, genome, strict=True)) if option != before}
         settled = self._settled(options, rng, most=MOST_MOVES, first=changed, between=self._between(genome))
         return None if settled == genome else settled
-
-    def repaired(self, options: Sequence[int], rng: random.Random) -> Genome:
-        """A genome that meets the budget and is near to these options.
-
-        Raises:
-            InvalidInput: none is found.
-        """
-        for _ in range(_ATTEMPTS):
-            settled = self._settled([*options], rng, most=MANY_MOVES * len(self.parts))
-            if settled is not None:
-                return settled
-        raise self._unreachable()
 
     def crossed(self, first: Genome, second: Genome, rng: random.Random) -> Genome | None:
         """Some blocks of one parent and the others of another: cut where both have lost as much, or drawn evenly.
@@ -167,7 +154,7 @@ class PartSpace(LadderSpace):
         between = [*between, *self._between(options)]
         self._to_rungs(options)
         residue = self.budget - self.removed(tuple(options))
-        for _ in range(most):
+        for _ in range(most + 1):
             if self._missed(residue) <= self.room and self._fine:
                 residue -= self._fill(options, rng, residue, first, never, between)
             if self._missed(residue) == 0:

@@ -16,9 +16,10 @@ import numpy as np
 
 from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.records import removed_count
+from evoprune.metrics.records import Site, removed_count
 from evoprune.metrics.shape import BlockWidths
 from evoprune.search.spaces.ladder import Genome
+from evoprune.search.spaces.levels import part_of
 from evoprune.search.spaces.part_genes import Heads, PartGene, attention_gene, mlp_gene
 from evoprune.search.spaces.parts import PartSpace
 
@@ -36,6 +37,7 @@ _NAMES = {"kv_bytes": "bytes of keys and values", "flops": "operations", "latenc
 class StructureSpace(PartSpace):
     """Genomes of shapes that remove `fraction` of what heads and MLPs cost, and hardly more.
 
+    As on all ladders, option 0 of a gene removes nothing; where parts may go, the last one is the whole part.
     Hardly: less than a neuron more, where one MLP at a time may stand between the rungs of its ladder; else at most a
     usual step of the smallest gene; of times 0.5 % of what may be spent.
 
@@ -193,16 +195,35 @@ def shape_text(shape: Sequence[Sequence[int]]) -> str:
     return f"{heads:,} query heads, {sum(neurons for _, _, neurons in shape):,} neurons"
 
 
+def part_sparsities(sites: Sequence[Site], sparsities: Sequence[float]) -> list[float]:
+    """What allocators ask of matrices as what `StructureSpace.near` is asked of parts: means by weights.
+
+    Args:
+        sites: the matrices of the decoder blocks, in model order.
+        sparsities: one for each.
+
+    Returns:
+        One for the attention and the MLP of every block in turn.
+    """
+    wanted: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    for site, sparsity in zip(sites, sparsities, strict=True):
+        wanted.setdefault((site.block, part_of(site)), []).append((sparsity, site.weights))
+    return [
+        math.fsum(sparsity * weights for sparsity, weights in found) / sum(weights for _, weights in found)
+        for block in sorted({block for block, _ in wanted})
+        for found in (wanted[block, "attention"], wanted[block, "mlp"])
+    ]
+
+
 def _neuron_step(costs: UnitCosts, step: int | None, multiple: int) -> int:
     """Neurons from rung to rung."""
-    widest, narrowest = (pick(width.neurons for width in costs.widths) for pick in (max, min))
-    if not 1 <= multiple <= narrowest:
-        raise InvalidInput(f"numbers of neurons cannot be multiples of {multiple}: give 1 to {narrowest}")
-    found = max(round(widest / STEPS / multiple), 1) * multiple if step is None else step
-    if found % multiple or not 1 <= found <= narrowest:
-        raise InvalidInput(
-            f"steps of {found} neurons: give a multiple of {multiple} of at most {narrowest}, the narrowest MLP's width"
-        )
+    neurons = [width.neurons for width in costs.widths]
+    most = min(neurons) // 2
+    if not 1 <= multiple <= most:
+        raise InvalidInput(f"numbers of neurons cannot be multiples of {multiple}: give 1 to {most}, half of an MLP")
+    found = max(round(max(neurons) / STEPS / multiple), 1) * multiple if step is None else step
+    if found % multiple or not 1 <= found <= most:
+        raise InvalidInput(f"steps of {found} neurons: give a multiple of {multiple} of at most {most}, half of an MLP")
     return found
 
 

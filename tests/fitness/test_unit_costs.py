@@ -162,6 +162,15 @@ def test_tables() -> None:
     assert UnitCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
 
 
+def test_speedups_by_hand() -> None:
+    """Of 40 + 60 a speedup of 2 leaves 50, so 50 of the 60 go; what stays in any case bounds it at 2.5."""
+    costs = UnitCosts("latency", 40, (BlockWidths(1, 1, 1),), (AttentionCost(20, 0, 0),), (MlpCost(40, 0),))
+    assert costs.fraction_at(2) == pytest.approx(50 / 60)
+    for speedup in (1.0, 2.5, float("nan")):
+        with pytest.raises(InvalidInput, match=r"more than 1 and less than 2\.5"):
+            costs.fraction_at(speedup)
+
+
 def test_to_json_and_back() -> None:
     costs = unit_costs(tiny_language_model("qwen2"))
     assert UnitCosts.from_json(json.loads(json.dumps(costs.to_json()))) == costs
