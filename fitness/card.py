@@ -191,11 +191,13 @@ def _results(report: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
 
 
 def _without_matrices(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without the hundreds of lines that an allocation has, one for each matrix."""
-    allocation = recipe.get("allocation")
-    if not isinstance(allocation, Mapping):
-        return dict(recipe)
-    return {**recipe, "allocation": {key: value for key, value in allocation.items() if key != "sites"}}
+    """The recipe without the lines that an allocation has for each matrix, and a shape for each block."""
+    return {
+        name: {key: inner for key, inner in value.items() if key not in ("sites", "blocks")}
+        if name in ("allocation", "shape") and isinstance(value, Mapping)
+        else value
+        for name, value in recipe.items()
+    }
 
 
 def _share(part: int, whole: int) -> str:

@@ -74,7 +74,7 @@ def load_compact(folder: Path, **options: Any) -> Any:
     widths = _read_widths(facts, config)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
-    class Cut(stock):  # type: ignore[misc]
+    class Cut(stock):
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             _shrink(self, widths)
@@ -154,12 +154,16 @@ def _read_widths(facts: Mapping[str, Any], config: PreTrainedConfig) -> list[Blo
         raise InvalidInput(f"its per_layer_config does not name the {config.num_hidden_layers} blocks one by one")
     found = []
     for index, row in enumerate(rows.get(str(index)) for index in range(len(rows))):
-        sizes = {what: row.get(name) if isinstance(row, dict) else None for what, name in names.items()}
-        if not all(isinstance(size, int) and 0 <= size <= _MOST_UNITS for size in sizes.values()):
+        sizes = {what: row[name] for what, name in names.items() if isinstance(row, dict) and _is_count(row.get(name))}
+        if len(sizes) < len(names):
             wanted = ", ".join(names.values())
             raise InvalidInput(f"its per_layer_config does not say {wanted} of block {index} as whole numbers")
         found.append(BlockWidths(sizes.get("groups", sizes["heads"]), sizes["heads"], sizes["neurons"]))
     return found
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_UNITS
 
 
 def _shrink(model: PreTrainedModel, widths: Sequence[BlockWidths]) -> None:
