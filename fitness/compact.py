@@ -21,6 +21,7 @@ from evoprune.fitness.compact_module import class_names, module_name, module_tex
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import write_atomically
 from evoprune.metrics.shape import BlockWidths
 
 PREFIX = "evoprune_"
@@ -129,9 +130,8 @@ def write_compact(language_model: Prunable, folder: Path) -> None:
         "auto_map": {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"},
         "per_layer_config": blocks,
     }
-    file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    text = module_text(model, f"{PREFIX}{family}", names)
-    (folder / f"{module}.py").write_text(text, encoding="utf-8")
+    write_atomically(file, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    write_atomically(folder / f"{module}.py", module_text(model, f"{PREFIX}{family}", names))
 
 
 def _can_be_cut(family: str) -> bool:

@@ -24,6 +24,7 @@ from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape, BlockWidths
 from tests.models import FAMILIES, random_windows, save_tiny, tiny_language_model
+from tests.multimodal import save_llava
 from tests.shapes import FEW, MANY, NONE, cases, some
 
 WINDOWS = random_windows(2, 20)
@@ -308,3 +309,18 @@ def test_a_cut_model_is_not_cut_again(tmp_path: Path) -> None:
     cut = load_model(str(write("llama", "compact", cases(widths)["no mlp"], tmp_path / "out").folder))
     with pytest.raises(InvalidInput, match="is cut already: give the dense model"):
         cut_model(cut, [widths.whole, widths.whole])
+
+
+def test_a_model_that_reads_images(tmp_path: Path) -> None:
+    """Its language model is cut, its tower stays; the compact form knows text only."""
+    tokens = random_windows(2, 12)
+    folder = save_llava(tmp_path / "llava")
+    units = find_units(load_model(str(folder)))
+    for form, case in (("padded", "uneven"), ("plain", "last block gone")):
+        blocks = cases(units[0].widths)[case]
+        expected = cut_model(load_model(str(folder)), blocks, form="masked")[0].model(input_ids=tokens).logits
+        cut, _ = cut_model(load_model(str(folder)), blocks, form=form)
+        out = write_checkpoint(cut, tmp_path / form, recipe={}, report={})
+        assert torch.allclose(load_model(str(out)).model(input_ids=tokens).logits, expected, atol=1e-5), form
+    with pytest.raises(InvalidInput, match="has no compact form, since it reads more than text"):
+        cut_model(load_model(str(folder)), cases(units[0].widths)["uneven"])
