@@ -12,13 +12,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.adapters import Prunable, SiteModule
 from evoprune.fitness.allocators import Allocator, Use, check_numbers, parameters_of
 from evoprune.fitness.component_budgets import guarded, search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
-from evoprune.fitness.models import LanguageModel, Prunable
+from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import site_scores
 from evoprune.fitness.samples import Batch, Sequences, forward_batches
 from evoprune.fitness.site_statistics import SiteStatistics, measure_sites

@@ -33,6 +33,32 @@ class WeightCounts:
     file_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a shape took away.
+
+    Attributes:
+        form: in which the rest is written.
+        dense_parameters: of the model that it was cut from.
+    """
+
+    form: str
+    dense_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What loads a checkpoint.
+
+    Attributes:
+        auto: name of the class in transformers.
+        own_code: whether it needs the module that lies beside the weights.
+    """
+
+    auto: str = "AutoModelForCausalLM"
+    own_code: bool = False
+
+
 # What loads text beside the model, and the Hub's name of the task, by the class that loads the model.
 _TEXT_ONLY = ("AutoTokenizer", "tokenizer", "text-generation")
 _TASKS = {"AutoModelForImageTextToText": ("AutoProcessor", "processor", "image-text-to-text")}
@@ -44,7 +70,8 @@ def model_card(
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
     *,
-    loader: str = "AutoModelForCausalLM",
+    loading: Loading = Loading(),
+    cut: Cut | None = None,
 ) -> str:
     """README.md of a checkpoint.
 
@@ -53,9 +80,12 @@ def model_card(
         counts: what the files hold.
         recipe: how the model was pruned.
         report: mappings in it that have a ``perplexity``, at any depth, become rows; plain values become a list.
-        loader: name of the class in transformers that loads the checkpoint.
+        loading: what loads the checkpoint.
+        cut: what a shape took away, if one did.
     """
-    reader, variable, task = _TASKS.get(loader, _TEXT_ONLY)
+    reader, variable, task = _TASKS.get(loading.auto, _TEXT_ONLY)
+    # The tokenizer does not need it, but whoever loads it reads config.json first, and would be asked.
+    trust = ", trust_remote_code=True" if loading.own_code else ""
     original = public_name(name)
     results = list(_results(report, ()))
     facts = [(key, value) for key, value in report.items() if isinstance(value, (str, int, float))]
@@ -67,7 +97,7 @@ def model_card(
         "tags: [pruned, sparse, evoprune]",
         "---",
         "",
-        f"# {original}, {counts.removed / max(counts.prunable, 1):.1%} pruned",
+        f"# {original}, {_headline(counts, cut)}",
         "",
         f"Made by evoprune from `{original}`.",
         "",
@@ -76,10 +106,7 @@ def model_card(
         f"| prunable matrices | {counts.prunable:,} | {counts.removed:,} | {_share(counts.removed, counts.prunable)} |",
         f"| whole model | {counts.parameters:,} | {counts.zeros:,} | {_share(counts.zeros, counts.parameters)} |",
         "",
-        f"Weight files: {counts.file_bytes:,} bytes; the dense model in the same dtype: {counts.dense_bytes:,} bytes.",
-        "",
-        "**Zeros alone bring no speed and save no memory.** The weights are stored dense: this checkpoint is as large "
-        "and as fast as the original. Zeros pay off only in software that makes use of them.",
+        *_sizes(counts, cut),
         "",
     ]
     if results:
@@ -101,18 +128,50 @@ def model_card(
         "",
         "## Loading",
         "",
-        "Plain transformers, and whatever else loads the original: safetensors, no remote code, no `sparsity_config`.",
+        _OWN_CODE if loading.own_code else _PLAIN,
         "",
         "```python",
-        f"from transformers import {loader}, {reader}",
+        f"from transformers import {loading.auto}, {reader}",
         "",
-        f'model = {loader}.from_pretrained("path/to/this/folder")',
-        f'{variable} = {reader}.from_pretrained("path/to/this/folder")',
+        f'model = {loading.auto}.from_pretrained("path/to/this/folder"{trust})',
+        f'{variable} = {reader}.from_pretrained("path/to/this/folder"{trust})',
         "```",
         "",
         "The licence of the original model applies.",
     ]
     return "\n".join(lines) + "\n"
+
+
+_PLAIN = "Plain transformers, and whatever else loads the original: safetensors, no remote code, no `sparsity_config`."
+_OWN_CODE = (
+    "evoprune as it is; transformers with the short Python file that lies beside the weights, which it runs only if "
+    "you say so. The blocks differ in width: no stock class builds that, and those of the original refuse the folder."
+)
+
+
+def _headline(counts: WeightCounts, cut: Cut | None) -> str:
+    if cut is None or cut.form == "masked":
+        return f"{counts.removed / max(counts.prunable, 1):.1%} pruned"
+    return f"{1 - counts.parameters / cut.dense_parameters:.1%} smaller"
+
+
+def _sizes(counts: WeightCounts, cut: Cut | None) -> list[str]:
+    """Bytes, and what zeros are good for."""
+    files = f"Weight files: {counts.file_bytes:,} bytes"
+    if cut is None or cut.form == "masked":
+        return [
+            f"{files}; the dense model in the same dtype: {counts.dense_bytes:,} bytes.",
+            "",
+            "**Zeros alone bring no speed and save no memory.** The weights are stored dense: this checkpoint is as "
+            "large and as fast as the original. Zeros pay off only in software that makes use of them.",
+        ]
+    padding = " Zeros fill the blocks up to one width." if cut.form == "padded" else ""
+    dense = cut.dense_parameters
+    return [
+        f"{files}. Form {cut.form}: {counts.parameters:,} parameters, where the dense model has {dense:,}.{padding}",
+        "",
+        "Whole heads, neurons or blocks are gone, so the model takes less memory and less time everywhere.",
+    ]
 
 
 def public_name(name: str) -> str:
@@ -132,11 +191,13 @@ def _results(report: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
 
 
 def _without_matrices(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without the hundreds of lines that an allocation has, one for each matrix."""
-    allocation = recipe.get("allocation")
-    if not isinstance(allocation, Mapping):
-        return dict(recipe)
-    return {**recipe, "allocation": {key: value for key, value in allocation.items() if key != "sites"}}
+    """The recipe without the lines that an allocation has for each matrix, and a shape for each block."""
+    return {
+        name: {key: inner for key, inner in value.items() if key not in ("sites", "blocks")}
+        if name in ("allocation", "shape") and isinstance(value, Mapping)
+        else value
+        for name, value in recipe.items()
+    }
 
 
 def _share(part: int, whole: int) -> str:

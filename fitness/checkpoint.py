@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from evoprune.fitness.adapters import auto_class
 from evoprune.fitness.cache import disk_errors
-from evoprune.fitness.card import WeightCounts, model_card, public_name
+from evoprune.fitness.card import Cut, Loading, WeightCounts, model_card, public_name
+from evoprune.fitness.compact import load_compact, write_compact
 from evoprune.fitness.hub import one_line, silence
 from evoprune.fitness.models import LanguageModel
 from evoprune.metrics.errors import EvopruneError, InvalidInput
@@ -36,14 +37,20 @@ PROCESSOR_FILES = (
 
 
 def write_checkpoint(
-    language_model: LanguageModel, out_dir: Path | str, *, recipe: Mapping[str, Any], report: Mapping[str, Any]
+    language_model: LanguageModel,
+    out_dir: Path | str,
+    *,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+    cut: Cut | None = None,
 ) -> Path:
-    """Write the model as it is now: dense safetensors with zeros, tokenizer, `evoprune.json` and a model card.
+    """Write the model as it is now: safetensors with its zeros, tokenizer, `evoprune.json` and a model card.
 
-    The files of a processor that lie beside the model are copied.
+    The files of a processor that lie beside the model are copied. A model whose blocks have widths of their own gets
+    the compact form.
 
-    The folder is written beside `out_dir`, loaded again by plain transformers, compared weight by weight, and only
-    then renamed. Weights get the dtype of the original files when every one of them survives that exactly, as it does
+    The folder is written beside `out_dir`, loaded again as users will, compared weight by weight, and only then
+    renamed. Weights get the dtype of the original files when every one of them survives that exactly, as it does
     after a mask; else they keep the dtype that the model computes in. Tied weights stay tied.
 
     Args:
@@ -51,6 +58,7 @@ def write_checkpoint(
         out_dir: a new or empty folder, or an evoprune checkpoint, which is replaced.
         recipe: how the model was pruned; goes into `evoprune.json` and the card. JSON values only.
         report: numbers about it; a mapping in it that has a ``perplexity`` becomes a row of the card's table.
+        cut: what a shape took away; None if every matrix is as large as it was.
 
     Returns:
         The absolute path of the folder.
@@ -74,6 +82,8 @@ def write_checkpoint(
             if language_model.multimodal:
                 _copy_processor(language_model.folder, partial)
             _state_dtype_in_config(partial / "config.json", dtype)
+            if language_model.cut:
+                write_compact(language_model, partial)
             counts = _count(language_model, partial, state)
             record = {
                 "format": FORMAT,
@@ -85,11 +95,10 @@ def write_checkpoint(
             }
             text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
             write_atomically(partial / RECORD, text)
-            loader = auto_class(model.config).__name__
-            write_atomically(
-                partial / "README.md", model_card(language_model.name, counts, recipe, report, loader=loader)
-            )
-            _check_reload(model, partial, state, dtype)
+            loading = Loading(auto_class(model.config).__name__, language_model.cut)
+            card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut)
+            write_atomically(partial / "README.md", card)
+            _check_reload(language_model, partial, state, dtype)
             _flush(partial)
             _put_in_place(partial, out)
         finally:
@@ -179,17 +188,21 @@ def _count(language_model: LanguageModel, folder: Path, state: dict[str, Tensor]
     )
 
 
-def _check_reload(model: PreTrainedModel, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _check_reload(language_model: LanguageModel, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Load the folder as a user would and compare every tensor bit for bit.
 
     Raises:
         EvopruneError: they differ, or tied weights came apart.
     """
+    model = language_model.model
     # A model of another author's class is loaded by that class: no file in the folder is run.
     ours = auto_class(model.config) if type(model).__module__.startswith("transformers.") else type(model)
+    load = load_compact if language_model.cut else ours.from_pretrained
     with silence():
-        loaded = ours.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        loaded = load(folder, dtype=dtype, use_safetensors=True)
     found = loaded.state_dict()
+    if surplus := sorted(found.keys() - state.keys()):
+        raise EvopruneError(f"{surplus[0]} is there after loading again and was not before: nothing was written")
     for name, value in state.items():
         if name not in found or not torch.equal(found[name], value.cpu()):
             raise EvopruneError(f"{name} differs after saving and loading again: the checkpoint was not written")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,26 +23,12 @@ from transformers import (
 )
 
 from evoprune.fitness.adapters import SiteModule, auto_class, decoder_blocks, is_multimodal, list_sites
+from evoprune.fitness.compact import compact_config, is_compact, load_compact
 from evoprune.fitness.hub import PIPELINE_INDEX, fingerprint, model_folder, one_line, silence, weight_files
 from evoprune.metrics.errors import InvalidInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
-class Prunable(Protocol):
-    """What has matrices to prune.
-
-    Attributes:
-        model: the live model; its class names it in allocations.
-        sites: prunable matrices in model order, bound to `model`.
-    """
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    @property
-    def sites(self) -> tuple[SiteModule, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +45,7 @@ class LanguageModel:
         components: whose matrices are in `sites`, as in `evoprune.fitness.adapters.list_sites`; None is the language
             model alone.
         folder: where its files are; None if it was never in a folder.
+        cut: its blocks have widths of their own, which no class of transformers builds.
     """
 
     model: PreTrainedModel
@@ -69,6 +56,7 @@ class LanguageModel:
     stored_dtype: torch.dtype | None = None
     components: tuple[str, ...] | None = None
     folder: Path | None = None
+    cut: bool = False
 
     @property
     def multimodal(self) -> bool:
@@ -131,7 +119,7 @@ def load_model(
     if device_map is not None and find_spec("accelerate") is None:
         raise InvalidInput("device_map needs accelerate: pip install accelerate")
     folder, config = check_model(name, revision=revision, trust_remote_code=trust_remote_code, components=parts)
-    tokenizer = _tokenizer(folder, trust_remote_code)
+    tokenizer = _tokenizer(folder, config, trust_remote_code)
     model = _weights(folder, config, trust_remote_code, chosen, device_map)
     if device_map is None:
         try:
@@ -152,7 +140,8 @@ def load_model(
     model.eval().requires_grad_(False)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
     sites = tuple(list_sites(model, parts))
-    return LanguageModel(model, tokenizer, sites, name, fingerprint(folder), stored, parts, folder)
+    cut = is_compact(_facts(folder))
+    return LanguageModel(model, tokenizer, sites, name, fingerprint(folder), stored, parts, folder, cut)
 
 
 def named_components(components: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -210,7 +199,8 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+def _facts(folder: Path) -> dict[str, Any]:
+    """The content of config.json."""
     file = folder / "config.json"
     if (folder / PIPELINE_INDEX).is_file():
         raise InvalidInput(
@@ -225,8 +215,16 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         facts = None
     if not isinstance(facts, dict):
         raise InvalidInput(f"{file} is damaged: it holds no JSON object")
+    return facts
+
+
+def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a folder; that of the dense model where the folder holds a compact form."""
+    file = folder / "config.json"
+    facts = _facts(folder)
+    compact = is_compact(facts)
     family = facts.get("model_type")
-    known = isinstance(family, str) and family in CONFIG_MAPPING
+    known = compact or (isinstance(family, str) and family in CONFIG_MAPPING)
     if not known and "auto_map" not in facts:
         raise InvalidInput(f"{folder}: transformers {version('transformers')} knows no model family {family!r:.80}")
     if not known and not trust_remote_code:
@@ -235,6 +233,8 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         raise InvalidInput(f"{folder} is quantised: prune the original model and quantise the result")
     try:
         with silence():
+            if compact:
+                return compact_config(facts)
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers makes of a config that a stranger wrote
         raise InvalidInput(f"{file} cannot be read: {one_line(error)}") from error
@@ -260,10 +260,10 @@ def _check_tokenizer_files(folder: Path, trust_remote_code: bool) -> None:
         raise InvalidInput(f"{folder} has no tokenizer: copy tokenizer.json there from the original model")
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         with silence():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InvalidInput(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
@@ -275,17 +275,20 @@ def _weights(
     dtype: torch.dtype,
     device_map: str | dict[str, Any] | None,
 ) -> PreTrainedModel:
+    compact = is_compact(_facts(folder))
+
     def load(attention: str) -> Any:
-        return auto_class(config).from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=device_map,
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-        )
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "attn_implementation": attention,
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,  # they are refused below, by name
+            "output_loading_info": True,
+        }
+        if compact:
+            return load_compact(folder, **options)
+        return auto_class(config).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
 
     try:
         with silence():

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.adapters import Prunable, SiteModule
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
-from evoprune.fitness.models import Prunable
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evoprune.fitness.adapters import Prunable
 from evoprune.fitness.dropped import DroppedAttention, DroppedMlp
-from evoprune.fitness.models import Prunable
 from evoprune.fitness.surgery import Part, Span, put_module
 from evoprune.fitness.units import AttentionUnits, BlockUnits, MlpUnits
 from evoprune.metrics.errors import InvalidInput
@@ -78,9 +78,11 @@ class Surgeon:
             blocks, outputs: as in `apply`.
             widths: of each block, no smaller than what stays of it.
         """
-        self._cut(
-            blocks, outputs, [_Place(width, _first(shape, width)) for shape, width in zip(blocks, widths, strict=True)]
-        )
+        firsts = [
+            width.first(len(shape.groups), shape.heads_per_group, len(shape.neurons))
+            for shape, width in zip(blocks, widths, strict=True)
+        ]
+        self._cut(blocks, outputs, [_Place(*place) for place in zip(widths, firsts, strict=True)])
 
     def restore(self) -> None:
         """Put every parameter and module back: the objects that were there, not copies."""
@@ -228,10 +230,3 @@ def _cut_mlp(part: Part, units: MlpUnits, shape: BlockShape, output: Tensor | No
     sizes, at = roomy.rows(range(roomy.neurons)), roomy.rows(place.shape.neurons)
     spans = [Span(*span) for span in zip(rows, at, map(len, sizes), strict=True)]
     part.cut(spans, Span(shape.neurons, place.shape.neurons, roomy.neurons), output, {})
-
-
-def _first(shape: BlockShape, widths: BlockWidths) -> BlockShape:
-    """As many units as `shape` keeps, the first ones of a block of `widths`."""
-    groups = range(len(shape.groups))
-    heads = [group * widths.heads_per_group + head for group in groups for head in range(shape.heads_per_group)]
-    return BlockShape(tuple(groups), tuple(heads), tuple(range(len(shape.neurons))))

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from evoprune.fitness.adapters import ADAPTERS, SiteModule
+from evoprune.fitness.adapters import ADAPTERS, Prunable, SiteModule
 from evoprune.fitness.adapters.base import AttentionLayout, MlpLayout
-from evoprune.fitness.models import Prunable
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
 from evoprune.metrics.shape import BlockShape, BlockWidths

@@ -35,7 +35,12 @@ class BlockWidths:
     @property
     def whole(self) -> BlockShape:
         """All of it."""
-        return BlockShape(tuple(range(self.groups)), tuple(range(self.heads)), tuple(range(self.neurons)))
+        return self.first(self.groups, self.heads_per_group, self.neurons)
+
+    def first(self, groups: int, heads_per_group: int, neurons: int) -> BlockShape:
+        """The first KV groups, the first query heads of each, and the first neurons."""
+        heads = [group * self.heads_per_group + head for group in range(groups) for head in range(heads_per_group)]
+        return BlockShape(tuple(range(groups)), tuple(heads), tuple(range(neurons)))
 
 
 @dataclass(frozen=True, slots=True)

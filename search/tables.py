@@ -214,12 +214,13 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error)
     for column in table.columns[1:]:
         column.justify = "right"
+    total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
+    if "form" in document:
+        total += f"; {document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
+        return Group(table, Text(total))
     inside = None if document["compressor"] == "mask" else document["compressor"]
     by = " and ".join(name for name in (document["criterion"], inside) if name is not None)
-    total = (
-        f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%}) by "
-        f"{by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
-    )
+    total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
     return Group(table, Text(total))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,14 @@ class MlpLayout:
             there are neurons holds gate and up, in this order.
         output: linear layer whose columns are the neurons.
         norms: norms that nothing but the MLP needs; they go with it.
+        width: what the config calls the number of neurons.
     """
 
     module: str
     inputs: tuple[str, ...]
     output: str
     norms: tuple[str, ...] = ()
+    width: str = "intermediate_size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,21 @@ class SiteModule:
         """[out] view of the live bias, if there is one."""
         bias = getattr(self.module, "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
+
+
+class Prunable(Protocol):
+    """What has matrices to prune.
+
+    Attributes:
+        model: the live model; its class names it in allocations.
+        sites: prunable matrices in model order, bound to `model`.
+    """
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def sites(self) -> tuple[SiteModule, ...]: ...
 
 
 ADAPTERS: Registry[ModelAdapter] = Registry("model family", "evoprune.fitness.adapters")

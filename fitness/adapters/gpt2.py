@@ -8,6 +8,6 @@ ADAPTERS.add(
         blocks="transformer.h",
         kinds=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
         attention=AttentionLayout("attn", ("attn.c_attn",), "attn.c_proj", ("ln_1",)),
-        mlp=MlpLayout("mlp", ("mlp.c_fc",), "mlp.c_proj", ("ln_2",)),
+        mlp=MlpLayout("mlp", ("mlp.c_fc",), "mlp.c_proj", ("ln_2",), "n_inner"),
     ),
 )

@@ -20,6 +20,6 @@ ADAPTERS.add(
             "self_attn.out_proj",
             ("self_attn_layer_norm",),
         ),
-        mlp=MlpLayout("", ("fc1",), "fc2", ("final_layer_norm",)),
+        mlp=MlpLayout("", ("fc1",), "fc2", ("final_layer_norm",), "ffn_dim"),
     ),
 )

@@ -20,22 +20,26 @@ if TYPE_CHECKING:
     from evoprune.api import allocate, collect_statistics, evaluate, load_model, prune
     from evoprune.fitness.statistics_import import import_gradients
     from evoprune.metrics.allocation import Allocation
-    from evoprune.outcomes import Evaluation, Pruned, PrunedPipeline
+    from evoprune.metrics.shape import Shape
+    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
     from evoprune.searches_joint import search_joint
     from evoprune.searches_structure import search_structure
+    from evoprune.shapes import prune_shape
 
     __version__: str
 
 # Which module has what this package offers by name.
 _HOMES = {
     "Allocation": "evoprune.metrics.allocation",
+    "CutModel": "evoprune.outcomes",
     "Evaluation": "evoprune.outcomes",
     "Pruned": "evoprune.outcomes",
     "PrunedPipeline": "evoprune.outcomes",
     "Run": "evoprune.runs",
+    "Shape": "evoprune.metrics.shape",
     "allocate": "evoprune.api",
     "collect_statistics": "evoprune.api",
     "evaluate": "evoprune.api",
@@ -45,6 +49,7 @@ _HOMES = {
     "load_pipeline": "evoprune.pipelines",
     "prune": "evoprune.api",
     "prune_pipeline": "evoprune.pipelines",
+    "prune_shape": "evoprune.shapes",
     "resume": "evoprune.searches",
     "search_allocation": "evoprune.searches",
     "search_joint": "evoprune.searches_joint",
@@ -54,10 +59,12 @@ _HOMES = {
 
 __all__ = [
     "Allocation",
+    "CutModel",
     "Evaluation",
     "Pruned",
     "PrunedPipeline",
     "Run",
+    "Shape",
     "__version__",
     "allocate",
     "collect_statistics",
@@ -68,6 +75,7 @@ __all__ = [
     "load_pipeline",
     "prune",
     "prune_pipeline",
+    "prune_shape",
     "resume",
     "search_allocation",
     "search_joint",

@@ -91,7 +91,7 @@ def prune(
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
-    language_model = _copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
+    language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     check_rule(language_model, rule)
     text: dict[str, Any] = {
         "calibration": calibration,
@@ -186,7 +186,7 @@ def evaluate(
     return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data, images)
 
 
-def _copy(language_model: LanguageModel) -> LanguageModel:
+def own_copy(language_model: LanguageModel) -> LanguageModel:
     """The same model with weights of its own."""
     model = deepcopy(language_model.model)
     return replace(language_model, model=model, sites=rebind(language_model.sites, model))

@@ -107,14 +107,20 @@ def prune(
         ),
     ] = None,
     shape: Annotated[
-        Path | None, option("--shape", metavar="F", help=f"heads and neurons to keep; {NOT_LANDED}", panel=TARGET)
+        Path | None,
+        option("--shape", metavar="F", help="a .json of the heads and neurons that every block keeps", panel=TARGET),
     ] = None,
     recovery: Annotated[
         str | None, option("--recovery", metavar="R", help=f"training after pruning; {NOT_LANDED}", panel=TARGET)
     ] = None,
     form: Annotated[
         Literal["auto", "plain", "padded", "compact", "masked"],
-        typer.Option("--form", help="of the checkpoint; a mask is always plain", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--form",
+            help="of what is cut to a --shape: plain has one width in all blocks, padded fills up with zeros, compact "
+            "is as small as the shape, masked has zeros only; auto is plain if the shape allows it, else compact",
+            rich_help_panel=OUTPUT,
+        ),
     ] = "auto",
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
@@ -130,11 +136,27 @@ def prune(
 ) -> None:
     """Remove the weights that a criterion scores lowest, and write a checkpoint that plain transformers loads."""
     with Output(as_json) as output:
-        for name, given in (("--shape", shape), ("--recovery", recovery)):
-            if given is not None:
-                raise InvalidInput(f"{name} {NOT_LANDED}; prune with --sparsity or --pattern")
+        if recovery is not None:
+            raise InvalidInput(f"--recovery {NOT_LANDED}; prune without it")
+        loading = _loading(dtype, device, revision, trust_remote_code, components)
+        if shape is not None:
+            beside = {
+                "--sparsity": sparsity,
+                "--allocation": allocation,
+                "--pattern": pattern,
+                "--metric": metric,
+                "--group": group,
+                "--compressor": compressor,
+                "--allocation-set": allocation_set,
+                "--budget": budget,
+                "--calibration": calibration,
+                "--calibration-sequences": calibration_sequences,
+                "--calibration-window": calibration_window,
+            }
+            _prune_shape(output, model, shape, form, out, beside, loading)
+            return
         if form not in ("auto", "plain"):
-            raise InvalidInput(f"--form {form} {NOT_LANDED}: a mask keeps every shape, so give --form plain")
+            raise InvalidInput(f"--form {form} goes with --shape: a mask keeps every width, so give --form plain")
         if sparsity is not None and not 0 < sparsity < 1:
             raise InvalidInput(
                 f"sparsity {sparsity:g} is not between 0 and 1: give the fraction to remove, such as 0.5"
@@ -174,7 +196,7 @@ def prune(
                 seed=seed,
                 **target,
                 **_calibration(calibration, calibration_sequences, calibration_window),
-                **_loading(dtype, device, revision, trust_remote_code, components),
+                **loading,
             )
             for remark in _remarks(pruned, metric):
                 output.tell(remark)
@@ -186,6 +208,41 @@ def prune(
             hint = "load it with DiffusionPipeline.from_pretrained" if pipeline else f"try it: {shlex.join(words)}"
             output.tell(layers_table(document), hint)
             output.line(document["out"])
+
+
+def _prune_shape(
+    output: Output,
+    model: str,
+    shape: Path,
+    form: str,
+    out: Path,
+    beside: dict[str, Any],
+    loading: dict[str, Any],
+) -> None:
+    """Cut a model to the shape in a file; what was given beside it is refused.
+
+    Raises:
+        InvalidInput: a shape and something else say what goes, or `prune_shape` refuses.
+    """
+    if given := [name for name, value in beside.items() if value not in (None, [])]:
+        raise InvalidInput(f"--shape says by itself what goes: leave out {given[0]}")
+    check_writable(out)
+    from evoprune.fitness.pipelines import is_pipeline
+    from evoprune.search.tables import layers_table
+    from evoprune.shapes import prune_shape
+
+    if is_pipeline(model):
+        raise InvalidInput("a pipeline cannot be cut to a shape: give --sparsity")
+    done = prune_shape(model, shape, form=form, out=out, progress=output.step, **loading)
+    if done.foreign:
+        output.tell("the shape was found on other weights of this class")
+    document = done.to_json()
+    if output.as_json:
+        output.json(document)
+    else:
+        words = ["evoprune", "eval", document["out"], "--dense", model]
+        output.tell(layers_table(document), f"try it: {shlex.join(words)}")
+        output.line(document["out"])
 
 
 def evaluate(

@@ -13,29 +13,20 @@ from evoprune.fitness.pruning import PrunedLayer
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
+from evoprune.metrics.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal:
-    """What was done to a model.
+class Smaller:
+    """What went, matrix by matrix.
 
     Attributes:
-        criterion: the name of the criterion, or its expression; None if the compressor read none.
-        rule: how many weights went, and what their scores were compared within.
-        compressor: what happened to the weights that stayed.
         layers: one entry per matrix, in model order.
         out: folder of the checkpoint; None if none was asked for.
-        allocation: the sparsity of each matrix; None if all had the same.
-        doubt: why the allocation may not suit the model; see `Allocation.doubt`.
     """
 
-    criterion: str | None
-    rule: MaskRule
-    compressor: str
     layers: tuple[PrunedLayer, ...]
     out: Path | None = None
-    allocation: Allocation | None = None
-    doubt: str | None = None
 
     @property
     def removed(self) -> int:
@@ -59,14 +50,42 @@ class Removal:
             "sparsity": self.sparsity,
             "removed": self.removed,
             "prunable": self.prunable,
-            "pattern": str(self.rule) if self.rule.pattern else None,
-            "criterion": self.criterion,
-            "compressor": self.compressor,
-            "allocation": None if self.allocation is None else self.allocation.summary(),
+            "pattern": None,
+            "criterion": None,
+            "compressor": None,
+            "allocation": None,
             "layers": [
                 {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
                 for layer in self.layers
             ],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removal(Smaller):
+    """What a mask or a compressor did to a model.
+
+    Attributes:
+        criterion: the name of the criterion, or its expression; None if the compressor read none.
+        rule: how many weights went, and what their scores were compared within.
+        compressor: what happened to the weights that stayed.
+        allocation: the sparsity of each matrix; None if all had the same.
+        doubt: why the allocation may not suit the model; see `Allocation.doubt`.
+    """
+
+    criterion: str | None
+    rule: MaskRule
+    compressor: str
+    allocation: Allocation | None = None
+    doubt: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` prints."""
+        return super().to_json() | {
+            "pattern": str(self.rule) if self.rule.pattern else None,
+            "criterion": self.criterion,
+            "compressor": self.compressor,
+            "allocation": None if self.allocation is None else self.allocation.summary(),
         }
 
 
@@ -90,6 +109,35 @@ class PrunedPipeline(Removal):
     """
 
     pipeline: Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutModel(Smaller):
+    """A model that was cut to a shape.
+
+    Attributes:
+        language_model: as it is now in memory.
+        shape: what every block kept.
+        form: of the checkpoint.
+        parameters: of the whole model, as it is now.
+        dense_parameters: of the whole model before.
+        foreign: whether the shape was found on other weights of this class.
+    """
+
+    language_model: LanguageModel
+    shape: Shape
+    form: str
+    parameters: int
+    dense_parameters: int
+    foreign: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --shape --json` prints."""
+        return super().to_json() | {
+            "form": self.form,
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+        }
 
 
 @dataclass(frozen=True)

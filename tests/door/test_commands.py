@@ -80,7 +80,7 @@ def test_all_commands_have_their_place_in_the_help() -> None:
         (["search", "experts"], "`evoprune search experts` has not landed yet"),
         (["eval", "reference", "--tasks", "arc"], "--tasks has not landed yet"),
         (["prune", "reference", "--out", "x", "--allocation", "a.json"], "no file 'a.json'"),
-        (["prune", "reference", "--out", "x", "--form", "compact"], "--form compact has not landed yet"),
+        (["prune", "reference", "--out", "x", "--form", "compact"], "--form compact goes with --shape"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -111,3 +111,10 @@ def test_no_json(text: str, told: str, tmp_path: Path) -> None:
 def test_a_shape_of_another_model(model: str, widths: tuple[BlockWidths, ...], told: str) -> None:
     with pytest.raises(InvalidInput, match=f"the shape is of another model, LlamaForCausalLM.*{told}"):
         SHAPE.check(model, widths)
+
+
+def test_the_example_in_the_readme(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (tmp_path / "shape.json").write_text(readme.split("```json\n")[1].split("```")[0])
+    shape = read_shape(tmp_path / "shape.json", model="LlamaForCausalLM", widths=(WIDTHS, WIDTHS))
+    assert shape.blocks == (BlockShape((1,), (2, 3), (*range(31), 40)), BlockShape((), (), tuple(range(48))))
