@@ -27,6 +27,7 @@ BENCHMARKS = {
     "memory": "worker_memory",
     "search": "search_speed",
     "levels": "level_cost",
+    "structure": "structure_build",
 }
 LONG = {"scale": "engine_scale", "generations": "generation_cost", "evopress": "evopress_speed"}
 """These take over 5 minutes and run only when they are named."""
