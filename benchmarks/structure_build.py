@@ -1,11 +1,12 @@
 """Removal orders in rounds against one column at a time: time, and output error at equal widths.
 
-The layer is 4,096 inputs wide with 2,048 outputs: inputs of a decaying spectrum in a random basis, four of them ten times
-as loud, 16,384 tokens, float32, one thread. The baseline is the published loop with updates in place: every step scores
-all columns, takes the cheapest, and updates all weights and the whole inverse. Its steps cost the same throughout, so
-that some of them are timed and the rest is extrapolated. Errors are compared on a layer of 1,024 inputs, where both run
-in full, at every sixteenth of the width. The last figure is the same ratio on all MLPs of the reference model, whose
-loops run in full; its details also have the time of the whole database. Times are of the processor, not of the clock.
+The layer is 4,096 inputs wide with 2,048 outputs: inputs of a decaying spectrum in a random basis, four of them ten
+times as loud, 16,384 tokens, float32, one thread. The baseline is the published loop with updates in place: every step
+scores all columns, takes the cheapest, and updates all weights and the whole inverse. Its steps cost the same
+throughout, so that some of them are timed and the rest is extrapolated. Errors are compared on a layer of 1,024 inputs,
+where both run in full, at every sixteenth of the width. The last figure is the same ratio on all MLPs of the reference
+model, whose loops run in full; its details also have the time of the whole database. Times are of the processor, not of
+the clock.
 """
 
 from __future__ import annotations
