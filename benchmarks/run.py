@@ -27,6 +27,7 @@ BENCHMARKS = {
     "memory": "worker_memory",
     "search": "search_speed",
     "levels": "level_cost",
+    "structure": "structure_build",
 }
 LONG = {
     "scale": "engine_scale",

@@ -21,9 +21,12 @@ from evoprune.fitness.gram import damped, damped_cholesky
 SHARE = 0.05
 """Of the columns that are left, how many go in one round."""
 
-# Among so many times the columns of a round those that go are chosen, one at a time: of two that can stand in for each
-# other, the second costs much more once the first is gone.
+# A round chooses among so many times the columns that it takes.
 _POOL = 2
+
+# Of two columns that can stand in for each other the second costs more once the first is gone: by 1 / (1 - ρ²), where ρ
+# is their correlation in H⁻¹. Two with a ρ² from here on do not go in one round.
+_ALIKE = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,16 @@ def column_order(problem: Problem, share: float = SHARE) -> Tensor:
 
     Args:
         problem: the matrix and its inputs.
-        share: of the columns that are left, how many go in one round, in [0, 1): at least one. Between rounds all
-            scores are exact; inside a round only those of the cheapest columns are kept so. 0 is one at a time.
+        share: of the columns that are left, how many go in one round, in [0, 1): at least one, and fewer where many can
+            stand in for each other. Scores are those at the beginning of the round. 0 is one at a time.
 
     Equal scores lose the lower column first; inputs that are always zero cost nothing and go before all others.
     """
     left, gone = _Remaining(problem), []
     while len(left.columns):
         count = max(math.ceil(share * len(left.columns)), 1)
-        pool = left.column_scores().argsort(stable=True)[: max(_POOL * count, 1)]
-        chosen = pool[_cheapest(left.inverse[pool][:, pool], left.weight[:, pool], count)]
+        pool = left.column_scores().argsort(stable=True)[: _POOL * count]
+        chosen = pool[~_repeats(left.inverse[pool][:, pool])][:count]
         gone.append(left.columns[chosen])
         left.remove(chosen)
     return torch.cat(gone)
@@ -122,88 +125,62 @@ class _Remaining:
 
     Attributes:
         columns: those that are left, ascending.
-        weight: [out, left], what they have become.
+        weight: [left, out], what they have become, each column as a row, so that taking some away moves whole rows.
         inverse: [left, left], of their part of H.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._target = problem.hessian @ problem.weight.T
+        self._hessian = problem.hessian
         self.columns = torch.arange(len(problem.hessian), device=problem.hessian.device)
-        self.weight = problem.weight
+        self.weight = problem.weight.T.contiguous()
         self.inverse = torch.cholesky_inverse(problem.factor)
-        self._solved = len(self.columns)
+        self._inverted = len(self.columns)
 
     def remove(self, places: Tensor) -> None:
         """Take away the columns at these places among those left, at once."""
         keep = torch.ones(len(self.columns), dtype=torch.bool, device=places.device)
         keep[places] = False
-        self.columns = self.columns[keep]
-        # Rounding adds up over the steps, so at every half all is computed anew, which costs next to nothing.
-        if 2 * len(self.columns) < self._solved:
-            self._solve()
-            return
+        stay = keep.nonzero()[:, 0]
         rows = self.inverse[places]
         factor, failed = torch.linalg.cholesky_ex(rows[:, places])
         if failed.item():
-            self._solve()
-            return
-        half = torch.linalg.solve_triangular(factor, rows[:, keep], upper=False)
-        gone = torch.linalg.solve_triangular(factor, self.weight[:, places].T, upper=False)
-        self.weight = torch.addmm(self.weight[:, keep], gone.T, half, alpha=-1)
-        self.inverse = torch.addmm(self.inverse[keep][:, keep], half.T, half, alpha=-1)
+            self._invert()
+            rows = self.inverse[places]
+            factor = torch.linalg.cholesky(rows[:, places])
+        half = torch.linalg.solve_triangular(factor, rows.index_select(1, stay), upper=False)
+        gone = torch.linalg.solve_triangular(factor, self.weight[places], upper=False)
+        self.columns = self.columns[stay]
+        self.weight = self.weight.index_select(0, stay).addmm_(half.T, gone, alpha=-1)
+        # Rounding adds up over the steps, so at every half the inverse is made anew, which costs next to nothing.
+        if 2 * len(stay) < self._inverted:
+            self._invert()
+        else:
+            self.inverse = self.inverse.index_select(0, stay).index_select(1, stay).addmm_(half.T, half, alpha=-1)
 
-    def _solve(self) -> None:
-        factor = torch.linalg.cholesky(self._problem.hessian[self.columns][:, self.columns])
-        self.inverse = torch.cholesky_inverse(factor)
-        self.weight = torch.cholesky_solve(self._target[self.columns], factor).T
-        self._solved = len(self.columns)
+    def _invert(self) -> None:
+        hessian = self._hessian[self.columns][:, self.columns]
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        self._inverted = len(self.columns)
 
     def column_scores(self) -> Tensor:
         """[left]: what it costs to take away each column."""
-        return self.weight.square().sum(0) / self.inverse.diagonal()
+        return torch.linalg.vector_norm(self.weight, dim=1).square() / self.inverse.diagonal()
 
     def group_scores(self, size: int) -> Tensor:
         """[left / size]: what it costs to take away each `size` consecutive columns."""
         count = len(self.columns) // size
         blocks = self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         halves = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(blocks), self.weight.T.reshape(count, size, -1), upper=False
+            torch.linalg.cholesky(blocks), self.weight.view(count, size, -1), upper=False
         )
         return halves.square().sum((1, 2))
 
 
-def _cheapest(inverse: Tensor, weight: Tensor, count: int) -> Tensor:
-    """The places of `count` columns in the order in which they go, one at a time.
-
-    Args:
-        inverse: [n, n], of the columns to choose from.
-        weight: [out, n], theirs.
-
-    With c = H⁻¹_:i / √H⁻¹_ii and v = (WᵀW)_:i / √H⁻¹_ii - ‖W_:i‖² / (2 H⁻¹_ii) c, column i takes c cᵀ from H⁻¹ and
-    v cᵀ + c vᵀ from WᵀW. Only diagonals are kept up to date; a column of the two is made when it is needed.
-    """
-    if count == 1:
-        return (weight.square().sum(0) / inverse.diagonal()).argmin()[None]
-    gram = weight.T @ weight
-    variances, norms = inverse.diagonal().clone(), gram.diagonal().clone()
-    barred = torch.zeros_like(norms)
-    c, v = inverse.new_zeros(count, len(norms)), inverse.new_zeros(count, len(norms))
-    chosen = []
-    for step in range(count):
-        at = (norms.clamp(min=0) / variances + barred).argmin(dim=0, keepdim=True)
-        c_at, v_at = c[:step].index_select(1, at)[:, 0], v[:step].index_select(1, at)[:, 0]
-        root = variances.index_select(0, at).rsqrt()
-        c[step] = (inverse.index_select(0, at)[0] - c[:step].T @ c_at) * root
-        column = (gram.index_select(0, at)[0] - v[:step].T @ c_at - c[:step].T @ v_at) * root
-        v[step] = column - column.index_select(0, at) * root / 2 * c[step]
-        norms -= 2 * c[step] * v[step]
-        # What is left of a variance is at least 1 / H_jj, and that is above rounding.
-        variances -= c[step].square()
-        variances.index_fill_(0, at, 1)
-        barred.index_fill_(0, at, math.inf)
-        chosen.append(at)
-    return torch.cat(chosen)
+def _repeats(inverse: Tensor) -> Tensor:
+    """[n] bool: whether one before can stand in for it; of the rows and columns [n, n] of H⁻¹ of some columns."""
+    scale = inverse.diagonal().rsqrt()
+    alike = (inverse * scale * scale[:, None]).square().tril(-1)
+    return (alike >= _ALIKE).any(1)
 
 
 def _places(groups: Tensor, size: int) -> Tensor:

@@ -42,7 +42,7 @@ from evoprune.fitness.structure_parts import (
     refitted,
 )
 from evoprune.fitness.units import AttentionUnits, BlockUnits
-from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
 
 Progress = Callable[[int, int], None]
@@ -74,8 +74,10 @@ def build_structure_database(
         InvalidInput: no such mode, shapes that do not fit, a Gram matrix that cannot be inverted even damped, or the
             disk is full or read-only.
     """
-    texts = _texts(windows)
-    _check(units, mode, path)
+    texts = texts_of(windows)
+    _check_mode(mode, path)
+    if path is not None:
+        check_path(units, path)
     recipe = structure_recipe(language_model, units, texts, mode, path)
     known = find(database_prefix(recipe))
     if known is None:
@@ -93,26 +95,34 @@ def build_structure_block(
     Once all blocks are built, on whichever workers of a cluster, `build_structure_database` has nothing to compute.
     Arguments and errors as there; `block` is the index.
     """
-    texts = _texts(windows)
+    texts = texts_of(windows)
     recipe = structure_recipe(language_model, units, texts, "dense", None)
     return _build(language_model, units, texts, recipe, None, range(block, block + 1), lambda done, total: None)[0]
 
 
-def _texts(windows: Sequences | Sequence[Sequences]) -> list[Sequences]:
+def texts_of(windows: Sequences | Sequence[Sequences]) -> list[Sequences]:
+    """One text, or several, as a list."""
     return [windows] if isinstance(windows, (Tensor, Samples)) else list(windows)
 
 
-def _check(units: Sequence[BlockUnits], mode: Mode, path: Sequence[BlockShape] | None) -> None:
-    """Refuse a mode that there is not, or a path that does not belong to it or to the model."""
+def _check_mode(mode: Mode, path: Sequence[BlockShape] | None) -> None:
+    """Refuse a mode that there is not, or a path that does not belong to it."""
     if mode not in get_args(Mode):
         raise InvalidInput(f"no accumulation mode {str(mode)[:40]!r}; there are {', '.join(get_args(Mode))}")
     if (path is not None) != (mode == "path"):
         raise InvalidInput("shapes of blocks go with the accumulation mode 'path', which needs them, and no other")
-    if path is not None:
-        if len(path) != len(units):
-            raise InvalidInput(f"{len(path)} shapes do not fit a model of {len(units)} blocks: give one for each")
-        for block, shape in zip(units, path, strict=True):
-            shape.check(block.block, block.widths)
+
+
+def check_path(units: Sequence[BlockUnits], path: Sequence[BlockShape]) -> None:
+    """Refuse shapes that are not those of a model.
+
+    Raises:
+        InvalidInput: there are more or fewer than blocks, or one does not fit its block.
+    """
+    if len(path) != len(units):
+        raise InvalidInput(f"{len(path)} shapes do not fit a model of {len(units)} blocks: give one for each")
+    for block, shape in zip(units, path, strict=True):
+        shape.check(block.block, block.widths)
 
 
 @torch.no_grad()
@@ -152,7 +162,7 @@ def _independent(
     walk.run({}, to=missing[0])
     for block, following in zip(missing, [*missing[1:], None], strict=True):
         attention, mlp = units[block].attention, units[block].mlp
-        grams = _grams(walk, [attention, mlp], following)
+        grams = part_grams(walk, [attention, mlp], following)
         yield block, {"attention": _tensors(attention, grams[0]), "mlp": _tensors(mlp, grams[1])}
 
 
@@ -169,21 +179,24 @@ def _accumulated(
         known = read_block(name) if name is not None else {}
         parts: dict[PartName, Stored] = {}
         with ExitStack() as stack:
-            for part_name, part in _parts(units[block]):
-                parts[part_name] = known.get(part_name) or _tensors(part, _grams(walk, [part])[0])
+            for part_name, part in named_parts(units[block]):
+                parts[part_name] = known.get(part_name) or _tensors(part, part_grams(walk, [part])[0])
                 if (part_name, block) != ("mlp", last):
-                    stack.enter_context(_replaced(part, parts[part_name], shape))
+                    columns = None if shape is None else columns_of(part, shape)
+                    new = _left(part, parts[part_name], columns)
+                    stack.enter_context(replaced(part, new, dropped=columns == []))
             if name is None:
                 yield block, parts
             if block < last:
                 walk.run({}, to=block + 1)
 
 
-def _parts(block: BlockUnits) -> tuple[tuple[PartName, Part], ...]:
+def named_parts(block: BlockUnits) -> tuple[tuple[PartName, Part], ...]:
+    """The parts of a block in the order of a forward pass, with their names."""
     return ("attention", block.attention), ("mlp", block.mlp)
 
 
-def _grams(walk: BlockWalk, parts: Sequence[Part], to: int | None = None) -> list[Tensor]:
+def part_grams(walk: BlockWalk, parts: Sequence[Part], to: int | None = None) -> list[Tensor]:
     """[in, in] float32, mean of x xᵀ over tokens, of what the outputs of parts of the present block read."""
     outputs = [part.output for part in parts]
     sums = [InputSums(bound.site.in_features, bound.weight().device, frozenset({"H"})) for bound in outputs]
@@ -197,27 +210,31 @@ def _grams(walk: BlockWalk, parts: Sequence[Part], to: int | None = None) -> lis
 
 
 def _tensors(part: Part, gram: Tensor) -> Stored:
-    try:
-        return attention_tensors(part, gram) if isinstance(part, AttentionUnits) else mlp_tensors(part, gram)
-    except EvopruneError as error:
-        name = part.output.site.name
-        raise InvalidInput(f"cannot order the columns of {name}: {error}: calibrate on more text") from None
+    return attention_tensors(part, gram) if isinstance(part, AttentionUnits) else mlp_tensors(part, gram)
+
+
+def _left(part: Part, stored: Stored, columns: Sequence[int] | None) -> Tensor:
+    """What the output of a part becomes on these columns, or without any the mean over all widths."""
+    return mixture(part, stored) if columns is None else refitted(part, stored, columns)
 
 
 @contextmanager
-def _replaced(part: Part, stored: Stored, shape: BlockShape | None) -> Iterator[None]:
-    """Inside, the output of a part is that of what the shape keeps, or without one the mean over all widths."""
-    columns = None if shape is None else columns_of(part, shape)
-    new = mixture(part, stored) if columns is None else refitted(part, stored, columns)
-    # The bias of an output goes where all of its part does.
-    live = [part.output.weight(), *([part.output.bias()] if columns == [] else [])]
-    tensors = [tensor for tensor in live if tensor is not None]
-    before = [tensor.clone() for tensor in tensors]
+def replaced(part: Part, weight: Tensor, *, dropped: bool) -> Iterator[None]:
+    """Inside, the output of a part has this weight.
+
+    Args:
+        part: bound to the live model.
+        weight: [out, in], of any float type.
+        dropped: the whole part goes, and the bias of its output with it.
+    """
+    bias = part.output.bias() if dropped else None
+    live = [part.output.weight(), *([] if bias is None else [bias])]
+    before = [tensor.clone() for tensor in live]
     try:
-        part.output.weight().copy_(new)
-        for bias in tensors[1:]:
+        live[0].copy_(weight)
+        if bias is not None:
             bias.zero_()
         yield
     finally:
-        for tensor, kept in zip(tensors, before, strict=True):
+        for tensor, kept in zip(live, before, strict=True):
             tensor.copy_(kept)

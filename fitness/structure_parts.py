@@ -6,7 +6,7 @@ Source: layerwise sparsity allocation, section 5.6.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from evoprune.fitness.refit import Factor, zero_error
 from evoprune.fitness.removal_order import Problem, balanced_order, column_order, group_order
 from evoprune.fitness.units import AttentionUnits, MlpUnits
+from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.shape import BlockShape
 
 Part = AttentionUnits | MlpUnits
@@ -25,6 +26,15 @@ Stored = dict[str, Tensor]
 
 EIGHTHS = 8
 """Widths of a part that a mixture is of, the whole one among them."""
+
+
+def problem_of(part: Part, gram: Tensor) -> Problem:
+    """The output matrix of a part on its inputs; arguments and errors as of `attention_tensors`."""
+    try:
+        return Problem.of(part.output.weight(), gram)
+    except EvopruneError as error:
+        name = part.output.site.name
+        raise InvalidInput(f"cannot refit {name} on some of its columns: {error}: calibrate on more text") from None
 
 
 def attention_tensors(units: AttentionUnits, gram: Tensor) -> Stored:
@@ -39,9 +49,9 @@ def attention_tensors(units: AttentionUnits, gram: Tensor) -> Stored:
         [groups + 1, heads of each + 1]: by how many groups and how many heads in each stay.
 
     Raises:
-        EvopruneError: `gram` is not positive definite, even damped.
+        InvalidInput: `gram` is not positive definite, even damped.
     """
-    problem = Problem.of(units.output.weight(), gram)
+    problem = problem_of(units, gram)
     each, size = units.heads // units.groups, units.head_dim
     groups = group_order(problem, each * size).flip(0)
     if each == 1:
@@ -64,7 +74,7 @@ def mlp_tensors(units: MlpUnits, gram: Tensor) -> Stored:
     Returns:
         Among others ``errors`` [neurons + 1], by how many stay.
     """
-    problem = Problem.of(units.output.weight(), gram)
+    problem = problem_of(units, gram)
     factor = Factor.of(problem, column_order(problem).flip(0))
     return _stored(factor, factor.errors(zero_error(problem)), problem)
 
@@ -100,22 +110,23 @@ def mixture(part: Part, stored: Stored) -> Tensor:
     Source: Li et al. 2025 (Týr-the-Pruner, arXiv:2503.09657), section 3; allocation chapter, section 4.1 (ii).
     """
     kept = _attention_widths(part, stored) if isinstance(part, AttentionUnits) else _mlp_widths(part, stored)
-    return _mean(part, factor_of(stored, part.output.weight().device), kept)
+    factor, shares = factor_of(stored, part.output.weight().device), sum(map(len, kept))
+    mean = torch.zeros_like(factor.target.T)
+    for columns in kept:
+        mean += len(columns) / shares * spread(part, factor.refit(columns), columns)
+    return mean
 
 
 def refitted(part: Part, stored: Stored, columns: Sequence[int]) -> Tensor:
     """[out, in] float32: the best weight on these columns, zeros in the others."""
-    return _mean(part, factor_of(stored, part.output.weight().device), [columns])
+    return spread(part, factor_of(stored, part.output.weight().device).refit(columns), columns)
 
 
-def _mean(part: Part, factor: Factor, kept: Iterable[Sequence[int]]) -> Tensor:
-    site = part.output.site
-    mean = factor.target.new_zeros(site.out_features, site.in_features)
-    shares = 0
-    for columns in kept:
-        mean[:, list(columns)] += len(columns) * factor.refit(columns)
-        shares += len(columns)
-    return mean / max(shares, 1)
+def spread(part: Part, weight: Tensor, columns: Sequence[int]) -> Tensor:
+    """[out, in]: the weight of a part's output on these columns, [out, kept], with zeros in the others."""
+    whole = weight.new_zeros(len(weight), part.output.site.in_features)
+    whole[:, list(columns)] = weight
+    return whole
 
 
 def _attention_widths(units: AttentionUnits, stored: Stored) -> list[list[int]]:

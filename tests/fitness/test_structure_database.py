@@ -16,6 +16,7 @@ from evoprune.fitness.block_walk import BlockWalk
 from evoprune.fitness.gram import damped
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.parcels import parcel_folder
+from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
 from evoprune.fitness.structure_database import StructureDatabase
@@ -123,6 +124,17 @@ def test_several_texts_weigh_by_their_tokens() -> None:
     assert torch.allclose(cut.errors(1, "mlp"), one.errors(1, "mlp"), atol=1e-5)
 
 
+def test_of_a_whole_part_the_refit_is_the_dense_weight() -> None:
+    language_model = tiny_language_model()
+    units = find_units(language_model)
+    shapes = [block.widths.whole for block in units]
+    for block, found in zip(units, path_refits(language_model, units, WINDOWS, shapes), strict=True):
+        assert torch.equal(found["attention"], block.attention.output.weight())
+        assert torch.equal(found["mlp"], block.mlp.output.weight())
+    with pytest.raises(InvalidInput, match="1 shapes do not fit a model of 2 blocks"):
+        path_refits(language_model, units, WINDOWS, shapes[:1])
+
+
 def test_blocks_built_by_themselves_are_those_of_the_whole(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     language_model = tiny_language_model(num_hidden_layers=3)
     units = find_units(language_model)
@@ -193,6 +205,9 @@ def test_a_path_is_the_model_cut_so_far(family: str, drop: bool) -> None:
         shapes[0] = BlockShape((), (), shapes[0].neurons)
         shapes[1] = BlockShape(shapes[1].groups, shapes[1].heads, ())
     database = build_structure_database(language_model, units, WINDOWS, mode="path", path=shapes)
+    before = weights(language_model)
+    refits = path_refits(language_model, units, WINDOWS, shapes)
+    assert all(map(torch.equal, before, weights(language_model)))
     for block, shape in zip(there, shapes, strict=True):
         for part, bound, columns in (
             ("attention", block.attention.output, block.attention.columns(shape.heads)),
@@ -204,6 +219,7 @@ def test_a_path_is_the_model_cut_so_far(family: str, drop: bool) -> None:
                 weight[:, columns] = solved(bound, read, columns)[0]
                 found = database.output(block.block, part, shape)
                 assert close(found, weight[:, columns])
+                assert close(refits[block.block][part], weight[:, columns])
             elif (bias := bound.bias()) is not None:
                 bias.zero_()
             bound.weight().copy_(weight)
@@ -269,7 +285,9 @@ def test_inputs_that_cannot_be_used_are_named() -> None:
     language_model = tiny_language_model()
     units = find_units(language_model)
     units[0].mlp.inputs[0].weight().fill_(float("inf"))
-    with pytest.raises(InvalidInput, match=r"cannot order the columns of model.layers.0.mlp.down_proj: .* calibrate"):
+    with pytest.raises(
+        InvalidInput, match=r"cannot refit model.layers.0.mlp.down_proj on some of its columns: .* calibrate"
+    ):
         build_structure_database(language_model, units, WINDOWS, mode="dense")
 
 
