@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from evoprune.metrics.errors import AuditFailed, InvalidInput, WorkersFailed
+from evoprune.metrics.files import content_hash
 from evoprune.search.engine import ray as engine_ray
 from evoprune.search.engine.dispatch import is_audited
-from evoprune.search.engine.executor import Job, Outcome, evaluate
+from evoprune.search.engine.executor import Executor, Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.ray import RayExecutor
 
@@ -35,7 +36,7 @@ def private_ray() -> Iterator[None]:
         patch.setenv("RAY_AUTH_TOKEN", engine_ray._process_token)
         ray.init(
             address="local",
-            num_cpus=3,
+            num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=100_000_000,
@@ -87,15 +88,40 @@ def mixed_jobs(count: int) -> list[Job]:
     return [Job(f"k{x}", kinds.get(x % 11, "square"), {"x": x}) for x in range(count)]
 
 
+def fed(executor: Executor, jobs: list[Job], batch: int) -> list[Outcome]:
+    """Outcomes in the order of the jobs, which come in batches: the next one after a look at what has finished."""
+    found: dict[str, Outcome] = {}
+    for first in range(0, len(jobs), batch):
+        executor.submit(jobs[first : first + batch])
+        found |= {outcome.key: outcome for outcome in executor.poll(0.0)}
+    while len(found) < len(jobs):
+        found |= {outcome.key: outcome for outcome in executor.poll(1.0)}
+    return [found[job.key] for job in jobs]
+
+
 def test_outcomes_are_those_of_the_inline_executor_for_any_number_of_workers(make: MakeExecutor) -> None:
-    jobs = mixed_jobs(250)
+    """Engine list 1."""
     inline = InlineExecutor("fake_workers:build", {"offset": 2}, python_path=[HERE], threads=None)
     inline.start()
-    expected = essence(evaluate(inline, jobs))
-    for workers in (1, 2):
+    hashes = {}
+    for batch in (1, 8):
+        hashes["inline", batch] = content_hash(essence(fed(inline, mixed_jobs(250), batch)))
+    for workers in (1, 2, 4):
         executor = make(workers, offset=2)
-        assert essence(evaluate(executor, jobs)) == expected
+        warm_up(executor)
+        for batch in (1, 8):
+            outcomes = fed(executor, mixed_jobs(250), batch)
+            hashes[workers, batch] = content_hash(essence(outcomes))
+            assert len({outcome.telemetry["worker"] for outcome in outcomes}) == workers
         executor.close()
+    assert len(set(hashes.values())) == 1, hashes
+
+
+def warm_up(executor: RayExecutor) -> None:
+    """Until every worker is there."""
+    while executor.counters()["ready"] < executor.workers:
+        executor.poll(0.0)
+        time.sleep(0.05)
 
 
 def test_start_and_submit_do_not_wait_for_workers(make: MakeExecutor) -> None:
@@ -129,9 +155,7 @@ def test_the_slots_of_a_worker_run_at_the_same_time_in_one_process(make: MakeExe
 
 def test_no_job_waits_at_one_worker_while_another_has_none(make: MakeExecutor) -> None:
     executor = make(2)
-    evaluate(executor, [Job("warm", "square", {"x": 1})])
-    while executor.counters()["ready"] < 2:
-        time.sleep(0.05)
+    warm_up(executor)
     outcomes = evaluate(executor, [Job(f"k{x}", "square", {"x": x, "seconds": 0.5}) for x in range(2)])
     assert len({outcome.telemetry["worker"] for outcome in outcomes}) == 2
 
