@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from evoprune.metrics.errors import AuditFailed, InvalidInput, WorkersFailed
+from evoprune.metrics.errors import AuditFailed, InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import content_hash
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import is_audited
 from evoprune.search.engine.executor import Executor, Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
@@ -257,6 +258,59 @@ def test_when_every_worker_dies_on_its_way_up_that_is_said_too(
         evaluate(make(1, fall=True), mixed_jobs(1))
 
 
+class Unloadable:
+    """What an actor on a node that lacks something cannot even be made of."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.stat, ("/nowhere/libcuda.so.1",)
+
+
+def test_an_actor_that_cannot_be_made_is_made_once() -> None:
+    """Engine list 5, for what fails in Ray's own hands; `tests/door/test_starting.py` has the rest."""
+    told: list[str] = []
+    executor = RayExecutor(
+        "fake_workers:build", {"device": Unloadable()}, workers=2, notify=lambda _, event, **fields: told.append(event)
+    )
+    executor.start()
+    try:
+        with pytest.raises(WorkersFailed, match=r"no worker can start: FileNotFoundError.*libcuda\.so\.1"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+    assert told.count("worker_refused") == 2
+
+
+def test_workers_whose_numbers_are_not_the_runs_are_turned_away_by_nodes() -> None:
+    """None is started again where one was refused: it would be the same there."""
+    theirs = {"class": {"threads": 2}, "loss": 3.0, "bits": "00"}
+    told: list[str] = []
+    executor = RayExecutor(
+        "fake_workers:build",
+        {"numerics": theirs},
+        workers=2,
+        python_path=[HERE],
+        admission=Admission(expected={**theirs, "class": {"threads": 1}}),
+        notify=lambda _, event, **fields: told.append(event),
+    )
+    executor.start()
+    try:
+        with pytest.raises(WorkersFailed, match="no worker may take part: its numbers differ from the run's: threads"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+    assert told.count("worker_refused") <= 2
+
+
+def test_without_a_ready_worker_for_too_long_there_is_no_capacity() -> None:
+    executor = RayExecutor("fake_workers:build", {}, gpus_per_worker=1, python_path=[HERE], stall_seconds=0.5)
+    executor.start()
+    try:
+        with pytest.raises(NoCapacity, match=r"no worker for 0\.5 s: Ray has no room for one"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+
+
 def test_a_factory_that_is_not_there_is_an_error_not_a_wait() -> None:
     executor = RayExecutor("no_such_module:build", {})
     executor.start()
@@ -307,9 +361,34 @@ def test_senseless_sizes_are_refused() -> None:
         RayExecutor("fake_workers:build", {}, slots_per_worker=0)
 
 
+@pytest.mark.parametrize(
+    ("present", "workers", "each", "fits"),
+    [
+        (0, 2, 0.0, True),
+        (0, 1, 1.0, False),
+        (2, 2, 1.0, True),
+        (2, 3, 1.0, False),
+        (4, 2, 2.0, True),
+        (3, 2, 2.0, False),
+        (2, 4, 0.5, True),
+        (2, 5, 0.5, False),
+        (2, 3, 0.6, False),  # 0.6 of each of two devices, never of both
+    ],
+)
+def test_more_workers_than_the_gpus_here_can_hold_are_refused(
+    present: float, workers: int, each: float, fits: bool
+) -> None:
+    if fits:
+        engine_ray._check_gpus(present, workers, each)
+        return
+    with pytest.raises(InvalidInput, match=rf"{workers} workers with {each:g} GPUs each do not fit on the {present}"):
+        engine_ray._check_gpus(present, workers, each)
+
+
 OWN_INSTANCE = """
 import os, sys
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import is_audited
 from evoprune.search.engine.executor import Job, evaluate
 from evoprune.search.engine.ray import RayExecutor
