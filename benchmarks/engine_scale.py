@@ -1,7 +1,7 @@
 """The engine with evaluations that only take time: how near to ideal it keeps its slots, and what its driver costs.
 
     python benchmarks/engine_scale.py                                    # five points of 60 s, 8 min with start-up
-    python benchmarks/engine_scale.py --slots 64 256 --evaluations 10000
+    python benchmarks/engine_scale.py --slots 64 256 --evaluations 10000       # each 60 s at least
     python benchmarks/engine_scale.py --slots 64 --sigma 1 --window 1024 --memory 64 --failures 0.05 --board
 
 Real are the loop, the run folder with its commits, the evaluation log with its fsyncs, Ray and the actors; the
@@ -237,8 +237,10 @@ def _print_table(points: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, nargs="+", help="logical workers; the default points if none is given")
-    parser.add_argument("--seconds", type=float, default=60.0, help="ideal length of a point (60)")
-    parser.add_argument("--evaluations", type=int, help="so many at each point, instead of --seconds")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="ideal length of a point (60), or more with --evaluations"
+    )
+    parser.add_argument("--evaluations", type=int, default=0, help="at least so many at each point, beyond --seconds")
     parser.add_argument("--window", type=int, help="births that may wait (4 per slot, 16 if durations vary)")
     parser.add_argument("--mean", type=float, default=1.0, help="seconds of an evaluation (1)")
     parser.add_argument("--sigma", type=float, default=0.0, help="spread of their logarithm: 0 constant, 1 log-normal")
@@ -253,7 +255,7 @@ def main() -> None:
         points = [
             Point(
                 slots,
-                asked.evaluations or max(int(slots * asked.seconds / asked.mean), 1),
+                max(asked.evaluations, int(slots * asked.seconds / asked.mean), 1),
                 asked.window or per_slot * slots,
                 load,
             )

@@ -44,6 +44,9 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
     pure_jobs: ClassVar[tuple[str, ...]] = ("allocate", "levels", "heldout")
     _database = ""
 
+    def tokens_of(self, job: Job) -> int:
+        return (job.payload["last"] - job.payload["first"]) * self.context.window
+
     @abstractmethod
     def space(self, sites: list[Site]) -> LevelSpace:
         """The genomes that the configuration allows.

@@ -15,7 +15,7 @@ from evoprune.search.config_allocation import GenerationsConfig
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
-from evoprune.search.loop import BirthLoop, Budget
+from evoprune.search.loop import Birth, BirthLoop, Budget
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Ask, Config, WorkerSession
 
@@ -165,17 +165,21 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             self._log,
             self._run,
             window=self.config.window,
-            deadline=lambda job: self._deadline.seconds(self.context.rungs[-1] * self.context.window),
-            on_applied=lambda birth, line, outcome: self._applied(line, outcome),
+            deadline=lambda job: self._deadline.seconds(self.tokens_of(job)),
+            on_applied=self._applied,
             on_poll=self._polled,
         )
         loop.restore()
         self._watch.searching(self.kind, search, loop, self._run.history(), self._log.outcomes())
         return loop
 
-    def _applied(self, line: Mapping[str, Any], outcome: Outcome | None) -> None:
-        if outcome is not None:
-            self._deadline.observe(outcome)
+    def tokens_of(self, job: Job) -> int:
+        """How many tokens of text B a job of the search reads at most; all steps, unless each is a job of its own."""
+        return self.context.rungs[-1] * self.context.window
+
+    def _applied(self, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None) -> None:
+        if outcome is not None and birth.job is not None:
+            self._deadline.observe(outcome, self.tokens_of(birth.job))
         self._watch.applied(line, outcome)
 
     def _announce(self, prepared: Summary, executor: Executor) -> None:

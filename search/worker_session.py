@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.travel import pack_inputs
-from evoprune.metrics.errors import EvopruneError, Interrupted, InvalidInput, WorkersFailed
+from evoprune.metrics.errors import Interrupted, InvalidInput, WorkersFailed
 from evoprune.metrics.files import content_hash
 from evoprune.search.config_sections import SearchConfig, with_window
 from evoprune.search.engine.address import EXPOSURE, LOCAL
@@ -244,7 +244,10 @@ class WorkerSession(ABC, Generic[Config]):
             try:
                 arrived = executor.poll(0.2)
             except WorkersFailed as error:
-                raise _input_at_fault(error) from error
+                message = invalid_input(f"{error}\n{error.__cause__ or ''}")
+                if message is None:
+                    raise
+                raise InvalidInput(message) from error
             self._watch.tick()
         (outcome,) = arrived
         if outcome.status != "ok":
@@ -303,12 +306,6 @@ class WorkerSession(ABC, Generic[Config]):
                     f"change, or `evoprune resume {self._run.path} --fork` starts a new run that reuses what holds"
                 )
         self._run.add_identity(**facts)
-
-
-def _input_at_fault(error: WorkersFailed) -> EvopruneError:
-    """`error`, or the wrong input that kept the workers from starting."""
-    message = invalid_input(f"{error}\n{error.__cause__ or ''}")
-    return InvalidInput(message) if message else error
 
 
 def _gpus(asked: float | None) -> float:

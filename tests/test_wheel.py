@@ -1,6 +1,6 @@
 """The wheel in a stranger's hands: what is in it, and that it works in an environment without this repository.
 
-It is built from a copy, so that no build folder appears here, and installed without its dependencies into an
+It is installed without its dependencies into an
 environment of its own that borrows those of this one. Nothing is downloaded.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sysconfig
 import zipfile
@@ -21,7 +20,8 @@ import pytest
 
 from tests.door.conftest import CONFIG
 from tests.models import save_tiny
-from tests.test_house import FOLDERS, HEAVY, MODULES, ROOT, package_of, run_python, source_files
+from tests.test_house import HEAVY, MODULES, ROOT, package_of, run_python, source_files
+from tests.wheels import build_wheel
 
 pytestmark = pytest.mark.slow
 
@@ -58,16 +58,7 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    tree = folder / "tree"
-    for name in FOLDERS:
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    pip = ("-m", "pip", "--disable-pip-version-check", "--quiet")
-    run_python(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), str(tree), cwd=folder)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import Dispatcher, Loss, is_audited
 from evoprune.search.engine.executor import Job, Notify, Outcome
+from evoprune.search.engine.head import Head
 from evoprune.search.engine.running import WorkerRecipe, last_line
 from evoprune.search.engine.worker_process import WorkerProcess
 
@@ -44,6 +45,7 @@ class Crew:
         elastic: whether `size` follows the cluster, by `grow`; a refused worker is then not replaced.
         slots: how many jobs an actor runs at the same time, each in a thread of its own.
         audited: kinds of jobs of which a hundredth is done again by another actor, and must come out the same.
+        head: of the cluster, without which no actor can be started; None where it cannot be seen.
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Crew:
         elastic: bool = False,
         slots: int = 1,
         audited: Collection[str] = (),
+        head: Head | None = None,
     ) -> None:
         self._ray = ray
+        self._head = head
         fixed = {"max_restarts": 0, "max_task_retries": 0, "max_concurrency": slots, "scheduling_strategy": "SPREAD"}
         self._options = {**fixed, **options}
         self._admission = admission or Admission("relaxed")
@@ -101,6 +105,8 @@ class Crew:
 
     def grow(self) -> None:
         """Have as many workers as the cluster has room for by now; those that are lost are replaced in any case."""
+        if self._head is not None and not self._head.knows_us(self._ray):
+            return
         added = room(self._ray, self._options, self._refused_nodes) - self._size
         if added > 0:
             self._births += [0.0] * added
@@ -149,6 +155,8 @@ class Crew:
 
     def _start_missing(self, now: float) -> None:
         due = [moment for moment in self._births if moment <= now]
+        if due and self._head is not None and not self._head.answers():
+            return
         self._births = [moment for moment in self._births if moment > now]
         for _ in due:
             worker = next(self._numbers)

@@ -24,14 +24,18 @@ class Deadline:
     def __init__(self, asked: float | Literal["auto"] | None, seconds_per_token: float) -> None:
         self._asked = asked
         self._seconds_per_token = seconds_per_token
-        self._longest = 0.0
+        self._longest: dict[int, float] = {}  # seconds by tokens; a search has a handful of these
 
-    def observe(self, outcome: Outcome) -> None:
-        """Learn from a finished job: what took one long, on whatever machine, may take the next long."""
-        self._longest = max(self._longest, outcome.telemetry.get("seconds", 0.0))
+    def observe(self, outcome: Outcome, tokens: int) -> None:
+        """Learn from a finished job over `tokens` tokens: what took one long may take the next long.
+
+        Only one over as many tokens or more: what hangs on the first step need not wait as long as the last one takes.
+        """
+        self._longest[tokens] = max(self._longest.get(tokens, 0.0), outcome.telemetry.get("seconds", 0.0))
 
     def seconds(self, tokens: int) -> float | None:
         """For a job with forward passes over `tokens` tokens at most."""
         if self._asked != "auto":
             return self._asked
-        return max(SHORTEST, PATIENCE * tokens * self._seconds_per_token, PATIENCE * self._longest)
+        longest = max((seconds for size, seconds in self._longest.items() if size <= tokens), default=0.0)
+        return max(SHORTEST, PATIENCE * tokens * self._seconds_per_token, PATIENCE * longest)

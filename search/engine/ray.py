@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.fitness import parcels as fitness_parcels
-from evoprune.metrics.errors import InvalidInput, WorkersFailed
+from evoprune.metrics.errors import InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
 from evoprune.search.engine.address import LOCAL, split_address
 from evoprune.search.engine.admission import Admission
@@ -192,9 +192,9 @@ class RayExecutor(Executor):
             with _connected(self._address, self._size, self._gpus) as ray, self._libraried(ray) as librarian:
                 self._sigterm_taken.set()
                 self._notify("info", "ray_started", logs=_log_folder(ray))
-                crew = self._crew(ray, librarian)
                 # A client of Ray speaks to a proxy, and need not reach the head.
                 head = None if self._address.startswith("ray://") else Head(ray.get_runtime_context().gcs_address)
+                crew = self._crew(ray, librarian, head)
                 look = time.monotonic() + GROW_SECONDS
                 try:
                     while not self._closing.is_set():
@@ -210,6 +210,11 @@ class RayExecutor(Executor):
                             crew.grow()
                             look = time.monotonic() + GROW_SECONDS
                         self._counters, self.workers = crew.counters(), crew.size * self._slots
+                except (ray.exceptions.RayError, ConnectionError) as problem:
+                    place = "on this machine" if self._address == LOCAL else f"at {self._address}"
+                    raise NoCapacity(
+                        f"the Ray cluster {place} is lost: its head is gone, or was restarted and knows no workers"
+                    ) from problem
                 finally:
                     crew.dismiss()
         except BaseException as problem:
@@ -217,7 +222,7 @@ class RayExecutor(Executor):
         finally:
             self._outbox.put(None)
 
-    def _crew(self, ray: Any, librarian: Any) -> Crew:
+    def _crew(self, ray: Any, librarian: Any, head: Head | None = None) -> Crew:
         """The crew with the resources that were asked for, or those that the cluster has."""
         gpus = self._gpus
         if gpus is None:
@@ -247,6 +252,7 @@ class RayExecutor(Executor):
             elastic=self._size is None,
             slots=self._slots,
             audited=self._audited,
+            head=head,
         )
 
     @contextlib.contextmanager
@@ -333,9 +339,10 @@ def _take_sigterm_back() -> None:
 
 @contextlib.contextmanager
 def _private_settings(address: str) -> Iterator[None]:
-    """Environment that a private instance wants: a token of its own, so that none is written to HOME; no reports;
-    workers at this process's priority, for Ray's niceness of 15 starves them on a machine that has other work."""
-    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    """Environment that Ray is to find: a token for a private instance, so that none is written to HOME; no reports;
+    workers at this process's priority, for Ray's niceness of 15 starves them on a machine that has other work; and no
+    looking for another cluster, which a call of Ray's would do by itself after a `ray://` connection has ended."""
+    wanted = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
     known = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"}
     if address == LOCAL and not known & os.environ.keys():
         wanted["RAY_AUTH_TOKEN"] = _process_token

@@ -158,7 +158,7 @@ class Tuner:
         best_value, best_point = min(known, key=lambda pair: pair[0])
         differences = len(known) == 2 * len(self._center) and self._newton
         jump = self._newton_point() if differences and self._value is not None else None
-        if self._value is None or best_value < self._value:
+        if math.isfinite(best_value) and (self._value is None or best_value < self._value):
             self._value, self._center = best_value, list(best_point)
             birth = self._births[self._batch.index(best_point)]
             if birth is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -20,7 +22,10 @@ import optuna
 import pytest
 
 import evoprune
+from evoprune.search.engine.trial_record import TrialRecord
+from evoprune.search.publishing import rebuild_board
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.trials_metric import MetricTrials
 from tests.door.conftest import Run
 
 PATIENCE = 300.0
@@ -140,6 +145,34 @@ def test_the_dashboard_command(run: Run, finished: Path, tmp_path: Path, monkeyp
         absent = run("dashboard", folder)
     assert absent.code == 2
     assert absent.err == "error: the dashboard is not installed: pip install 'evoprune[dashboard]'\n"
+
+
+def test_the_dashboard_gives_constraints_notes_and_artifacts(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engine list 12, over HTTP; a run's own board, but that its first candidates are said to exceed limits."""
+    dashboard = pytest.importorskip("optuna_dashboard")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    limits = [(0.5, -1.0), (0.0, -0.25)]
+    records = MetricTrials.records
+
+    def limited(*arguments: Any) -> Iterator[TrialRecord]:
+        for record, constraints in itertools.zip_longest(records(*arguments), limits, fillvalue=()):
+            yield dataclasses.replace(record, constraints=constraints)
+
+    monkeypatch.setattr(MetricTrials, "records", limited)
+    rebuild_board(RunDirectory(folder), None)
+    with served(folder) as address:
+        (main, _) = json.loads(fetch(f"{address}/api/studies"))["study_summaries"]
+        shown = json.loads(fetch(f"{address}/api/studies/{main['study_id']}"))
+        constraints = [tuple(trial["constraints"]) for trial in shown["trials"]]
+        assert constraints == limits + [()] * (len(study(finished).trials) - len(limits))
+        assert shown["note"]["body"] == dashboard.get_note(study(folder)) != ""
+        listed = {artifact["filename"]: artifact["artifact_id"] for artifact in shown["artifacts"]}
+        for name in ("metric.py", "report.html"):
+            given = fetch(f"{address}/artifacts/{main['study_id']}/{listed[name]}")
+            assert given == next(folder.rglob(name)).read_bytes()
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])

@@ -22,11 +22,15 @@ ROOT = Path(__file__).parents[2]
 FACTORY = "tests.search.hashed:build"
 
 
+def _workers(text: str) -> int | None:
+    return None if text == "all" else int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run", type=Path)
     parser.add_argument("--evaluations", type=int, required=True)
-    parser.add_argument("--workers", type=int, default=1, help="0 is in process")
+    parser.add_argument("--workers", type=_workers, default=1, help="0 is in process, all is as many as there is room")
     parser.add_argument("--address", default="local")
     parser.add_argument("--seconds", type=float, default=0.0)
     parser.add_argument("--log", type=Path)
@@ -45,7 +49,7 @@ def main() -> int:
             notify=lambda *what, **fields: session is not None and session.run.events(*what, **fields),
             stall_seconds=asked.stall,
         )
-        if asked.workers
+        if asked.workers != 0
         else InlineExecutor(factory, context)
     )
     with stop_on_signals() as stopping:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from evoprune.metrics.files import canonical_json
 from evoprune.metrics.records import Site
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.engine.deadline import Deadline
+from evoprune.search.engine.executor import Job
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.level_run import criterion_json
@@ -212,6 +214,31 @@ def test_a_run_of_any_searcher_goes_on_where_it_was_stopped(
 
 def _wal(run: RunDirectory) -> list[bytes]:
     return (run.path / "evaluations.wal").read_bytes().splitlines()
+
+
+def test_the_deadline_of_an_evaluation_follows_its_stage(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Job] = []
+
+    class Watched(InlineExecutor):
+        def submit(self, jobs: Iterable[Job]) -> None:
+            jobs = list(jobs)
+            given.extend(jobs)
+            super().submit(jobs)
+
+    monkeypatch.setattr("evoprune.search.worker_session.InlineExecutor", Watched)
+    monkeypatch.setattr("evoprune.search.engine.deadline.SHORTEST", 0.0)
+    monkeypatch.setattr(Deadline, "observe", lambda *_: None)
+    start_search(config(world, evaluations=12, **FEW), INLINE, run_dir=tmp_path / "run")
+    by_windows: dict[int, set[float]] = {}
+    for job in given:
+        if job.kind == "levels":
+            assert job.deadline is not None
+            windows = job.payload["last"] - job.payload["first"]
+            by_windows.setdefault(windows, set()).add(round(job.deadline / windows, 9))
+    assert len(by_windows) > 1
+    assert len(set.union(*by_windows.values())) == 1
 
 
 @pytest.mark.parametrize("asked", [8, 15])

@@ -28,6 +28,7 @@ from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.rundir import RunDirectory, list_runs
 from tests.door.conftest import CONFIG
 from tests.models import save_tiny
+from tests.search.engine.clusters import free_port, local_cluster
 from tests.search.planted import Session
 from tests.search.planted_driver import FACTORY
 
@@ -96,6 +97,14 @@ class Nodes:
     def kill_head(self) -> None:
         """SIGKILL of the process that knows the cluster (GCS)."""
         os.kill(self.cluster.head_node.all_processes["gcs_server"][0].process.pid, signal.SIGKILL)
+
+    def restart_head(self, seconds: float) -> None:
+        """The same, and `seconds` later it is back at its address."""
+        self.kill_head()
+        head = self.cluster.head_node
+        time.sleep(seconds)
+        head.kill_gcs_server(check_alive=False)
+        head.start_gcs_server()
 
     def shutdown(self) -> None:
         self.cluster.shutdown()
@@ -285,22 +294,92 @@ def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: Session, 
     assert max(later - earlier for earlier, later in pairwise(finished)) < 10
 
 
-def test_a_head_that_is_gone_ends_the_driver_resumably(environment: None, undisturbed: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, "all"])
+def test_a_head_that_is_gone_ends_the_driver_resumably(
+    workers: int | str, environment: None, undisturbed: Session, tmp_path: Path
+) -> None:
     """Left alone, Ray would end the process after a minute, with exit code 1 and without a word."""
     nodes = Nodes(1)
     try:
         run = Run(tmp_path, address=nodes.address, seconds=0.3)
-        run.start(workers=1)
+        run.start(workers=workers)
         assert run.wait_for(5)
         nodes.kill_head()
         assert run.end() == 75, run.errors.read_text()[-2000:]
         assert "NoCapacity: the head of the Ray cluster" in run.errors.read_text()
     finally:
         nodes.abandon()
+    resume_elsewhere(run, undisturbed)
+
+
+def resume_elsewhere(run: Run, undisturbed: Session) -> None:
+    """Nothing that was finished is lost, and the rest is done without the cluster."""
     assert 5 <= run.finished < EVALUATIONS
     run.start(workers=0, seconds=0)
     assert run.end() == 0, run.errors.read_text()[-2000:]
     check(run, undisturbed)
+
+
+@pytest.mark.parametrize("workers", [2, "all"])
+def test_a_head_that_comes_back_with_its_memory_costs_nothing(
+    workers: int | str, environment: None, undisturbed: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own store on disk (alpha in 2.60) in place of Redis. A worker is lost afterwards and replaced."""
+    (tmp_path / "gcs").mkdir()
+    monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
+    monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path / "gcs"))
+    nodes = Nodes(2)
+    try:
+        run = Run(tmp_path, address=nodes.address, seconds=0.4)
+        run.start(workers=workers)
+        assert run.wait_for(5)
+        nodes.restart_head(8.0)
+        assert run.wait_for(run.finished + 5)
+        os.kill(run.begun[-1][1], signal.SIGKILL)
+        assert run.end() == 0, run.errors.read_text()[-2000:]
+        check(run, undisturbed)
+        assert len(run.events("worker_ready")) == 3
+    finally:
+        nodes.abandon()
+
+
+@pytest.mark.parametrize("workers", [2, "all"])
+def test_a_head_that_comes_back_without_its_memory_ends_the_driver_resumably(
+    workers: int | str, environment: None, undisturbed: Session, tmp_path: Path
+) -> None:
+    """As soon as a worker is needed. Some questions to such a head would abort the process."""
+    nodes = Nodes(2)
+    try:
+        run = Run(tmp_path, address=nodes.address, seconds=0.4)
+        run.start(workers=workers)
+        assert run.wait_for(5)
+        nodes.restart_head(8.0)
+        assert run.wait_for(run.finished + 5)
+        os.kill(run.begun[-1][1], signal.SIGKILL)
+        assert run.end() == 75, run.errors.read_text()[-2000:]
+        assert "NoCapacity: the Ray cluster at" in run.errors.read_text()
+    finally:
+        nodes.abandon()
+    resume_elsewhere(run, undisturbed)
+
+
+def test_a_client_whose_head_is_gone_ends_resumably(
+    undisturbed: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left alone, Ray would look for another cluster on this machine, and wait for it."""
+    pytest.importorskip("grpc", reason="needs evoprune[cluster]")
+    port = free_port()
+    with local_cluster(tmp_path) as cluster:
+        cluster.add("head", 2, options=[f"--ray-client-server-port={port}"])
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_USAGE_STATS_ENABLED"):
+            monkeypatch.setenv(name, cluster.environment[name])
+        run = Run(tmp_path, address=f"ray://127.0.0.1:{port}", seconds=0.3)
+        run.start(workers=2)
+        assert run.wait_for(5)
+        cluster.remove("head")
+        assert run.end() == 75, run.errors.read_text()[-2000:]
+        assert f"NoCapacity: the Ray cluster at ray://127.0.0.1:{port} is lost" in run.errors.read_text()
+    resume_elsewhere(run, undisturbed)
 
 
 def test_without_room_on_the_cluster_the_command_ends_resumably(

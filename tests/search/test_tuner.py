@@ -7,6 +7,7 @@ import pytest
 
 from evoprune.metrics.criterion import CRITERIA
 from evoprune.metrics.expression import parse
+from evoprune.metrics.files import canonical_json
 from evoprune.search.searchers.tuner import Tuner, parameters, parametrised, skeleton, with_values
 
 
@@ -69,6 +70,14 @@ def test_failed_points_do_not_stop_it():
         tuner.tell(point[0], None if told % 2 else (exponents(point[1])[0] - 0.5) ** 2)
         told += 1
     assert told == 8
+    assert tuner.finished
+
+
+def test_a_form_of_which_nothing_has_a_fitness_goes_through_json():
+    tuner = Tuner(parse("mul(abs(W),powc(X_l2,1))"), parent=None, value=None, island=0, budget=8, grid=[[0.5], [1.0]])
+    while (point := tuner.propose()) is not None:
+        tuner.tell(point[0], None)
+        tuner = Tuner.from_state(json.loads(canonical_json(tuner.state())))
     assert tuner.finished
 
 

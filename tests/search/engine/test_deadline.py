@@ -14,9 +14,17 @@ def test_a_deadline_follows_from_the_work_and_the_speed() -> None:
 
 def test_what_was_slow_once_may_be_slow_again() -> None:
     deadline = Deadline("auto", seconds_per_token=0.0)
-    deadline.observe(Outcome("k", "ok", telemetry={"seconds": SHORTEST}))
-    deadline.observe(Outcome("k", "crash"))
+    deadline.observe(Outcome("k", "ok", telemetry={"seconds": SHORTEST}), 10)
+    deadline.observe(Outcome("k", "crash"), 10)
     assert deadline.seconds(10) == PATIENCE * SHORTEST
+
+
+def test_the_first_step_does_not_wait_as_long_as_the_last() -> None:
+    deadline = Deadline("auto", seconds_per_token=0.0)
+    deadline.observe(Outcome("k", "ok", telemetry={"seconds": 2 * SHORTEST}), 1000)
+    deadline.observe(Outcome("k", "ok", telemetry={"seconds": SHORTEST}), 100)
+    asked = [deadline.seconds(tokens) for tokens in (10, 100, 999, 1000, 5000)]
+    assert asked == [SHORTEST, *[PATIENCE * SHORTEST] * 2, *[2 * PATIENCE * SHORTEST] * 2]
 
 
 def test_the_users_word_counts() -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from evoprune.metrics.errors import AuditFailed, InvalidInput, WorkersFailed
+from evoprune.metrics.errors import AuditFailed, InvalidInput, NoCapacity, WorkersFailed
+from evoprune.metrics.files import content_hash
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import is_audited
-from evoprune.search.engine.executor import Job, Outcome, evaluate
+from evoprune.search.engine.executor import Executor, Job, Outcome, evaluate
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.ray import RayExecutor
 
@@ -35,7 +37,7 @@ def private_ray() -> Iterator[None]:
         patch.setenv("RAY_AUTH_TOKEN", engine_ray._process_token)
         ray.init(
             address="local",
-            num_cpus=3,
+            num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=100_000_000,
@@ -87,15 +89,40 @@ def mixed_jobs(count: int) -> list[Job]:
     return [Job(f"k{x}", kinds.get(x % 11, "square"), {"x": x}) for x in range(count)]
 
 
+def fed(executor: Executor, jobs: list[Job], batch: int) -> list[Outcome]:
+    """Outcomes in the order of the jobs, which come in batches: the next one after a look at what has finished."""
+    found: dict[str, Outcome] = {}
+    for first in range(0, len(jobs), batch):
+        executor.submit(jobs[first : first + batch])
+        found |= {outcome.key: outcome for outcome in executor.poll(0.0)}
+    while len(found) < len(jobs):
+        found |= {outcome.key: outcome for outcome in executor.poll(1.0)}
+    return [found[job.key] for job in jobs]
+
+
 def test_outcomes_are_those_of_the_inline_executor_for_any_number_of_workers(make: MakeExecutor) -> None:
-    jobs = mixed_jobs(250)
+    """Engine list 1."""
     inline = InlineExecutor("fake_workers:build", {"offset": 2}, python_path=[HERE], threads=None)
     inline.start()
-    expected = essence(evaluate(inline, jobs))
-    for workers in (1, 2):
+    hashes = {}
+    for batch in (1, 8):
+        hashes["inline", batch] = content_hash(essence(fed(inline, mixed_jobs(250), batch)))
+    for workers in (1, 2, 4):
         executor = make(workers, offset=2)
-        assert essence(evaluate(executor, jobs)) == expected
+        warm_up(executor)
+        for batch in (1, 8):
+            outcomes = fed(executor, mixed_jobs(250), batch)
+            hashes[workers, batch] = content_hash(essence(outcomes))
+            assert len({outcome.telemetry["worker"] for outcome in outcomes}) == workers
         executor.close()
+    assert len(set(hashes.values())) == 1, hashes
+
+
+def warm_up(executor: RayExecutor) -> None:
+    """Until every worker is there."""
+    while executor.counters()["ready"] < executor.workers:
+        executor.poll(0.0)
+        time.sleep(0.05)
 
 
 def test_start_and_submit_do_not_wait_for_workers(make: MakeExecutor) -> None:
@@ -129,9 +156,7 @@ def test_the_slots_of_a_worker_run_at_the_same_time_in_one_process(make: MakeExe
 
 def test_no_job_waits_at_one_worker_while_another_has_none(make: MakeExecutor) -> None:
     executor = make(2)
-    evaluate(executor, [Job("warm", "square", {"x": 1})])
-    while executor.counters()["ready"] < 2:
-        time.sleep(0.05)
+    warm_up(executor)
     outcomes = evaluate(executor, [Job(f"k{x}", "square", {"x": x, "seconds": 0.5}) for x in range(2)])
     assert len({outcome.telemetry["worker"] for outcome in outcomes}) == 2
 
@@ -233,6 +258,59 @@ def test_when_every_worker_dies_on_its_way_up_that_is_said_too(
         evaluate(make(1, fall=True), mixed_jobs(1))
 
 
+class Unloadable:
+    """What an actor on a node that lacks something cannot even be made of."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.stat, ("/nowhere/libcuda.so.1",)
+
+
+def test_an_actor_that_cannot_be_made_is_made_once() -> None:
+    """Engine list 5, for what fails in Ray's own hands; `tests/door/test_starting.py` has the rest."""
+    told: list[str] = []
+    executor = RayExecutor(
+        "fake_workers:build", {"device": Unloadable()}, workers=2, notify=lambda _, event, **fields: told.append(event)
+    )
+    executor.start()
+    try:
+        with pytest.raises(WorkersFailed, match=r"no worker can start: FileNotFoundError.*libcuda\.so\.1"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+    assert told.count("worker_refused") == 2
+
+
+def test_workers_whose_numbers_are_not_the_runs_are_turned_away_by_nodes() -> None:
+    """None is started again where one was refused: it would be the same there."""
+    theirs = {"class": {"threads": 2}, "loss": 3.0, "bits": "00"}
+    told: list[str] = []
+    executor = RayExecutor(
+        "fake_workers:build",
+        {"numerics": theirs},
+        workers=2,
+        python_path=[HERE],
+        admission=Admission(expected={**theirs, "class": {"threads": 1}}),
+        notify=lambda _, event, **fields: told.append(event),
+    )
+    executor.start()
+    try:
+        with pytest.raises(WorkersFailed, match="no worker may take part: its numbers differ from the run's: threads"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+    assert told.count("worker_refused") <= 2
+
+
+def test_without_a_ready_worker_for_too_long_there_is_no_capacity() -> None:
+    executor = RayExecutor("fake_workers:build", {}, gpus_per_worker=1, python_path=[HERE], stall_seconds=0.5)
+    executor.start()
+    try:
+        with pytest.raises(NoCapacity, match=r"no worker for 0\.5 s: Ray has no room for one"):
+            evaluate(executor, mixed_jobs(1))
+    finally:
+        executor.close()
+
+
 def test_a_factory_that_is_not_there_is_an_error_not_a_wait() -> None:
     executor = RayExecutor("no_such_module:build", {})
     executor.start()
@@ -283,9 +361,34 @@ def test_senseless_sizes_are_refused() -> None:
         RayExecutor("fake_workers:build", {}, slots_per_worker=0)
 
 
+@pytest.mark.parametrize(
+    ("present", "workers", "each", "fits"),
+    [
+        (0, 2, 0.0, True),
+        (0, 1, 1.0, False),
+        (2, 2, 1.0, True),
+        (2, 3, 1.0, False),
+        (4, 2, 2.0, True),
+        (3, 2, 2.0, False),
+        (2, 4, 0.5, True),
+        (2, 5, 0.5, False),
+        (2, 3, 0.6, False),  # 0.6 of each of two devices, never of both
+    ],
+)
+def test_more_workers_than_the_gpus_here_can_hold_are_refused(
+    present: float, workers: int, each: float, fits: bool
+) -> None:
+    if fits:
+        engine_ray._check_gpus(present, workers, each)
+        return
+    with pytest.raises(InvalidInput, match=rf"{workers} workers with {each:g} GPUs each do not fit on the {present}"):
+        engine_ray._check_gpus(present, workers, each)
+
+
 OWN_INSTANCE = """
 import os, sys
 from evoprune.search.engine import ray as engine_ray
+from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.dispatch import is_audited
 from evoprune.search.engine.executor import Job, evaluate
 from evoprune.search.engine.ray import RayExecutor
