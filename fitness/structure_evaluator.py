@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
@@ -80,6 +81,20 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
                 outputs[units.mlp.output.site.name] = self._output(block, "mlp", kept)
         self._surgeon.apply(shape, outputs)
 
+    @contextmanager
+    def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the model is cut to somebody else's choice of units, whose weights stay as they are.
+
+        Args:
+            shape: what every block keeps.
+            additions: [out] each, added to what the output matrix of this name gives.
+        """
+        self._surgeon.apply(shape, {})
+        with ExitStack() as stack:
+            for name, added in additions.items():
+                stack.enter_context(_adding(self.language_model.model.get_submodule(name), added))
+            yield
+
     def restore(self) -> None:
         self._surgeon.restore()
 
@@ -99,3 +114,17 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
         while self._solved_bytes > MAX_SOLVED_BYTES and len(self._solved) > 1:
             self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
         return found
+
+
+@contextmanager
+def _adding(module: nn.Module, added: Tensor) -> Iterator[None]:
+    """Inside, `module` gives [out] more."""
+
+    def more(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + added.to(output.device, output.dtype)
+
+    handle = module.register_forward_hook(more)
+    try:
+        yield
+    finally:
+        handle.remove()

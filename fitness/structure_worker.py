@@ -6,15 +6,22 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
 from evoprune.fitness.context import EvaluationContext
-from evoprune.fitness.model_worker import Handler
+from evoprune.fitness.model_worker import Handler, heldout_answer
 from evoprune.fitness.prepare import calibration_windows
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
 from evoprune.fitness.structure_database import PARTS, StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
-from evoprune.fitness.unit_costs import Kept, unit_costs
+from evoprune.fitness.teacher import window_losses
+from evoprune.fitness.unit_choice import choose_units
+from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
+from evoprune.fitness.unit_criteria import UNIT_CRITERIA, score_units
+from evoprune.fitness.unit_criteria.flap import bias_additions
 from evoprune.fitness.units import BlockUnits, find_units
+from evoprune.metrics.shape import BlockShape
 
 
 def build(context: dict[str, Any]) -> StructureWorker:
@@ -28,14 +35,16 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
     Jobs (kind and payload):
         costs: ``quantity``, ``sequence``; returns `UnitCosts`.
         database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
+        choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes; returns what its own choice of
+            units ``kept``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
         errors: ``database``; returns output ``errors`` at every width, of the attention and the MLP of each block in
             turn.
         shape: what ``database`` was given and its name, ``shape``, ``parent`` (a shape too), ``first``, ``last``;
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
         units: what ``database`` was given and its name, ``shape``; returns the units that stay of all ``blocks``.
-        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model); returns losses on text C,
-            by window.
+        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model), or what ``choose`` was
+            given, for the model as that criterion leaves it; returns losses on text C, by window.
     """
 
     @property
@@ -44,6 +53,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             **super().jobs,
             "costs": self._costs,
             "database": self._database,
+            "choose": self._choose,
             "block": self._block,
             "errors": self._errors,
             "shape": self._shape,
@@ -74,6 +84,17 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         blocks = range(len(self._units))
         return {"errors": [database.errors(block, part).tolist() for block in blocks for part in PARTS]}
 
+    def _choose(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"kept": [list(kept_by(block)) for block in self._chosen(payload)]}
+
+    def _chosen(self, payload: dict[str, Any]) -> list[BlockShape]:
+        """What a criterion's own choice of units keeps of every block."""
+        self._restore()
+        criterion = UNIT_CRITERIA[payload["criterion"]]
+        scores = score_units(self.language_model, criterion, self.prepared(payload["prepared"]).statistics())
+        costs = UnitCosts.from_json(payload["costs"])
+        return choose_units(scores, costs, payload["fraction"], spread=criterion.spread)
+
     def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["shape"])
 
@@ -82,7 +103,18 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         return {"blocks": [[list(block.groups), list(block.heads), list(block.neurons)] for block in blocks]}
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return self._heldout_of(payload, payload["shape"])
+        if "criterion" not in payload:
+            return self._heldout_of(payload, payload["shape"])
+        prepared, shape = self.prepared(payload["prepared"]), self._chosen(payload)
+        additions: dict[str, Tensor] = {}
+        if payload["criterion"] == "flap":
+            for units, kept in zip(self._units, shape, strict=True):
+                found = bias_additions(units, kept, prepared.statistics())
+                additions |= {name: added for name, added in found.items() if added is not None}
+        evaluator, (windows, teacher) = self.evaluator(payload), prepared.text("heldout")
+        with evaluator.cut(shape, additions):
+            losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
+        return {**heldout_answer(losses, windows), "kept": [list(kept_by(block)) for block in shape]}
 
     def candidate(self, spelled: Sequence[Sequence[int]]) -> list[Kept]:
         return [(groups, heads, neurons) for groups, heads, neurons in spelled]

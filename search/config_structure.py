@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.search.config_allocation import GenerationsConfig, StageConfig
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.spaces.part_genes import Heads
@@ -90,11 +91,11 @@ class StructureSearchConfig(SearchConfig):
     @property
     def seeds(self) -> tuple[str, ...]:
         """Criteria of units to start from, by name."""
-        return self.searcher.seeds or ()
+        return tuple(sorted(UNIT_CRITERIA)) if self.searcher.seeds is None else self.searcher.seeds
 
     def context(self) -> EvaluationContext:
         """What workers have to know."""
-        needs: set[str] = set()
+        needs = frozenset[str]().union(*(UNIT_CRITERIA[name].needs for name in self.seeds))
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,

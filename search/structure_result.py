@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evoprune.fitness.structure_weights import DatabaseRecipe
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.shape import BlockShape, Shape
@@ -25,6 +26,11 @@ LEAST_ERROR = "dp"
 """The seed with the least sum of the output errors of all parts."""
 AS_PUBLISHED = " as published"
 """Behind a criterion's name: its own choice of units, compensated as its authors do, and not as the database does."""
+
+
+def choice(space: StructureSpace, criterion: str) -> dict[str, Any]:
+    """How jobs ask for a criterion's own choice of units."""
+    return {"criterion": criterion, "costs": space.costs.to_json(), "fraction": space.fraction}
 
 
 class StructureComparison:
@@ -67,7 +73,8 @@ class StructureComparison:
         for name, genome in {"winner": self._best.genome, **self._seeds}.items():
             entrants[name] = {"shape": space.spelled(genome)}
         for name in self._config.seeds:
-            entrants[name + AS_PUBLISHED] = {"criterion": name, "space": space.to_json()}
+            if space.costs.quantity != "kv_bytes":
+                entrants[name + AS_PUBLISHED] = choice(space, name)
         self._entrants = list(entrants)
         jobs = [
             Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
@@ -149,12 +156,8 @@ class StructureComparison:
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
         config, widths = self._config, self._search.space.costs.widths
-        weights = {
-            "method": "database",
-            "accumulation": config.target.accumulation,
-            "calibration": calibration_facts(config.data),
-            "seed": config.seed,
-        }
+        data = calibration_facts(config.data)
+        weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
         target = {"sparsity": config.target.sparsity, "cost": config.target.cost, "run": result["run"]}
         identity = run.identity
         shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)

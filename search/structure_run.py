@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.structure_database import PARTS
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.shape_file import to_json
 from evoprune.search.breeders.switches import Switches
@@ -23,7 +23,7 @@ from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.structure import StructureSpace
-from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison
+from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison, choice
 from evoprune.search.worker_session import Ask, First
 
 
@@ -32,7 +32,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "errors", "shape", "units", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "choose", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
 
@@ -115,6 +115,27 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             for gene, table in zip(space.parts, tables, strict=True)
         ]
         found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
+        return found | self._by_criteria(space, payload, ask)
+
+    def _by_criteria(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
+        """What criteria of units keep of every block, by their names."""
+        if space.costs.quantity == "kv_bytes":
+            self.progress.line("no seeds by criteria of units: these count neurons, which have no keys and values")
+            return {}
+        self.phase("asking the criteria of units")
+        jobs = [
+            Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked})
+            for asked in (choice(space, name) for name in self.config.seeds)
+        ]
+        found = {}
+        for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):
+            try:
+                if outcome.status != "ok":
+                    raise failure(outcome)
+                kept = [(groups, heads, neurons) for groups, heads, neurons in outcome.values["kept"]]
+                found[name] = space.near_shape(kept, self._rng(name))
+            except EvopruneError as error:
+                self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
         return found
 
     def _rng(self, seed: str) -> random.Random:

@@ -39,7 +39,7 @@ class Flap:
 
 @torch.no_grad()
 def bias_additions(block: BlockUnits, shape: BlockShape, evidence: UnitEvidence) -> dict[str, Tensor | None]:
-    """What the columns that go give to the outputs in the mean, to be added to the output's bias.
+    """What the columns that go give to the outputs in the mean, to be added to these.
 
     Args:
         block: of the dense model.
@@ -47,8 +47,8 @@ def bias_additions(block: BlockUnits, shape: BlockShape, evidence: UnitEvidence)
         evidence: holds ``X_mean``.
 
     Returns:
-        By the name of the output and down matrix: [out] float32, or None where this cannot be done, for the matrix has
-        no bias or goes as a whole.
+        By the name of the output and down matrix: [out] float32, or None where it goes as a whole. Where the matrix has
+        no bias, the model has no place for it.
 
     Source: An et al. 2024 (FLAP), section 3.3: b = sum over the columns j that go of mean(x_j) * W[:, j].
     """
@@ -59,7 +59,7 @@ def bias_additions(block: BlockUnits, shape: BlockShape, evidence: UnitEvidence)
     ):
         means = statistic(bound, evidence, "X_mean")[0]
         means[kept] = 0
-        found[bound.site.name] = weight(bound) @ means if kept and bound.bias() is not None else None
+        found[bound.site.name] = weight(bound) @ means if kept else None
     return found
 
 

@@ -15,7 +15,10 @@ from evoprune.fitness.card import Cut
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.forms import cut_model
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.pruning import PrunedLayer
+from evoprune.fitness.structure_build import build_structure_database
+from evoprune.fitness.structure_weights import DatabaseRecipe, refitted_outputs
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
@@ -59,7 +62,7 @@ def prune_shape(
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, given.blocks)
-    fitted, chosen = cut_model(language_model, given.blocks, _outputs(given), form)
+    fitted, chosen = cut_model(language_model, given.blocks, _outputs(given, language_model, units, progress), form)
     done = CutModel(
         language_model=fitted,
         shape=given,
@@ -82,14 +85,28 @@ def prune_shape(
     return replace(done, language_model=replace(fitted, fingerprint=fingerprint))
 
 
-def _outputs(shape: Shape) -> Mapping[str, Tensor]:
+def _outputs(
+    shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress
+) -> Mapping[str, Tensor]:
     """The output projections of what stays, where they are not those of the dense model."""
     method = shape.weights["method"]
-    if method != "none":
+    if method == "none":
+        return {}
+    if method != "database":
         raise InvalidInput(
             f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
         )
-    return {}
+    recipe = DatabaseRecipe.read(shape.weights)
+    with torch_threads(recipe.threads):
+        windows = recipe.windows(language_model)
+        database = build_structure_database(
+            language_model,
+            units,
+            windows,
+            mode=recipe.accumulation,
+            progress=lambda done, total: progress("building the structured database", done, total),
+        )
+        return refitted_outputs(database, units, shape.blocks, language_model)
 
 
 def _layers(

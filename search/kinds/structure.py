@@ -121,8 +121,11 @@ class StructureKind:
         return write_page(run)
 
     def check_names(self, config: StructureSearchConfig) -> None:
+        from evoprune.fitness.unit_criteria import UNIT_CRITERIA
         from evoprune.search.given import given_shape
 
+        for name in config.searcher.seeds or ():
+            _ = UNIT_CRITERIA[name]
         given_shape(config.seed_from)
 
 

@@ -1,0 +1,93 @@
+"""How a shape says that its output matrices are refitted: by a database that anybody can build again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from evoprune.fitness.examples import read_side
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.samples import Sequences
+from evoprune.fitness.structure_database import PARTS, Mode, StructureDatabase
+from evoprune.fitness.units import BlockUnits
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.shape import BlockShape
+
+_MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class DatabaseRecipe:
+    """What the database of a shape was built from.
+
+    Attributes:
+        accumulation: mode of the build.
+        text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
+        threads: of torch.
+    """
+
+    accumulation: Mode
+    text: str
+    sequences: int
+    window: int
+    seed: int
+    threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        """What `read` reads, as ``weights`` of a shape."""
+        return {
+            "method": "database",
+            "accumulation": self.accumulation,
+            "calibration": {"text": self.text, "sequences": self.sequences, "window": self.window},
+            "seed": self.seed,
+            "threads": self.threads,
+        }
+
+    @classmethod
+    def read(cls, weights: Mapping[str, Any]) -> DatabaseRecipe:
+        """The recipe in a shape.
+
+        Raises:
+            InvalidInput: it says something else than it should.
+        """
+        calibration = weights.get("calibration")
+        mode, text = weights.get("accumulation"), calibration.get("text") if isinstance(calibration, dict) else None
+        if mode not in ("dense", "expectation") or not isinstance(calibration, dict) or not isinstance(text, str):
+            raise InvalidInput("the shape's 'weights' do not say how its database was built: search it again")
+        given = {**calibration, **weights}
+        numbers = [_whole_number(given, name) for name in ("sequences", "window", "seed", "threads")]
+        return cls(mode, text, *numbers)
+
+    def windows(self, language_model: LanguageModel) -> Sequences:
+        """Text A.
+
+        Raises:
+            InvalidInput: the text is too short, or nowhere.
+        """
+        return read_side(language_model, self.text, "A", window=self.window, count=self.sequences, seed=self.seed)
+
+
+def _whole_number(given: Mapping[str, Any], name: str) -> int:
+    value = given.get(name)
+    most = _MOST_THREADS if name == "threads" else 1 << 63
+    if type(value) is not int or not (name != "seed") <= value < most:
+        raise InvalidInput(f"the shape's 'weights' have {name} {str(value)[:40]!r}: give a whole number")
+    return value
+
+
+def refitted_outputs(
+    database: StructureDatabase, units: Sequence[BlockUnits], shape: Sequence[BlockShape], language_model: LanguageModel
+) -> dict[str, Tensor]:
+    """[out, kept] each, in the model's dtype, by name: the output matrices of parts that lose something, not all."""
+    found = {}
+    for block, (here, kept) in enumerate(zip(units, shape, strict=True)):
+        for part in PARTS:
+            left = len(kept.heads if part == "attention" else kept.neurons)
+            whole = here.widths.heads if part == "attention" else here.widths.neurons
+            if 0 < left < whole:
+                output = database.output(block, part, kept, language_model.device)
+                found[getattr(here, part).output.site.name] = output.to(language_model.model.dtype)
+    return found
