@@ -20,13 +20,10 @@ from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.shape import BlockShape, BlockWidths
 
-FORMS = {
-    "auto": "plain if the shape allows it, else compact",
-    "plain": "smaller matrices, the same in all blocks, or whole blocks gone: the original class loads it",
-    "padded": "blocks filled up with zeros to one width: the original class loads it",
-    "compact": "every block as small as it is: evoprune loads it, others with trust_remote_code=True",
-    "masked": "zeros in place of what went: the original class loads it, and it is as large as before",
-}
+# Plain: smaller matrices of one width in all blocks, or whole blocks gone. Padded: filled up with zeros to one width.
+# Compact: every block as small as it is. Masked: zeros in place of what went. Auto: plain if the shape allows it, else
+# compact.
+FORMS = ("auto", "plain", "padded", "compact", "masked")
 
 
 def cut_model(

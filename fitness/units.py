@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from evoprune.fitness.adapters import ADAPTERS, Prunable, SiteModule
+from evoprune.fitness.adapters import ADAPTERS, Prunable, SiteModule, decoder_blocks
 from evoprune.fitness.adapters.base import AttentionLayout, MlpLayout
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
@@ -158,8 +158,9 @@ def find_units(language_model: Prunable) -> list[BlockUnits]:
     """The units of every decoder block of the language model, in model order.
 
     Raises:
-        InvalidInput: nobody has said how the blocks of this family can be cut; or an attention holds weights for each
-            head beside its matrices, or heads that do not come in equal groups; or the norms lie behind the parts.
+        InvalidInput: nobody has said how the blocks of this family can be cut; a part is missing; an attention holds
+            weights for each head beside its matrices, or heads that do not come in equal groups; or the norms lie
+            behind the parts.
     """
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
@@ -180,6 +181,10 @@ def find_units(language_model: Prunable) -> list[BlockUnits]:
     blocks: dict[str, int] = {}
     for name, site in bound.items():
         blocks.setdefault(name.removesuffix(f".{site.site.kind}"), site.site.block)
+    for name, _ in decoder_blocks(model):
+        layers = (*attention.inputs, attention.output, *mlp.inputs, mlp.output)
+        if gone := [path for path in layers if f"{name}.{path}" not in bound]:
+            raise InvalidInput(f"{name} has no {gone[0]}, so it is cut already: give the dense model")
     return [
         BlockUnits(
             name,

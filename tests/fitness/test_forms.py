@@ -18,10 +18,10 @@ from torch import Tensor
 
 from evoprune.fitness.card import Cut
 from evoprune.fitness.checkpoint import write_checkpoint
-from evoprune.fitness.forms import FORMS, cut_model
+from evoprune.fitness.forms import cut_model
 from evoprune.fitness.models import load_model
 from evoprune.fitness.units import find_units
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.shape import BlockShape, BlockWidths
 from tests.models import FAMILIES, random_windows, save_tiny, tiny_language_model
 from tests.multimodal import save_llava
@@ -300,8 +300,9 @@ def test_damaged_compact_folders(tmp_path: Path) -> None:
         assert told in damaged(one.folder, change), told
 
 
-def test_forms_are_described() -> None:
-    assert list(FORMS) == ["auto", "plain", "padded", "compact", "masked"]
+def test_no_such_form() -> None:
+    with pytest.raises(UnknownName, match="no form 'plane'; did you mean 'plain'"):
+        cut_model(tiny_language_model(), [], form="plane")
 
 
 def test_a_cut_model_is_not_cut_again(tmp_path: Path) -> None:

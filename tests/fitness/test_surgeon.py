@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import BlockUnits, find_units
@@ -167,6 +169,10 @@ def test_impossible_shapes_are_refused() -> None:
         surgeon.apply([units[0].widths.whole])
     with pytest.raises(InvalidInput, match="block 1 keeps query head 3 without its KV group"):
         surgeon.apply([units[0].widths.whole, BlockShape((0,), (0, 3), FEW)])
+    surgeon.apply([BlockShape((), (), FEW), units[1].widths.whole])
+    language_model = replace(language_model, sites=tuple(list_sites(language_model.model)))
+    with pytest.raises(InvalidInput, match=r"model\.layers\.0 has no self_attn\.q_proj, so it is cut already"):
+        find_units(language_model)
 
 
 def test_norms_behind_the_parts_are_refused() -> None:
@@ -185,3 +191,15 @@ def test_hooks_stay() -> None:
     logits(language_model)
     assert seen == [len(FEW)]
     assert isinstance(linear, nn.Linear) and linear.in_features == len(FEW)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral"])
+@pytest.mark.parametrize("dropped", [0, 1])
+def test_a_window_that_slides_past_a_dropped_attention(family: str, dropped: int) -> None:
+    """The text outgrows the window, and the block whose cache says how far it is has no attention."""
+    language_model = tiny_language_model(family, sliding_window=4)
+    units = find_units(language_model)
+    blocks = [block.widths.whole for block in units]
+    blocks[dropped] = BlockShape((), (), blocks[dropped].neurons)
+    Surgeon(language_model, units).apply(blocks)
+    assert greedy(language_model.model, cached=True) == greedy(language_model.model, cached=False)
