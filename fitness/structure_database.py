@@ -130,6 +130,7 @@ def structure_recipe(
     path: Sequence[BlockShape] | None,
 ) -> dict[str, Any]:
     """All that decides a database, as JSON values; arguments as in `evoprune.fitness.structure_build`."""
+    device = language_model.device.type
     return {
         **model_facts(language_model, units),
         "texts": [text.digest() if isinstance(text, Samples) else content_hash(text.tolist()) for text in texts],
@@ -137,8 +138,8 @@ def structure_recipe(
         "path": path and [content_hash([shape.groups, shape.heads, shape.neurons]) for shape in path],
         "orders": {"attention": ["groups", "balanced"], "mlp": ["rounds", SHARE]},
         "dampings": list(DAMPINGS),
-        "device": language_model.device.type,
-        "threads": torch.get_num_threads(),
+        "device": device,
+        "threads": None if device == "cuda" else torch.get_num_threads(),
     }
 
 

@@ -15,11 +15,14 @@ import pytest
 
 from evoprune.fitness import parcels
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.structure_build import build_structure_block, build_structure_database
+from evoprune.fitness.structure_database import StructureDatabase
 from evoprune.fitness.travel import pack_inputs
+from evoprune.fitness.units import find_units
 from evoprune.fitness.worker import MetricWorker
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.search.engine.librarian import Librarian
-from tests.models import save_tiny
+from tests.models import random_windows, save_tiny, tiny_language_model
 
 Node = Callable[[str], Any]
 
@@ -204,6 +207,28 @@ def test_workers_of_two_nodes_agree_though_they_share_no_path(node: Node, road: 
     assert not received.is_symlink()
     assert not received.samefile(model / "model.safetensors")
     assert os.fspath(tmp_path) not in str({key: value for key, value in again.items() if key != "probe"})
+
+
+def test_blocks_of_a_structure_database_are_built_on_several_nodes(node: Node, road: Road) -> None:
+    language_model, windows = tiny_language_model(), random_windows()
+    units = find_units(language_model)
+    for block, name in enumerate(("a", "b")):
+        with node(name):
+            build_structure_block(language_model, units, windows, block)
+    with node("driver"):
+        for folder in parcels.parcel_folder("").iterdir():
+            assert folder.name.startswith("structure-block-")
+    # Who puts it together computes nothing, and has of the blocks what it reads.
+    with node("c"):
+        database = build_structure_database(language_model, units, windows, mode="dense")
+        parts = database.kept_neurons(1, 20), database.kept_heads(1, 1, 2)
+        assert not parcels.holds(database.manifest["blocks"][0])
+    with node("b"):
+        found = StructureDatabase.open(database.name, language_model, units)
+        assert (found.kept_neurons(1, 20), found.kept_heads(1, 1, 2)) == parts
+    with node("alone"):
+        parcels.set_courier(None)
+        assert build_structure_database(language_model, units, windows, mode="dense").name == database.name
 
 
 def test_images_travel_with_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
