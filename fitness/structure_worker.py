@@ -35,8 +35,8 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
     Jobs (kind and payload):
         costs: ``quantity``, ``sequence``; returns `UnitCosts`.
         database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
-        choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes; returns what its own choice of
-            units ``kept``.
+        choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes, ``spread`` (None: the
+            criterion's own); returns what this choice of units ``kept``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
         errors: ``database``; returns output ``errors`` at every width, of the attention and the MLP of each block in
             turn.
@@ -93,7 +93,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         criterion = UNIT_CRITERIA[payload["criterion"]]
         scores = score_units(self.language_model, criterion, self.prepared(payload["prepared"]).statistics())
         costs = UnitCosts.from_json(payload["costs"])
-        return choose_units(scores, costs, payload["fraction"], spread=criterion.spread)
+        return choose_units(scores, costs, payload["fraction"], spread=payload["spread"] or criterion.spread)
 
     def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["shape"])

@@ -236,9 +236,7 @@ def _attention_parameters(model: nn.Module, units: AttentionUnits) -> AttentionC
     query, key, value = has_bias * 3 if units.fused else has_bias
     per_head = units.head_dim * (hidden + query + out)
     per_group = units.head_dim * (2 * hidden + key + value)
-    matrices = {bound.module for bound in (*units.inputs, units.output)}
-    fixed = dense - units.groups * per_group - units.heads * per_head
-    fixed += _parameters(model, units.norms) + _beside(model.get_submodule(units.name), matrices)
+    fixed = dense - units.groups * per_group - units.heads * per_head + _parameters(model, units.norms)
     return AttentionCost(fixed, per_group, per_head)
 
 
@@ -267,7 +265,7 @@ def _parameters(model: nn.Module, names: Sequence[str]) -> int:
 
 
 def _beside(module: nn.Module, matrices: set[nn.Module]) -> int:
-    """Parameters inside a module that are not those of its matrices, such as norms of each head."""
+    """Parameters inside a module that are not those of its matrices."""
     inner = (part for part in module.modules() if part not in matrices)
     return sum(parameter.numel() for part in inner for parameter in part.parameters(recurse=False))
 

@@ -13,6 +13,8 @@ from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.spaces.part_genes import Heads
 
 DEFAULT_SPARSITY = 0.25
+DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
+"""Those that need no more than sums over inputs: gradients and Gram matrices of all matrices are the user's choice."""
 
 
 class StructureTarget(Section):
@@ -55,7 +57,9 @@ class StructureGenerations(GenerationsConfig):
         ),
         description="each with more text for fewer candidates; the last keeps one, the next parent",
     )
-    seeds: tuple[str, ...] | None = Field(None, description="criteria of units to start from; none takes all")
+    seeds: tuple[str, ...] | None = Field(
+        DEFAULT_SEEDS, description="criteria of units to start from, and to compare with; none takes all"
+    )
 
 
 class StructureSearchConfig(SearchConfig):

@@ -24,13 +24,13 @@ UNIFORM = "uniform"
 """The seed that loses the same fraction everywhere."""
 LEAST_ERROR = "dp"
 """The seed with the least sum of the output errors of all parts."""
-AS_PUBLISHED = " as published"
-"""Behind a criterion's name: its own choice of units, compensated as its authors do, and not as the database does."""
+ALONE = " alone"
+"""Behind a criterion's name: its own choice of units, as its authors make it, without the refit of the database."""
 
 
-def choice(space: StructureSpace, criterion: str) -> dict[str, Any]:
-    """How jobs ask for a criterion's own choice of units."""
-    return {"criterion": criterion, "costs": space.costs.to_json(), "fraction": space.fraction}
+def choice(space: StructureSpace, criterion: str, spread: str | None) -> dict[str, Any]:
+    """How jobs ask for a criterion's choice of units; None compares scores where its authors do."""
+    return {"criterion": criterion, "spread": spread, "costs": space.costs.to_json(), "fraction": space.fraction}
 
 
 class StructureComparison:
@@ -74,7 +74,7 @@ class StructureComparison:
             entrants[name] = {"shape": space.spelled(genome)}
         for name in self._config.seeds:
             if space.costs.quantity != "kv_bytes":
-                entrants[name + AS_PUBLISHED] = choice(space, name)
+                entrants[name + ALONE] = choice(space, name, None)
         self._entrants = list(entrants)
         jobs = [
             Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
@@ -97,7 +97,7 @@ class StructureComparison:
         config, search, best, space = self._config, self._search, self._best, self._search.space
         genomes: dict[str, Genome | None] = {
             **self._seeds,
-            **{name: None for name in losses if name.endswith(AS_PUBLISHED)},
+            **{name: None for name in losses if name.endswith(ALONE)},
         }
         return {
             "run": run_id,

@@ -118,14 +118,18 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         return found | self._by_criteria(space, payload, ask)
 
     def _by_criteria(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
-        """What criteria of units keep of every block, by their names."""
+        """What criteria of units keep of every block, by their names.
+
+        They are compared between blocks here, whatever their authors do: the same fraction everywhere is a seed of its
+        own.
+        """
         if space.costs.quantity == "kv_bytes":
             self.progress.line("no seeds by criteria of units: these count neurons, which have no keys and values")
             return {}
         self.phase("asking the criteria of units")
         jobs = [
             Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked})
-            for asked in (choice(space, name) for name in self.config.seeds)
+            for asked in (choice(space, name, "global") for name in self.config.seeds)
         ]
         found = {}
         for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):

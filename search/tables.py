@@ -53,10 +53,16 @@ def heldout_table(result: Mapping[str, Any]) -> Table:
 
 def heldout_caption(result: Mapping[str, Any]) -> str:
     """What the numbers of `heldout_rows` are."""
+    alone = ""
+    if result["kind"] == "structure":
+        alone = (
+            " All but those alone have the units and the refitted weights of the database; a criterion alone has its "
+            "own units and their weights as they were."
+        )
     return (
         f"{result['best']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), "
         f"{measured_on(result)}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
-        "The last column is the loss minus the winner's, ± paired standard error."
+        f"The last column is the loss minus the winner's, ± paired standard error.{alone}"
     )
 
 
