@@ -32,9 +32,10 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "choose", "errors", "shape", "units", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "block", "choose", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
+    _ask_first: First
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_shape(self.config.seed_from)
@@ -45,13 +46,25 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         target = self.config.target
         self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
         self.space()  # what cannot be is refused before the work of hours
-        self.phase("building the structured database", f": {target.accumulation} accumulation")
-        making = {"accumulation": target.accumulation}
-        self._database = first("database", making)["database"]
+        self._ask_first = first
+        return prepared
+
+    def _build_database(self, ask: Ask) -> None:
+        """Have the database built; by all workers, where blocks do not depend on each other."""
+        accumulation = self.config.target.accumulation
+        self.phase("building the structured database", f": {accumulation} accumulation")
+        if accumulation == "dense":
+            jobs = [
+                Job(content_hash([self.identity, "block", block]), "block", {"block": block})
+                for block in range(len(self._costs.widths))
+            ]
+            for outcome in ask(jobs, limited=False):
+                if outcome.status != "ok":
+                    raise failure(outcome)
+        self._database = self._ask_first("database", {"accumulation": accumulation})["database"]
         self._hold(database=self._database)
         # What shapes are worth depends on the bits of the database.
         self.identity = content_hash([self.identity, self._database])
-        return prepared
 
     @property
     def counted_by_loop(self) -> bool:
@@ -70,6 +83,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         return generation_plan(self.config.searcher, self.config.data.window)
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
+        self._build_database(ask)
         config, space = self.config, self.space()
         self._run.add_identity(blocks=len(self._costs.widths))
         payload = {
