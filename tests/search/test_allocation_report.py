@@ -126,6 +126,7 @@ def make_run(
         "prunable": 1000,
         "parameters": 2000,
         "git": "c0ffee",
+        "model_fingerprint": "f" * 64,
     }
     run = RunDirectory.create("allocation", config.model_dump(mode="json"), identity, run_dir=folder)
     run.add_identity(genes=[gene.name for gene in space.genes])

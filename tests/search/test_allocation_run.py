@@ -19,10 +19,9 @@ import evoprune
 from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.level_evaluator import LevelEvaluator
+from evoprune.fitness.parcels import require
 from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.errors import Interrupted, InvalidCandidate, InvalidInput
-from evoprune.metrics.exported import load_metric
-from evoprune.metrics.files import canonical_json
 from evoprune.metrics.records import Site
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
@@ -30,7 +29,6 @@ from evoprune.search.engine.deadline import Deadline
 from evoprune.search.engine.executor import Job
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
-from evoprune.search.level_run import criterion_json
 from evoprune.search.loop import Budget
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
@@ -341,15 +339,9 @@ def test_a_fork_with_more_evaluations_does_none_again(
     assert result["best"]["fitness"] <= min(row["fitness"] for row in result["baselines"])
 
 
-def ranks_of(run: RunDirectory, cache: Path, criterion: str) -> dict[str, torch.Tensor]:
+def ranks_of(run: RunDirectory) -> dict[str, torch.Tensor]:
     """The rank bytes that a run worked with, by site name."""
-    prepared = json.loads((cache / "parcels" / run.identity["files"] / "prepared.json").read_text())
-    for folder in (cache / "parcels").glob("levels-*"):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        used = criterion, prepared["identity"]["statistics"][0], prepared["identity"]["sparsity"]
-        if tuple(manifest[name] for name in ("criterion", "statistics", "sparsity")) == used:
-            return load_file(folder / "ranks.safetensors")
-    raise AssertionError(f"no database by {criterion}")
+    return load_file(require(run.identity["database"]) / "ranks.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -388,7 +380,7 @@ def test_the_exported_winner_prunes_to_the_winner(
     assert [site.removed for site in text_form.sites] == [
         site.removed for site in read_allocation(run.path / "export" / "allocation.json").sites
     ]
-    ranks = ranks_of(run, world / "cache", canonical_json(criterion_json(metric, load_metric(metric))))
+    ranks = ranks_of(run)
     for bound in pruned.language_model.sites:
         level = best["allocation"][bound.site.name] * 256
         assert level == int(level)
