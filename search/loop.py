@@ -49,6 +49,11 @@ class Birth:
         job = values["job"]
         return cls(values["number"], values["record"], None if job is None else Job.from_json(job), values["counted"])
 
+    @property
+    def spends(self) -> bool:
+        """Whether it takes one evaluation of the budget."""
+        return self.job is not None and self.counted
+
 
 class BirthSearch(Protocol):
     """A search by numbered births."""
@@ -90,6 +95,11 @@ class Budget:
     stopping: Callable[[], bool] = lambda: False
 
 
+def evaluated(state: dict[str, Any]) -> int:
+    """How many evaluations of a committed state are in its history: those of births that wait are not."""
+    return int(state["evaluations"]) - sum(Birth.from_json(values).spends for values in state["pending"])
+
+
 class BirthLoop:
     """Runs a search by births.
 
@@ -103,6 +113,10 @@ class BirthLoop:
             of the birth: it depends on the machine.
         on_applied: told each birth, its history line and its outcome, after they are applied.
         on_poll: called whenever the loop has waited.
+
+    Attributes:
+        evaluations: taken from the budget so far, by births that wait for their results too.
+        evaluated: those among them whose results are applied.
     """
 
     def __init__(
@@ -118,7 +132,7 @@ class BirthLoop:
         on_poll: Callable[[], None] = lambda: None,
     ) -> None:
         self.search = search
-        self.evaluations = 0
+        self.evaluations = self.evaluated = 0
         self._executor = executor
         self._log = log
         self._run = run
@@ -138,7 +152,7 @@ class BirthLoop:
         if state is None:
             return False
         self.search.restore(state["search"])
-        self.evaluations = state["evaluations"]
+        self.evaluations, self.evaluated = state["evaluations"], evaluated(state)
         self._applied = state["applied"]
         for values in state["pending"]:
             self._enqueue(Birth.from_json(values))
@@ -156,7 +170,7 @@ class BirthLoop:
             while self._waiting < self._window and (not self._spent(budget) or self.search.conclude()):
                 if (birth := self.search.next_birth()) is None:
                     break
-                self.evaluations += birth.job is not None and birth.counted
+                self.evaluations += birth.spends
                 self._enqueue(birth)
             if not self._pending:
                 break
@@ -202,6 +216,7 @@ class BirthLoop:
         line = self.search.apply(birth, outcome)
         self._lines.append(canonical_json(line))
         self._applied += 1
+        self.evaluated += birth.spends
         self._on_applied(birth, line, outcome)
         if self._applied % self._commit_every == 0:
             self.commit()

@@ -12,6 +12,7 @@ from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.board_storage import check_storage
 from evoprune.search.identity import git_commit, versions
 from evoprune.search.kinds import config_of, kind_of
+from evoprune.search.loop import evaluated
 from evoprune.search.progress import Progress
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.signals import stop_on_signals
@@ -64,7 +65,7 @@ def resume_search(
 
 def _session(run: RunDirectory, config: SearchConfig, resources: Resources, stream: TextIO | None) -> None:
     state = run.peek()
-    done = 0 if state is None else state["evaluations"]
+    done = 0 if state is None else evaluated(state)
     title = f"evoprune {run.run_id}: {config.model.name} at {config.aim}, seed {config.seed}"
     with (
         stop_on_signals() as stopping,

@@ -130,7 +130,7 @@ class Watch:
             watched.board.add(record)
         if (leader := watched.search.leader) is not None:
             self._progress.update(best=leader[0], expression=leader[1])
-        self._progress.update(watched.loop.evaluations)
+        self._progress.update(watched.loop.evaluated)
         self.tick()
 
     def tick(self) -> None:
@@ -181,7 +181,7 @@ class Watch:
         if self._executor is not None:
             facts["workers"] = self._executor.counters()
         if self._watched is not None:
-            facts |= {"evaluations": self._watched.loop.evaluations, "births": self._watched.search.births}
+            facts |= {"evaluations": self._watched.loop.evaluated, "births": self._watched.search.births}
             facts["counters"] = self._watched.counters()
             if (leader := self._watched.search.leader) is not None:
                 facts |= {"best": leader[0], "expression": leader[1]}

@@ -36,9 +36,11 @@ def check_address(address: str, *, insecure: bool = False) -> None:
     target = address if address != AUTO else running_cluster()
     if address == AUTO and (target is None or is_loopback(target)):
         return
+    # Ray looks at a token, wherever it lies, in this mode only.
+    remedy = "RAY_AUTH_MODE=token" if has_token() else "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
     raise InvalidInput(
-        f"the Ray cluster at {target} needs a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE here and on "
-        f"every node before `ray start`, or accept with --insecure-cluster that {EXPOSURE}"
+        f"the Ray cluster at {target} needs a token: set {remedy} here and on every node before `ray start`, "
+        f"or accept with --insecure-cluster that {EXPOSURE}"
     )
 
 

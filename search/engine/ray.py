@@ -26,7 +26,7 @@ from typing import Any
 from evoprune.fitness import parcels as fitness_parcels
 from evoprune.metrics.errors import InvalidInput, NoCapacity, WorkersFailed
 from evoprune.metrics.files import canonical_json
-from evoprune.search.engine.address import LOCAL, split_address
+from evoprune.search.engine.address import AUTO, LOCAL, running_cluster, split_address
 from evoprune.search.engine.admission import Admission
 from evoprune.search.engine.crew import Crew, room
 from evoprune.search.engine.executor import Executor, Job, Notify, Outcome
@@ -360,14 +360,22 @@ def _check_reachable(address: str) -> None:
     """Knock first: Ray itself would go on trying for minutes.
 
     Raises:
-        WorkersFailed: nothing listens there.
+        WorkersFailed: nothing listens there, or `auto` stands for no cluster.
     """
-    host, port = split_address(address) or ("", 0)
+    if address == LOCAL:
+        return
+    found = running_cluster() if address == AUTO else address
+    if found is None:
+        raise WorkersFailed(
+            "no Ray cluster runs on this machine: `ray start` here first, or give its --address HOST:PORT "
+            "or ray://HOST:PORT in place of auto"
+        )
+    host, port = split_address(found) or ("", 0)
     if host:
         try:
             socket.create_connection((host, port), timeout=KNOCK_SECONDS).close()
         except OSError as problem:
-            raise WorkersFailed(f"no Ray cluster answers at {address}: {problem.strerror or problem}") from None
+            raise WorkersFailed(f"no Ray cluster answers at {found}: {problem.strerror or problem}") from None
 
 
 @contextlib.contextmanager
@@ -389,7 +397,10 @@ def current_cluster() -> str | None:
     """``host:port`` of the cluster that `ray start` began on this machine, None if there is none."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address("auto")
+    try:
+        return canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return None
 
 
 def _check_gpus(present: float, workers: int, gpus_per_worker: float) -> None:

@@ -65,3 +65,19 @@ def test_sizes_that_cannot_be_had_leave_no_run(
     assert (done.code, done.out) == (2, "")
     assert done.err.splitlines()[-1].startswith(f"error: {said}")
     assert not (place / "sizes").exists()
+
+
+def test_auto_without_a_cluster_says_what_to_do(
+    run: Run, tiny: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = pytest.importorskip("ray._private.services")
+
+    def nobody(address: str) -> str:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", nobody)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    done = run("search", "metric", tiny, "--config", small, "--address", "auto", "--run-dir", "nowhere")
+    assert done.code == 3
+    reason = "no Ray cluster runs on this machine: `ray start` here first, or give its --address HOST:PORT"
+    assert done.err.splitlines()[-1].startswith(f"error: {reason}")

@@ -12,6 +12,7 @@ from evoprune.metrics.expression import parse
 from evoprune.metrics.opposing import oppose
 from evoprune.metrics.products import is_power_product
 from evoprune.search.engine.executor import Outcome
+from evoprune.search.loop import evaluated
 from evoprune.search.metric_search import POWER_TERMINALS
 from evoprune.search.searchers import Proposal
 from tests.search.planted import PlantedWorker, Session, probe, sign_flip_p
@@ -88,6 +89,17 @@ def test_a_stopped_search_continues_as_if_it_had_not_been(finished, tmp_path, st
     assert session.history == finished.history
     assert session.search.state() == finished.search.state()
     assert len(session.log) == 120
+
+
+def test_what_is_shown_as_evaluated_is_in_the_history(tmp_path):
+    """Not so the births that wait, which the budget counts: neither at a stop nor when the run goes on."""
+    with pytest.raises(Interrupted):
+        Session(tmp_path / "run").go(120, stop_after=40)
+    session = Session(tmp_path / "run")
+    known = sum("rungs" in line for line in lines(session))
+    assert session.loop.evaluated == evaluated(session.run.peek()) == known < session.loop.evaluations
+    session.go(120)
+    assert session.loop.evaluated == session.loop.evaluations == 120
 
 
 def test_most_births_are_bred(finished, tmp_path):

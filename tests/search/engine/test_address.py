@@ -33,6 +33,7 @@ def test_a_cluster_needs_a_token_or_the_flag(text: str, monkeypatch: pytest.Monk
     with pytest.raises(InvalidInput) as caught:  # a token alone is not used by Ray for such an address
         check_address(text)
     assert "secret" not in str(caught.value)
+    assert "needs a token: set RAY_AUTH_MODE=token here and" in str(caught.value)  # nothing that is there already
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     check_address(text)
 
