@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, ClassVar
 
+from evoprune.fitness.latency_table import LatencyTable, read_table
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.structure_database import PARTS
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
@@ -22,7 +23,7 @@ from evoprune.search.level_run import GIVEN
 from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
-from evoprune.search.spaces.structure import StructureSpace
+from evoprune.search.spaces.structure import StructureSpace, ladders
 from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison, choice
 from evoprune.search.worker_session import Ask, First
 
@@ -35,15 +36,22 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "choose", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
+    _counted: UnitCosts
+    _table: LatencyTable | None = None
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_shape(self.config.seed_from)
         return {"criteria": list(self.config.seeds), "given": None if given is None else to_json(given)}
 
-    def prepare(self, first: First) -> Summary:
-        prepared = super().prepare(first)
+    def prepare(self, first: First, ask: Ask) -> Summary:
+        prepared = super().prepare(first, ask)
         target = self.config.target
-        self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
+        quantity = "flops" if target.cost == "latency" else target.cost
+        asked = {"quantity": quantity, "batch": target.batch, "sequence": target.sequence}
+        self._costs = self._counted = UnitCosts.from_json(first("costs", asked))
+        if target.cost == "latency":
+            self._table = self._measured(ask)
+            self._costs = self._table.budget()
         self.space()  # what cannot be is refused before the work of hours
         self.phase("building the structured database", f": {target.accumulation} accumulation")
         making = {"accumulation": target.accumulation}
@@ -64,7 +72,11 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             InvalidInput: the budget is out of reach.
         """
         target = self.config.target
-        return StructureSpace(self._costs, target.sparsity, heads=target.heads, drop=target.drop, step=target.step)
+        options = {"heads": target.heads, "drop": target.drop, "step": target.step}
+        if target.speedup is not None:
+            return StructureSpace.at_speedup(self._costs, target.speedup, **options)
+        assert target.sparsity is not None
+        return StructureSpace(self._costs, target.sparsity, **options)
 
     def plan(self) -> Plan:
         return generation_plan(self.config.searcher, self.config.data.window)
@@ -95,7 +107,31 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         )
 
     def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:
-        return StructureComparison(self.config, self.identity, search, self._named, self._run)
+        comparison = StructureComparison(self.config, self.identity, search, self._named, self._run, self._counted)
+        if self._table is not None:
+            # While nothing else runs, as the parts were.
+            self.phase("measuring the winner end to end")
+            (outcome,) = ask([comparison.timing_job(self._table)], limited=False)
+            if outcome.status != "ok":
+                raise failure(outcome)
+            comparison.take_times(self._table, outcome.values["nanoseconds"])
+        return comparison
+
+    def _measured(self, ask: Ask) -> LatencyTable:
+        """The table that the configuration names, or one that is measured once; an interrupted run keeps it."""
+        target = self.config.target
+        given = None if target.table is None else read_table(target.table).to_json()
+        payload = {
+            **{name: getattr(target, name) for name in ("batch", "sequence", "decode")},
+            "neurons": ladders(self._counted, target.step),
+            "table": given,
+        }
+        self.phase("measuring how long parts take")
+        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        self._hold(latencies=content_hash(outcome.values["costs"]))
+        return LatencyTable.from_json(outcome.values)
 
     def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
@@ -125,7 +161,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         self.phase("asking the criteria of units")
         jobs = [
             Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked})
-            for asked in (choice(space, name) for name in self.config.seeds)
+            for asked in (choice(self._counted, space.fraction, name) for name in self.config.seeds)
         ]
         found = {}
         for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):
