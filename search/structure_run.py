@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from evoprune.fitness.latency_table import LatencyTable, read_table
@@ -145,11 +146,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
         if outcome.status != "ok":
             raise failure(outcome)
-        tables = [outcome.values["errors"][2 * gene.block + PARTS.index(gene.part)] for gene in space.parts]
-        errors = [
-            [_entry(table, gene.kept[option]) for option in gene.choices]
-            for gene, table in zip(space.parts, tables, strict=True)
-        ]
+        errors = errors_of_choices(space, outcome.values["errors"])
         found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
         return found | self._by_criteria(space, payload, ask)
 
@@ -176,6 +173,20 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def _rng(self, seed: str) -> random.Random:
         return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
+
+
+def errors_of_choices(space: StructureSpace, errors: Sequence[Any]) -> list[list[float]]:
+    """Output errors of every gene at each of its choices.
+
+    Args:
+        space: of shapes of the model.
+        errors: by widths, of the attention and the MLP of each block in turn; see `StructureDatabase.errors`.
+    """
+    tables = [errors[2 * gene.block + PARTS.index(gene.part)] for gene in space.parts]
+    return [
+        [_entry(table, gene.kept[option]) for option in gene.choices]
+        for gene, table in zip(space.parts, tables, strict=True)
+    ]
 
 
 def _entry(table: Any, kept: tuple[int, ...]) -> float:
