@@ -193,8 +193,8 @@ class StructureComparison:
         data = calibration_facts(config.data)
         weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
         asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
-        target = {name: value for name, value in asked.items() if value is not None}
-        target |= {"cost": config.target.cost, "run": result["run"]}
+        given = {name: value for name, value in asked.items() if value is not None}
+        target = {**given, "cost": config.target.cost, "run": result["run"]}
         identity = run.identity
         shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)
         write_shape(shape, folder / "shape.json")

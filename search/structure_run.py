@@ -73,7 +73,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             InvalidInput: the budget is out of reach.
         """
         target = self.config.target
-        options = {"heads": target.heads, "drop": target.drop, "step": target.step}
+        options: dict[str, Any] = {"heads": target.heads, "drop": target.drop, "step": target.step}
         if target.speedup is not None:
             return StructureSpace.at_speedup(self._costs, target.speedup, **options)
         assert target.sparsity is not None
