@@ -28,6 +28,7 @@ BENCHMARKS = {
     "search": "search_speed",
     "levels": "level_cost",
     "structure": "structure_build",
+    "compact": "structure_speed",
 }
 LONG = {
     "scale": "engine_scale",

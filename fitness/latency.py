@@ -40,7 +40,7 @@ def part_latencies(language_model: LanguageModel, parts: Sequence[Sequence[int]]
     modules = [_modules(language_model, places) for places in parts]
     calls = _recorded(whole, [module for some in modules for module in some])
     runs: list[Callable[[], Any]] = [whole, *(partial(_all, [calls[module] for module in some]) for some in modules)]
-    total, *found = _medians(runs, language_model.device)
+    total, *found = median_times([_readily(run) for run in runs], language_model.device)
     return max(total - sum(found), 0), found
 
 
@@ -57,13 +57,13 @@ def whole_latencies(language_model: LanguageModel, absent: Sequence[Sequence[Seq
     """
     whole = _whole(language_model, window)
     gone = [[module for places in parts for module in _modules(language_model, places)] for parts in absent]
-    nothing = _outputs(whole, [module for some in gone for module in some])
+    nothing = zero_outputs(whole, [module for some in gone for module in some])
 
     def run(some: Sequence[nn.Module]) -> None:
-        with _doing_nothing({module: nothing[module] for module in some}):
+        with doing_nothing({module: nothing[module] for module in some}):
             whole()
 
-    return _medians([partial(run, some) for some in gone], language_model.device)
+    return median_times([_readily(partial(run, some)) for some in gone], language_model.device)
 
 
 def _whole(language_model: LanguageModel, window: int) -> Callable[[], Any]:
@@ -74,18 +74,28 @@ def _whole(language_model: LanguageModel, window: int) -> Callable[[], Any]:
     return partial(model, input_ids=tokens, use_cache=False)
 
 
-def _medians(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[int]:
-    """Nanoseconds of each, over turns that all take."""
-    taken: list[list[int]] = [[] for _ in runs]
+def median_times(ready: Sequence[Callable[[], Callable[[], Any]]], device: torch.device) -> list[int]:
+    """Nanoseconds of each, over turns that all take.
+
+    Args:
+        ready: each makes ready what it takes, in its own time, and returns what is timed.
+        device: where it runs.
+    """
+    taken: list[list[int]] = [[] for _ in ready]
     for turn in range(WARM_UP + TURNS):
-        for run, times in zip(runs, taken, strict=True):
-            nanoseconds = _timed(run, device)
+        for make_ready, times in zip(ready, taken, strict=True):
+            nanoseconds = _timed(make_ready(), device)
             if turn >= WARM_UP:
                 times.append(nanoseconds)
     return [int(median(times)) for times in taken]
 
 
-def _outputs(whole: Callable[[], Any], modules: Sequence[nn.Module]) -> dict[nn.Module, Any]:
+def _readily(run: Callable[[], Any]) -> Callable[[], Callable[[], Any]]:
+    """What needs nothing made ready."""
+    return lambda: run
+
+
+def zero_outputs(whole: Callable[[], Any], modules: Sequence[nn.Module]) -> dict[nn.Module, Any]:
     """For each module zeros in the place of what one run of the whole makes it give; they take no memory."""
     found: dict[nn.Module, Any] = {}
 
@@ -104,7 +114,7 @@ def _outputs(whole: Callable[[], Any], modules: Sequence[nn.Module]) -> dict[nn.
 
 
 @contextmanager
-def _doing_nothing(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+def doing_nothing(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
     """Inside, these modules give what is said at once."""
 
     def give(output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,11 +167,13 @@ def _all(calls: Sequence[Callable[[], Any]]) -> None:
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> int:
-    """Nanoseconds until the device has done it."""
+    """Nanoseconds until the device has done it; of the only thread of a CPU, those that it was at work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter_ns()
+    # What else the machine does would take turns with long runs and not with short ones, whose sum would be too small.
+    clock = time.thread_time_ns if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter_ns
+    began = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter_ns() - began
+    return clock() - began

@@ -39,13 +39,14 @@ def numerics(language_model: LanguageModel) -> dict[str, Any]:
     """``class`` (name by name), ``loss`` (of the canary) and ``bits`` (a hash of all of the canary's values)."""
     losses = _canary(language_model)
     return {
-        "class": _numerics_class(language_model),
+        "class": numerics_class(language_model),
         "loss": losses.mean().item(),
         "bits": sha256(losses.numpy().tobytes()).hexdigest()[:16],
     }
 
 
-def _numerics_class(language_model: LanguageModel) -> dict[str, Any]:
+def numerics_class(language_model: LanguageModel) -> dict[str, Any]:
+    """What decides how this model computes here, name by name, as JSON values."""
     device = language_model.device
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()

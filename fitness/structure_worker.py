@@ -10,6 +10,9 @@ from torch import Tensor
 
 from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.latency_measure import latency_table
+from evoprune.fitness.latency_passes import Work, shape_latencies
+from evoprune.fitness.latency_table import LatencyTable, place_of
 from evoprune.fitness.model_worker import Handler, heldout_answer
 from evoprune.fitness.prepare import calibration_windows
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
@@ -33,7 +36,11 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
     """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons].
 
     Jobs (kind and payload):
-        costs: ``quantity``, ``sequence``; returns `UnitCosts`.
+        costs: ``quantity``, ``batch``, ``sequence`` (None: as `Work.of` has it); returns `UnitCosts`.
+        latency: ``batch``, ``sequence``, ``decode``, ``neurons`` to measure of each block, ``table`` (a document of
+            another run's in place of that, or None); returns a `LatencyTable`.
+        whole-latency: ``pass`` (a `Work`), ``shapes`` (None: the dense model); returns ``nanoseconds`` of each, end to
+            end.
         database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
         choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes, ``spread`` (None: the
             criterion's own); returns what this choice of units ``kept``.
@@ -52,6 +59,8 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         return {
             **super().jobs,
             "costs": self._costs,
+            "latency": self._latency,
+            "whole-latency": self._whole_latency,
             "database": self._database,
             "choose": self._choose,
             "block": self._block,
@@ -66,7 +75,31 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         return find_units(self.language_model)
 
     def _costs(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return unit_costs(self.language_model, payload["quantity"], sequence=payload["sequence"]).to_json()
+        work = Work.of(self.language_model, payload["batch"], payload["sequence"], decode=False)
+        quantity = payload["quantity"]
+        return unit_costs(self.language_model, quantity, batch=work.batch, sequence=work.sequence).to_json()
+
+    def _latency(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        work = Work.of(self.language_model, payload["batch"], payload["sequence"], decode=payload["decode"])
+        if payload["table"] is None:
+            return latency_table(self.language_model, self._units, payload["neurons"], work).to_json()
+        table = LatencyTable.from_json(payload["table"])
+        table.check(place_of(self.language_model, work))
+        return table.to_json()
+
+    def _whole_latency(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        shapes = [self._first_units(spelled) for spelled in payload["shapes"]]
+        times = shape_latencies(self.language_model, self._units, shapes, Work(**payload["pass"]))
+        return {"nanoseconds": times}
+
+    def _first_units(self, spelled: Sequence[Sequence[int]] | None) -> list[BlockShape]:
+        """A shape of so many units, whichever, or of all."""
+        widths = [block.widths for block in self._units]
+        if spelled is None:
+            return [width.whole for width in widths]
+        return [width.first(*kept) for width, kept in zip(widths, self.candidate(spelled), strict=True)]
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()

@@ -90,6 +90,8 @@ class CostTable:
     def at(self, *kept: int) -> int:
         """The cost if so much stays; between two numbers of neurons on the straight line, rounded down.
 
+        Fewer neurons than the fewest that were measured cost as much as these.
+
         Raises:
             InvalidInput: this was not measured, nor anything around it.
         """
@@ -99,7 +101,9 @@ class CostTable:
         place = bisect_left(keys, kept)
         if place < len(keys) and keys[place] == kept:
             return self.entries[place][1]
-        if len(kept) > 1 or not 0 < place < len(keys):
+        if len(kept) == 1 and place == 0:
+            return self.entries[0][1]
+        if len(kept) > 1 or place == len(keys):
             raise InvalidInput(f"the table has no cost of a part that keeps {' x '.join(map(str, kept))}: measure it")
         ((low,), below), ((high,), above) = self.entries[place - 1 : place + 1]
         return below + (above - below) * (kept[0] - low) // (high - low)
@@ -148,6 +152,12 @@ class UnitCosts:
         if not 1 < speedup < most:
             raise InvalidInput(f"a speedup of {speedup:g} cannot be: give more than 1 and less than {most:.4g}")
         return (whole - whole / speedup) / self.dense
+
+    def speedup_at(self, fraction: float) -> float:
+        """How many times less the whole costs without this fraction of `dense`; the inverse of `fraction_at`."""
+        whole = self.rest + self.dense
+        left = whole - fraction * self.dense
+        return whole / left if left else math.inf
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, that `from_json` reads."""
@@ -236,7 +246,9 @@ def _attention_parameters(model: nn.Module, units: AttentionUnits) -> AttentionC
     query, key, value = has_bias * 3 if units.fused else has_bias
     per_head = units.head_dim * (hidden + query + out)
     per_group = units.head_dim * (2 * hidden + key + value)
-    fixed = dense - units.groups * per_group - units.heads * per_head + _parameters(model, units.norms)
+    counted = {bound.module for bound in (*units.inputs, units.output)} | set(map(model.get_submodule, units.norms))
+    fixed = dense - units.groups * per_group - units.heads * per_head
+    fixed += _parameters(model, units.norms) + _beside(model.get_submodule(units.name), counted)
     return AttentionCost(fixed, per_group, per_head)
 
 
@@ -264,9 +276,9 @@ def _parameters(model: nn.Module, names: Sequence[str]) -> int:
     return sum(parameter.numel() for name in names for parameter in model.get_submodule(name).parameters())
 
 
-def _beside(module: nn.Module, matrices: set[nn.Module]) -> int:
-    """Parameters inside a module that are not those of its matrices."""
-    inner = (part for part in module.modules() if part not in matrices)
+def _beside(module: nn.Module, counted: set[nn.Module]) -> int:
+    """Parameters inside a module that are not those of what was counted already."""
+    inner = (part for part in module.modules() if part not in counted)
     return sum(parameter.numel() for part in inner for parameter in part.parameters(recurse=False))
 
 

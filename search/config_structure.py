@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,14 +20,32 @@ DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 class StructureTarget(Section):
     """How much of the heads and MLPs goes, and in which pieces."""
 
-    sparsity: Sparsity = Field(
-        DEFAULT_SPARSITY, description="fraction of what the heads and MLPs of all blocks cost that goes, in (0, 1)"
+    sparsity: Sparsity | None = Field(
+        DEFAULT_SPARSITY,
+        description="fraction of what the heads and MLPs of all blocks cost that goes, in (0, 1); none with a speedup",
     )
-    cost: Literal["parameters", "flops", "kv_bytes"] = Field(
+    speedup: float | None = Field(
+        None,
+        gt=1,
+        description="how many times faster the whole model gets, such as 1.5, in place of a sparsity",
+    )
+    cost: Literal["parameters", "flops", "kv_bytes", "latency"] = Field(
         "parameters",
-        description="what is counted: parameters, operations of a forward pass, or bytes of the cache for each token",
+        description="what is counted: parameters, operations of a forward pass, bytes of the cache for each token, or "
+        "the time of a forward pass, measured on the machine of the search, which is the default with a speedup",
     )
-    sequence: int = Field(2048, ge=1, description="tokens of the forward pass whose operations are counted")
+    batch: int = Field(1, ge=1, description="sequences of the forward pass whose operations or time count")
+    sequence: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of each of them; none takes 2048, or as many as the model reads if fewer",
+    )
+    decode: bool = Field(
+        False, description="the time that counts is that of one more token of each, with these in the cache"
+    )
+    table: str | None = Field(
+        None, description="a latency.json that a run has exported, in place of measuring the parts of the model again"
+    )
     heads: Heads = Field(
         "both",
         description="how attention shrinks: whole KV groups, as many query heads in every group, or both",
@@ -43,6 +61,24 @@ class StructureTarget(Section):
         description="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
         "ones",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, values: Any) -> Any:
+        """What follows from a speedup is written out, so that a resolved configuration says what is searched."""
+        if isinstance(values, dict) and values.get("speedup") is not None:
+            return {"cost": "latency", "sparsity": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _together(self) -> StructureTarget:
+        if (self.sparsity is None) == (self.speedup is None):
+            raise ValueError("give --sparsity or --speedup, one of the two")
+        if self.speedup is not None and self.cost != "latency":
+            raise ValueError(f"a speedup is one of latency: leave out --cost {self.cost}, or give --sparsity")
+        if self.cost != "latency" and (self.decode or self.table is not None):
+            raise ValueError(f"decode and table are about latency, and the cost is {self.cost}: add --cost latency")
+        return self
 
 
 class StructureGenerations(GenerationsConfig):
@@ -90,7 +126,10 @@ class StructureSearchConfig(SearchConfig):
 
     @property
     def aim(self) -> str:
-        return f"{self.target.sparsity:g} of the {self.target.cost} of heads and MLPs"
+        target = self.target
+        if target.speedup is not None:
+            return f"{target.speedup:g} times as fast"
+        return f"{target.sparsity:g} of the {target.cost} of heads and MLPs"
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -116,7 +155,8 @@ class StructureSearchConfig(SearchConfig):
             calibration_window=self.data.calibration_window,
             statistics=tuple(sorted(needs)),
             objective=self.objective,
-            sparsity=self.target.sparsity,
+            # No mask is made by it; where time is the budget it is anything.
+            sparsity=self.target.sparsity or DEFAULT_SPARSITY,
             group="row",
             threads=self.threads,
         )

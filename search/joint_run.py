@@ -49,7 +49,8 @@ class JointRun(WorkerSession[JointSearchConfig]):
         try:
             # A step that has not begun could not know that the model is another: the run as a whole does.
             with self._workers() as executor:
-                prepared = self.prepare(partial(self._first, executor, stopping))
+                ask = partial(self._ask, executor, stopping)
+                prepared = self.prepare(partial(self._first, executor, stopping), ask)
             self._announce()
             found = self._steps(stopping)
             result = self._compared(prepared, found, stopping)

@@ -72,8 +72,8 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
             "formula": None if formula is None else formula.to_json(),
         }
 
-    def prepare(self, first: First) -> Summary:
-        prepared = super().prepare(first)
+    def prepare(self, first: First, ask: Ask) -> Summary:
+        prepared = super().prepare(first, ask)
         self.space(sites_of(prepared))  # what cannot be is refused before the work of hours
         payload = self._making(prepared)
         grid = payload["grid"]

@@ -132,8 +132,8 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
 
     def _search(self, executor: Executor, stopping: Callable[[], bool]) -> dict[str, Any]:
         """The result, and the winner's files in the run's folder."""
-        prepared = self.prepare(partial(self._first, executor, stopping))
         ask = partial(self._ask, executor, stopping)
+        prepared = self.prepare(partial(self._first, executor, stopping), ask)
         search = self.build_search(prepared, ask)
         self._announce(prepared, executor)
         loop = self.build_loop(search, executor)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from evoprune.fitness.latency_table import LatencyTable, write_table
 from evoprune.fitness.structure_weights import DatabaseRecipe
+from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.shape import BlockShape, Shape
@@ -28,9 +30,16 @@ ALONE = " alone"
 """Behind a criterion's name: its own choice of units, as its authors make it, without the refit of the database."""
 
 
-def choice(space: StructureSpace, criterion: str, spread: str | None) -> dict[str, Any]:
-    """How jobs ask for a criterion's choice of units; None compares scores where its authors do."""
-    return {"criterion": criterion, "spread": spread, "costs": space.costs.to_json(), "fraction": space.fraction}
+def choice(counted: UnitCosts, fraction: float, criterion: str, spread: str | None) -> dict[str, Any]:
+    """How jobs ask for a criterion's choice of units.
+
+    Args:
+        counted: costs that follow from shapes alone.
+        fraction: of these that goes.
+        criterion: its name.
+        spread: where its scores are compared; None where its authors do.
+    """
+    return {"criterion": criterion, "spread": spread, "costs": counted.to_json(), "fraction": fraction}
 
 
 class StructureComparison:
@@ -42,6 +51,7 @@ class StructureComparison:
         search: at its end.
         seeds: genomes to start from, by name; equal ones are one candidate of the search.
         run: what it is a run of.
+        counted: costs by which criteria of units choose; those of the space, unless these are times.
 
     Raises:
         InvalidInput: no candidate has a fitness.
@@ -54,6 +64,7 @@ class StructureComparison:
         search: GenerationSearch[StructureSpace],
         seeds: Mapping[str, Genome],
         run: RunDirectory,
+        counted: UnitCosts,
     ) -> None:
         if search.best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
@@ -63,8 +74,31 @@ class StructureComparison:
         self._best: Member = search.best
         self._seeds = seeds
         self._run = run
+        self._counted = counted
+        self._table: LatencyTable | None = None
+        self._times: dict[str, Any] = {}
         self._blocks: tuple[BlockShape, ...] = ()
         self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
+
+    def timing_job(self, table: LatencyTable) -> Job:
+        """The dense model and the winner, end to end."""
+        shapes = [None, self._search.space.spelled(self._best.genome)]
+        payload = {"pass": table.work.to_json(), "shapes": shapes}
+        return Job(content_hash([self._identity, "whole-latency", payload]), "whole-latency", payload)
+
+    def take_times(self, table: LatencyTable, nanoseconds: Sequence[int]) -> None:
+        """What `timing_job` found; the result then says it beside the sums of parts, as these were measured."""
+        costs, (dense, winner) = table.costs, nanoseconds
+        kept = self._search.space.shape(self._best.genome)
+        predicted = {"dense": costs.rest + costs.dense, "winner": costs.rest + costs.of(kept)}
+        self._table = table
+        self._times = {
+            **table.work.to_json(),
+            "device": table.place["device"],
+            "predicted": {**predicted, "speedup": predicted["dense"] / predicted["winner"]},
+            "measured": {"dense": dense, "winner": winner, "speedup": dense / winner},
+            "gap": winner / predicted["winner"] - 1,
+        }
 
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text, and the winner's units."""
@@ -74,7 +108,7 @@ class StructureComparison:
             entrants[name] = {"shape": space.spelled(genome)}
         for name in self._config.seeds:
             if space.costs.quantity != "kv_bytes":
-                entrants[name + ALONE] = choice(space, name, None)
+                entrants[name + ALONE] = choice(self._counted, space.fraction, name, None)
         self._entrants = list(entrants)
         jobs = [
             Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
@@ -103,8 +137,9 @@ class StructureComparison:
             "run": run_id,
             "kind": "structure",
             "model": config.model.name,
-            "target": f"{config.target.sparsity:g}",
+            "target": f"{space.fraction:g}",
             "cost": config.target.cost,
+            **({} if self._table is None else {"speedup": config.target.speedup, "latency": self._times}),
             "accumulation": config.target.accumulation,
             "objective": config.objective,
             "seed": config.seed,
@@ -158,9 +193,13 @@ class StructureComparison:
         config, widths = self._config, self._search.space.costs.widths
         data = calibration_facts(config.data)
         weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
-        target = {"sparsity": config.target.sparsity, "cost": config.target.cost, "run": result["run"]}
+        asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
+        given = {name: value for name, value in asked.items() if value is not None}
+        target = {**given, "cost": config.target.cost, "run": result["run"]}
         identity = run.identity
         shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)
         write_shape(shape, folder / "shape.json")
+        if self._table is not None:
+            write_table(self._table, folder / "latency.json")
         if read_shape(folder / "shape.json") != shape:
             raise EvopruneError(f"{folder / 'shape.json'} does not give the shape back")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from evoprune.fitness.latency_table import LatencyTable, read_table
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.structure_database import PARTS
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
@@ -22,7 +24,7 @@ from evoprune.search.level_run import GIVEN
 from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
-from evoprune.search.spaces.structure import StructureSpace
+from evoprune.search.spaces.structure import StructureSpace, ladders
 from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison, choice
 from evoprune.search.worker_session import Ask, First
 
@@ -35,21 +37,27 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "block", "choose", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
-    _ask_first: First
+    _counted: UnitCosts
+    _table: LatencyTable | None = None
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_shape(self.config.seed_from)
         return {"criteria": list(self.config.seeds), "given": None if given is None else to_json(given)}
 
-    def prepare(self, first: First) -> Summary:
-        prepared = super().prepare(first)
+    def prepare(self, first: First, ask: Ask) -> Summary:
+        prepared = super().prepare(first, ask)
         target = self.config.target
-        self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
+        quantity = "flops" if target.cost == "latency" else target.cost
+        asked = {"quantity": quantity, "batch": target.batch, "sequence": target.sequence}
+        self._costs = self._counted = UnitCosts.from_json(first("costs", asked))
+        if target.cost == "latency":
+            self._table = self._measured(ask)
+            self._costs = self._table.budget()
         self.space()  # what cannot be is refused before the work of hours
-        self._ask_first = first
+        self._build_database(first, ask)
         return prepared
 
-    def _build_database(self, ask: Ask) -> None:
+    def _build_database(self, first: First, ask: Ask) -> None:
         """Have the database built; by all workers, where blocks do not depend on each other."""
         accumulation = self.config.target.accumulation
         self.phase("building the structured database", f": {accumulation} accumulation")
@@ -61,7 +69,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             for outcome in ask(jobs, limited=False):
                 if outcome.status != "ok":
                     raise failure(outcome)
-        self._database = self._ask_first("database", {"accumulation": accumulation})["database"]
+        self._database = first("database", {"accumulation": accumulation})["database"]
         self._hold(database=self._database)
         # What shapes are worth depends on the bits of the database.
         self.identity = content_hash([self.identity, self._database])
@@ -77,13 +85,16 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             InvalidInput: the budget is out of reach.
         """
         target = self.config.target
-        return StructureSpace(self._costs, target.sparsity, heads=target.heads, drop=target.drop, step=target.step)
+        options: dict[str, Any] = {"heads": target.heads, "drop": target.drop, "step": target.step}
+        if target.speedup is not None:
+            return StructureSpace.at_speedup(self._costs, target.speedup, **options)
+        assert target.sparsity is not None
+        return StructureSpace(self._costs, target.sparsity, **options)
 
     def plan(self) -> Plan:
         return generation_plan(self.config.searcher, self.config.data.window)
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
-        self._build_database(ask)
         config, space = self.config, self.space()
         self._run.add_identity(blocks=len(self._costs.widths))
         payload = {
@@ -109,7 +120,31 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         )
 
     def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:
-        return StructureComparison(self.config, self.identity, search, self._named, self._run)
+        comparison = StructureComparison(self.config, self.identity, search, self._named, self._run, self._counted)
+        if self._table is not None:
+            # While nothing else runs, as the parts were.
+            self.phase("measuring the winner end to end")
+            (outcome,) = ask([comparison.timing_job(self._table)], limited=False)
+            if outcome.status != "ok":
+                raise failure(outcome)
+            comparison.take_times(self._table, outcome.values["nanoseconds"])
+        return comparison
+
+    def _measured(self, ask: Ask) -> LatencyTable:
+        """The table that the configuration names, or one that is measured once; an interrupted run keeps it."""
+        target = self.config.target
+        given = None if target.table is None else read_table(target.table).to_json()
+        payload = {
+            **{name: getattr(target, name) for name in ("batch", "sequence", "decode")},
+            "neurons": ladders(self._counted, target.step),
+            "table": given,
+        }
+        self.phase("measuring how long parts take")
+        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        if outcome.status != "ok":
+            raise failure(outcome)
+        self._hold(latencies=content_hash(outcome.values["costs"]))
+        return LatencyTable.from_json(outcome.values)
 
     def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
@@ -123,11 +158,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
         if outcome.status != "ok":
             raise failure(outcome)
-        tables = [outcome.values["errors"][2 * gene.block + PARTS.index(gene.part)] for gene in space.parts]
-        errors = [
-            [_entry(table, gene.kept[option]) for option in gene.choices]
-            for gene, table in zip(space.parts, tables, strict=True)
-        ]
+        errors = errors_of_choices(space, outcome.values["errors"])
         found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
         return found | self._by_criteria(space, payload, ask)
 
@@ -143,7 +174,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         self.phase("asking the criteria of units")
         jobs = [
             Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked})
-            for asked in (choice(space, name, "global") for name in self.config.seeds)
+            for asked in (choice(self._counted, space.fraction, name, "global") for name in self.config.seeds)
         ]
         found = {}
         for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):
@@ -158,6 +189,20 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def _rng(self, seed: str) -> random.Random:
         return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
+
+
+def errors_of_choices(space: StructureSpace, errors: Sequence[Any]) -> list[list[float]]:
+    """Output errors of every gene at each of its choices.
+
+    Args:
+        space: of shapes of the model.
+        errors: by widths, of the attention and the MLP of each block in turn; see `StructureDatabase.errors`.
+    """
+    tables = [errors[2 * gene.block + PARTS.index(gene.part)] for gene in space.parts]
+    return [
+        [_entry(table, gene.kept[option]) for option in gene.choices]
+        for gene, table in zip(space.parts, tables, strict=True)
+    ]
 
 
 def _entry(table: Any, kept: tuple[int, ...]) -> float:

@@ -315,7 +315,10 @@ def target_text(result: Mapping[str, Any]) -> str:
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "structure":
-        return f"{100 * float(target):.4g}% fewer {_COSTS[result['cost']]} in heads and MLPs"
+        if result.get("speedup") is not None:
+            return f"{result['speedup']:g} times the speed"
+        less = "less time" if result["cost"] == "latency" else f"fewer {_COSTS[result['cost']]}"
+        return f"{100 * float(target):.4g}% {less} in heads and MLPs"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from evoprune.fitness.latency_passes import Work
 from evoprune.search.spaces.structure import shape_text
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
 
@@ -21,11 +22,13 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     best = result["best"]
     numerics = {} if result.get("bit_reproducible", True) else {"numerics": Text(NOT_REPRODUCIBLE, style="yellow")}
     left = best["cost"] + result["rest_cost"]
+    unit = "nanoseconds" if result["cost"] == "latency" else result["cost"]
     facts = facts_table(
         {
             "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B",
-            "keeps": f"{shape_text(best['shape'])}: {best['cost']:,} of {result['dense_cost']:,} {result['cost']} of "
+            "keeps": f"{shape_text(best['shape'])}: {best['cost']:,} of {result['dense_cost']:,} {unit} of "
             f"heads and MLPs ({best['cost'] / result['dense_cost']:.2%}), {left:,} in the whole model",
+            **({"latency": latency_text(result["latency"])} if "latency" in result else {}),
             "found": f"generation {best['generation']} of {result['generations']} ({best['origin']})",
             "search": f"{result['evaluations']} evaluations, seed {result['seed']}",
             **numerics,
@@ -33,6 +36,17 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     )
     blocks = Padding(blocks_table(result), (0, 0, 1, 0))
     return [Padding(heldout_table(result), (1, 0, 1, 0)), blocks, facts, Text(), *ways_on(result, run)]
+
+
+def latency_text(latency: Mapping[str, Any]) -> str:
+    """What the winner takes, end to end, and how far that is from the sum of its parts."""
+    measured, predicted = latency["measured"], latency["predicted"]
+    work = Work(latency["batch"], latency["sequence"], latency["decode"])
+    return (
+        f"{measured['winner'] / 1e6:.4g} ms against {measured['dense'] / 1e6:.4g} ms measured end to end, a speedup of "
+        f"{measured['speedup']:.3g}; predicted {predicted['winner'] / 1e6:.4g} ms and {predicted['speedup']:.3g} "
+        f"(gap {latency['gap']:+.1%}); {work.words}, {latency['device']}"
+    )
 
 
 def blocks_table(result: Mapping[str, Any]) -> Table:

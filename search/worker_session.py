@@ -39,6 +39,7 @@ _FIXED = {
     "database": "bits of the level database (another processor, or another library)",
     "seeds": "candidates to start from",
     "allocation": "allocation that candidates are masked at",
+    "latencies": "table of latencies",
 }
 
 
@@ -225,8 +226,13 @@ class WorkerSession(ABC, Generic[Config]):
             self.progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
         self._watch.tick()
 
-    def prepare(self, first: First) -> Summary:
-        """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log."""
+    def prepare(self, first: First, ask: Ask) -> Summary:
+        """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log.
+
+        Args:
+            first: for what every session needs on its own workers, whatever was done before.
+            ask: for what is done once in a run, such as measurements that nobody can repeat.
+        """
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
         values = first("prepare", {})
         self._seconds_per_token = values["seconds_per_token"]

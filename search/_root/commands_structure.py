@@ -53,14 +53,32 @@ def search_structure(
         ),
     ] = None,
     cost: Annotated[
-        Literal["parameters", "flops", "kv_bytes"] | None,
+        Literal["parameters", "flops", "kv_bytes", "latency"] | None,
         option(
             "--cost",
-            help="what is counted: parameters, operations of a forward pass, or bytes of the cache for each token",
+            help="what is counted: parameters, operations of a forward pass, bytes of the cache for each token, or "
+            "time on this machine",
             panel=TARGET,
             default="parameters",
         ),
     ] = None,
+    speedup: Annotated[
+        float | None,
+        option(
+            "--speedup",
+            metavar="TIMES",
+            help="how much faster the whole model gets, in place of --sparsity; measured on this machine",
+            panel=TARGET,
+        ),
+    ] = None,
+    decode: Annotated[
+        bool,
+        typer.Option(
+            "--decode",
+            help="time is that of a token more behind a full cache, and not that of reading a sequence",
+            rich_help_panel=TARGET,
+        ),
+    ] = False,
     heads: Annotated[
         Literal["whole", "groups", "balanced", "both"] | None,
         option(
@@ -158,7 +176,11 @@ def search_structure(
     with Output(as_json) as output:
         options = {name: value for name, value in ctx.params.items() if name in STRUCTURE_KEYS}
         # A flag that was not given leaves the file its say.
-        options |= {"trust_remote_code": trust_remote_code or None, "surrogate": surrogate or None}
+        options |= {
+            "trust_remote_code": trust_remote_code or None,
+            "surrogate": surrogate or None,
+            "decode": decode or None,
+        }
         resolved = structure_config(options, files=config or (), assignments=settings or ())
         if dry_run:
             show_config(output, resolved)

@@ -80,10 +80,11 @@ STRUCTURE_KEYS = {
     },
     "population": "searcher.offspring",
     "surrogate": "searcher.surrogate",
-    **{name: f"target.{name}" for name in ("cost", "heads", "drop", "step", "accumulation")},
+    **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "drop", "step", "accumulation")},
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
+_STRUCTURE_EITHER = (STRUCTURE_KEYS["sparsity"], STRUCTURE_KEYS["speedup"])
 
 
 def metric_config(
@@ -108,10 +109,8 @@ def metric_config(
     if options.get("sparsity") is not None and options.get("pattern") is not None:
         raise InvalidInput("give --sparsity or --pattern, not both")
     assignments = list(assignments)
-    # One of the two, given here, replaces the other where a file has it.
-    named = {*given, *(settings or {}), *(assignment.partition("=")[0] for assignment in assignments)}
-    cleared = [f"{other}=null" for other, key in (_EITHER, _EITHER[::-1]) if key in named and other not in named]
-    config = _settled(resolve(files, given | dict(settings or {}), [*cleared, *assignments]))
+    values = given | dict(settings or {})
+    config = _settled(resolve(files, values, [*_cleared(_EITHER, values, assignments), *assignments]))
     if config.target.allocation is None:
         return config
     # The file of a run, for `latest` would soon be the search's own.
@@ -163,7 +162,15 @@ def structure_config(
 ) -> StructureSearchConfig:
     """`metric_config` for a structure search, with the options of `STRUCTURE_KEYS`."""
     given = {STRUCTURE_KEYS[name]: value for name, value in options.items() if value is not None}
-    return _settled(resolve_as(StructureSearchConfig, files, given | dict(settings or {}), assignments))
+    assignments, values = list(assignments), given | dict(settings or {})
+    cleared = _cleared(_STRUCTURE_EITHER, values, assignments)
+    return _settled(resolve_as(StructureSearchConfig, files, values, [*cleared, *assignments]))
+
+
+def _cleared(either: tuple[str, str], values: Mapping[str, Any], assignments: Iterable[str]) -> list[str]:
+    """Assignments by which one of two keys, given here, replaces the other where a file has it."""
+    named = {*values, *(assignment.partition("=")[0] for assignment in assignments)}
+    return [f"{other}=null" for other, key in (either, either[::-1]) if key in named and other not in named]
 
 
 def _settled(config: Config) -> Config:

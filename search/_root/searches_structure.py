@@ -19,7 +19,9 @@ def search_structure(
     model: str | None = None,
     *,
     sparsity: float | None = None,
-    cost: Literal["parameters", "flops", "kv_bytes"] | None = None,
+    cost: Literal["parameters", "flops", "kv_bytes", "latency"] | None = None,
+    speedup: float | None = None,
+    decode: bool | None = None,
     heads: Literal["whole", "groups", "balanced", "both"] | None = None,
     drop: Literal["none", "parts"] | None = None,
     step: int | None = None,
@@ -56,7 +58,10 @@ def search_structure(
     Args:
         model: see `search_metric`.
         sparsity: fraction of what the heads and MLPs of all blocks cost that goes, in (0, 1); 0.25 unless given.
-        cost: what is counted: parameters, operations of a forward pass, or bytes of keys and values for each token.
+        cost: what is counted: parameters, operations of a forward pass, bytes of keys and values for each token, or
+            the time of a forward pass on the machine of the search (``latency``).
+        speedup: how many times faster the whole model gets, in place of `sparsity`; above 1, of the cost ``latency``.
+        decode: the time is that of a token more behind a full cache, and not that of reading a sequence.
         heads: what goes of an attention: nothing but all of it (``whole``), KV groups, as many query heads of every
             group (``balanced``), or both.
         drop: whether attentions and MLPs may go as a whole (``parts``).
@@ -78,7 +83,8 @@ def search_structure(
         InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     options = {
-        "model": model, "sparsity": sparsity, "cost": cost, "heads": heads, "drop": drop, "step": step,
+        "model": model, "sparsity": sparsity, "cost": cost, "speedup": speedup,
+        "decode": decode, "heads": heads, "drop": drop, "step": step,
         "accumulation": accumulation, "evaluations": evaluations, "minutes": minutes, "population": population,
         "surrogate": surrogate, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,

@@ -127,6 +127,10 @@ class StructureKind:
         for name in config.searcher.seeds or ():
             _ = UNIT_CRITERIA[name]
         given_shape(config.seed_from)
+        if config.target.table is not None:
+            from evoprune.fitness.latency_table import read_table
+
+            read_table(config.target.table)
 
 
 KIND: BoardKind = StructureKind()

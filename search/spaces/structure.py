@@ -31,6 +31,8 @@ STEPS = 32
 _TIME_SLACK = 200
 # Parts of all costs that sums are told apart by, to say which budget could be met.
 _BUCKETS = 20_000
+# A budget that can be met whatever may go.
+_HARDLY = 1e-6
 _NAMES = {"kv_bytes": "bytes of keys and values", "flops": "operations", "latency": "time", "parameters": "parameters"}
 
 
@@ -86,8 +88,8 @@ class StructureSpace(PartSpace):
         budget, most = removed_count(fraction, costs.dense), sum(gene.removed[-1] for gene in genes)
         if budget > most:
             raise InvalidInput(
-                f"{fraction:g} of the {_NAMES[costs.quantity]} of heads and MLPs cannot go: what may go makes up "
-                f"{math.floor(1e4 * most / costs.dense) / 1e4:g}, so give that or less, or let more go"
+                f"{self._words(fraction)} of heads and MLPs cannot go: what may go makes up "
+                f"{self._words(math.floor(1e4 * most / costs.dense) / 1e4)}, so give that or less, or let more go"
             )
         if fine:
             tolerance = None
@@ -97,6 +99,26 @@ class StructureSpace(PartSpace):
             tolerance = min(gene.stride for gene in genes)
         super().__init__(genes, budget, tolerance)
         self._place = {(gene.block, gene.part): at for at, gene in enumerate(genes)}
+
+    @classmethod
+    def at_speedup(cls, costs: UnitCosts, speedup: float, **options: Any) -> StructureSpace:
+        """Shapes that make the whole model cost `speedup` times less.
+
+        Args:
+            costs, options: see the class.
+            speedup: above 1.
+
+        Raises:
+            InvalidInput: see the class; so much is out of reach, and what is not.
+        """
+        most = sum(gene.removed[-1] for gene in cls(costs, _HARDLY, **options).parts)
+        reachable = costs.speedup_at(most / costs.dense)
+        if speedup >= reachable:
+            raise InvalidInput(
+                f"a speedup of {speedup:g} cannot be: all that may go makes one of "
+                f"{math.floor(1e3 * reachable) / 1e3:g}, so give that or less, or let more go"
+            )
+        return cls(costs, costs.fraction_at(speedup), **options)
 
     def shape(self, genome: Genome) -> list[Kept]:
         """What every block keeps: KV groups, query heads in each, neurons."""
@@ -169,10 +191,17 @@ class StructureSpace(PartSpace):
 
     def _unreachable(self) -> InvalidInput:
         return InvalidInput(
-            f"no shape was found that removes {self.fraction:g} of the {_NAMES[self.costs.quantity]} of heads and "
-            f"MLPs, or up to {self.tolerance / self.costs.dense:.2g} more: choose another budget, such as "
-            f"{self._nearest_reachable():.4f}, or finer steps"
+            f"no shape was found that removes {self._words(self.fraction)} of heads and MLPs, or up to "
+            f"{self.tolerance / self.costs.dense:.2g} more: choose another budget, such as "
+            f"{self._words(self._nearest_reachable())}, or finer steps"
         )
+
+    def _words(self, fraction: float) -> str:
+        """A fraction of the costs, for people; of time also as what the whole model gains, rounded down."""
+        words = f"{fraction:.4g} of the {_NAMES[self.costs.quantity]}"
+        if self.costs.quantity != "latency":
+            return words
+        return f"{words} (a speedup of {math.floor(1e3 * self.costs.speedup_at(fraction)) / 1e3:g})"
 
     def _nearest_reachable(self) -> float:
         """The fraction next to the budget that some sum of rungs removes, to within rounding."""
@@ -193,6 +222,20 @@ def shape_text(shape: Sequence[Sequence[int]]) -> str:
     """Such as ``30 query heads, 2,100 neurons``, of what every block keeps."""
     heads = sum(groups * each for groups, each, _ in shape)
     return f"{heads:,} query heads, {sum(neurons for _, _, neurons in shape):,} neurons"
+
+
+def ladders(costs: UnitCosts, step: int | None) -> list[list[int]]:
+    """Numbers of neurons on the ladder of each block's MLP, ascending, without the dense one.
+
+    Args:
+        costs: of neurons, each more than nothing.
+        step: see `StructureSpace`.
+
+    Raises:
+        InvalidInput: the steps are too large.
+    """
+    size = _neuron_step(costs, step, 1)
+    return [list(range(size, width.neurons, size)) for width in costs.widths]
 
 
 def part_sparsities(sites: Sequence[Site], sparsities: Sequence[float]) -> list[float]:

@@ -145,13 +145,14 @@ def test_shapes_cost_what_they_keep() -> None:
 
 def test_tables() -> None:
     attention, mlp = CostTable((((1, 1), 10), ((1, 2), 12), ((2, 2), 15))), CostTable((((4,), 40), ((8,), 51)))
-    assert [attention.at(1, 2), attention.at(0, 0), mlp.at(4), mlp.at(5), mlp.at(7), mlp.at(0)] == [
+    assert [attention.at(1, 2), attention.at(0, 0), mlp.at(4), mlp.at(5), mlp.at(7), mlp.at(0), mlp.at(3)] == [
         12,
         0,
         40,
         42,
         48,
         0,
+        40,
     ]
     with pytest.raises(InvalidInput, match="no cost of a part that keeps 2 x 1"):
         attention.at(2, 1)
@@ -166,6 +167,7 @@ def test_speedups_by_hand() -> None:
     """Of 40 + 60 a speedup of 2 leaves 50, so 50 of the 60 go; what stays in any case bounds it at 2.5."""
     costs = UnitCosts("latency", 40, (BlockWidths(1, 1, 1),), (AttentionCost(20, 0, 0),), (MlpCost(40, 0),))
     assert costs.fraction_at(2) == pytest.approx(50 / 60)
+    assert costs.speedup_at(50 / 60) == pytest.approx(2) and costs.speedup_at(1) == pytest.approx(2.5)
     for speedup in (1.0, 2.5, float("nan")):
         with pytest.raises(InvalidInput, match=r"more than 1 and less than 2\.5"):
             costs.fraction_at(speedup)
