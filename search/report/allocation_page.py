@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.records import split_site
 from evoprune.search.removal import PLAIN, removal_options
-from evoprune.search.report import document, figures_allocation, figures_result
+from evoprune.search.report import document, figures_allocation, figures_generation, figures_result
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
 from evoprune.search.report.names import label
@@ -25,8 +25,8 @@ FIGURES: dict[str, Callable[[AllocationData], Figure | None]] = {
     "allocation": figures_allocation.allocation,
     "profile": figures_allocation.profile,
     "baselines": figures_result.baselines,
-    "convergence": figures_allocation.convergence,
-    "moves": figures_allocation.moves,
+    "convergence": figures_generation.convergence,
+    "moves": figures_generation.moves,
 }
 
 
@@ -48,7 +48,7 @@ def render(data: AllocationData, drawn: dict[str, str]) -> str:
         target_text(data),
         "Allocation",
         best=best,
-        span=None if best is None or not best.cells else range_text(best.cells),
+        span=None if best is None or not best.plan else range_text(best.plan),
         verdicts=verdicts(data),
         commands=commands(data),
         listing=listing(data),

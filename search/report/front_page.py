@@ -47,7 +47,7 @@ def render(data: FrontData, drawn: dict[str, str]) -> str:
         f"{100 * low:g} to {100 * high:g} % of all prunable weights",
         "Allocation",
         best=best,
-        span=None if best is None or not best.cells else range_text(best.cells),
+        span=None if best is None or not best.plan else range_text(best.plan),
         cost=str(data.config.target.pareto),
         what_is_saved=WHAT_IS_SAVED[str(data.config.target.pareto)],
         beside=beside(data.config.target.drop_only),

@@ -123,6 +123,7 @@ def make_run(
     )
     identity = {
         "versions": {"evoprune": "1.2.3", "python": "3.12.1"},
+        "model_fingerprint": "ab12",
         "prunable": 1000,
         "parameters": 2000,
         "git": "c0ffee",
@@ -241,7 +242,7 @@ def test_means_are_of_weights(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert data.best is not None and data.weights is not None
     per_block = sum(rows * columns for rows, columns in SHAPES.values())
-    means = data.means(data.best.cells, 1)
+    means = data.means(data.best.plan, 1)
     for block in range(3):
         lost = sum(
             rows * columns * result["best"]["allocation"][f"model.layers.{block}.{kind}"]
