@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evoprune.fitness.structure_weights import DatabaseRecipe
+from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.shape import BlockShape, Shape
@@ -31,6 +32,11 @@ AS_PUBLISHED = " as published"
 def choice(space: StructureSpace, criterion: str) -> dict[str, Any]:
     """How jobs ask for a criterion's own choice of units."""
     return {"criterion": criterion, "costs": space.costs.to_json(), "fraction": space.fraction}
+
+
+def spelled_widths(costs: UnitCosts) -> list[list[int]]:
+    """What the dense blocks have, as [KV groups, query heads in all of them, neurons]."""
+    return [[width.groups, width.heads, width.neurons] for width in costs.widths]
 
 
 class StructureComparison:
@@ -118,7 +124,7 @@ class StructureComparison:
             "window": config.data.window,
             "data": config.data.source,
             "calibration": calibration_facts(config.data),
-            "widths": [[width.groups, width.heads, width.neurons] for width in space.costs.widths],
+            "widths": spelled_widths(space.costs),
             "dense_cost": space.costs.dense,
             "rest_cost": space.costs.rest,
             "dense": {"heldout": summary(losses["dense"])},

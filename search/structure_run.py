@@ -23,7 +23,13 @@ from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.structure import StructureSpace
-from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison, choice
+from evoprune.search.structure_result import (
+    LEAST_ERROR,
+    UNIFORM,
+    StructureComparison,
+    choice,
+    spelled_widths,
+)
 from evoprune.search.worker_session import Ask, First
 
 
@@ -71,7 +77,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
-        self._run.add_identity(blocks=len(self._costs.widths))
+        self._run.add_identity(widths=spelled_widths(self._costs))
         payload = {
             "prepared": prepared.name,
             "accumulation": config.target.accumulation,

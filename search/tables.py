@@ -26,7 +26,8 @@ _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
     "running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red",
 }  # fmt: skip
-_COSTS = {"parameters": "parameters", "flops": "operations", "kv_bytes": "bytes of keys and values"}
+COUNTED = {"parameters": "parameters", "flops": "operations", "kv_bytes": "bytes of keys and values"}
+"""What shapes cost, in words."""
 WINNER = "evolved winner"
 POWER = "power (tuned)"
 NOT_REPRODUCIBLE = "not bit-reproducible: workers whose numbers differ in the last bits took part in it"
@@ -43,7 +44,7 @@ def heldout_table(result: Mapping[str, Any]) -> Table:
         caption=heldout_caption(result),
         caption_justify="left",
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("")  # where there is no room, names are broken, and numbers are not
     for name in ("perplexity", "loss", "KL", "minus winner's"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, *numbers in heldout_rows(result):
@@ -309,7 +310,7 @@ def target_text(result: Mapping[str, Any]) -> str:
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "structure":
-        return f"{100 * float(target):.4g}% fewer {_COSTS[result['cost']]} in heads and MLPs"
+        return f"{100 * float(target):.4g}% fewer {COUNTED[result['cost']]} in heads and MLPs"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":

@@ -23,7 +23,7 @@ from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.kinds.allocation import different
 from evoprune.search.report import write_report
 from evoprune.search.report.allocation_data import AllocationData
-from evoprune.search.report.allocation_page import verdicts
+from evoprune.search.report.generation_page import verdicts
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.levels import LevelSpace
 from tests.search.html_page import Page
