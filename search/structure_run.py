@@ -10,6 +10,7 @@ from evoprune.fitness.structure_database import PARTS
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.shape import Shape
 from evoprune.metrics.shape_file import to_json
 from evoprune.search.breeders.switches import Switches
 from evoprune.search.config_structure import StructureSearchConfig
@@ -41,6 +42,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "choose", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
+    _given: Shape | None
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_shape(self.config.seed_from)
@@ -50,7 +52,9 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         prepared = super().prepare(first)
         target = self.config.target
         self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
-        self.space()  # what cannot be is refused before the work of hours
+        # What cannot be is refused before the work of hours.
+        self.space()
+        self._given = self._checked(prepared)
         self.phase("building the structured database", f": {target.accumulation} accumulation")
         making = {"accumulation": target.accumulation}
         self._database = first("database", making)["database"]
@@ -106,11 +110,8 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
         found = {UNIFORM: space.near(space.even(), self._rng(UNIFORM))}
-        given = given_shape(self.config.seed_from)
-        if given is not None:
-            if given.widths != self._costs.widths:
-                raise InvalidInput(f"{self.config.seed_from} is a shape of another model: it has other widths")
-            found[GIVEN] = space.near_shape([kept_by(block) for block in given.blocks], self._rng(GIVEN))
+        if self._given is not None:
+            found[GIVEN] = space.near_shape([kept_by(block) for block in self._given.blocks], self._rng(GIVEN))
         asked = {"database": self._database}
         (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
         if outcome.status != "ok":
@@ -122,6 +123,23 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         ]
         found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
         return found | self._by_criteria(space, payload, ask)
+
+    def _checked(self, prepared: Summary) -> Shape | None:
+        """What ``seed_from`` names.
+
+        Raises:
+            InvalidInput: it is of another model.
+        """
+        given = given_shape(self.config.seed_from)
+        if given is None:
+            return None
+        try:
+            given.check(prepared.facts["model_class"], self._costs.widths)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.config.seed_from}: {error}") from None
+        if given.fingerprint != prepared.facts["fingerprint"]:
+            self.progress.line("warning: the shape was found on other weights of this class")
+        return given
 
     def _by_criteria(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """What criteria of units keep of every block, by their names."""
