@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.spaces.part_genes import Heads
 
 DEFAULT_SPARSITY = 0.25
+StructureSearcher = Literal["evolution"]
+STRUCTURE_SEARCHERS: tuple[str, ...] = get_args(StructureSearcher)
 
 
 class StructureTarget(Section):
@@ -46,7 +48,7 @@ class StructureTarget(Section):
 class StructureGenerations(GenerationsConfig):
     """How a generation is bred and selected."""
 
-    name: Literal["evolution"] = Field("evolution", description="who breeds")
+    name: StructureSearcher = Field("evolution", description="who breeds")
     stages: tuple[StageConfig, ...] = Field(
         (
             StageConfig(windows=4, survivors=8),

@@ -53,7 +53,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         target = self.config.target
         self._costs = UnitCosts.from_json(first("costs", {"quantity": target.cost, "sequence": target.sequence}))
         # What cannot be is refused before the work of hours.
-        self.space()
+        self._even(self.space())
         self._given = self._checked(prepared)
         self.phase("building the structured database", f": {target.accumulation} accumulation")
         making = {"accumulation": target.accumulation}
@@ -109,7 +109,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
-        found = {UNIFORM: space.near(space.even(), self._rng(UNIFORM))}
+        found = {UNIFORM: self._even(space)}
         if self._given is not None:
             found[GIVEN] = space.near_shape([kept_by(block) for block in self._given.blocks], self._rng(GIVEN))
         asked = {"database": self._database}
@@ -161,6 +161,10 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             except EvopruneError as error:
                 self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
         return found
+
+    def _even(self, space: StructureSpace) -> Genome:
+        """What loses the same everywhere, as near as it can be."""
+        return space.near(space.even(), self._rng(UNIFORM))
 
     def _rng(self, seed: str) -> random.Random:
         return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))
