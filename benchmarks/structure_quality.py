@@ -96,7 +96,7 @@ class Entrants:
 
     def published(self, criterion: str) -> dict[str, Any]:
         """Of the model as a criterion of units leaves it."""
-        asked = choice(self.costs, self._fraction, criterion)
+        asked = choice(self.costs, self._fraction, criterion, None)
         return self._worker.handle("heldout", {**self._payloads["dense"], **asked})
 
     def ziplm(self, accumulation: str, evaluations: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ from evoprune.search.spaces.part_genes import Heads
 DEFAULT_SPARSITY = 0.25
 DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 """Those that need no more than sums over inputs: gradients and Gram matrices of all matrices are the user's choice."""
+StructureSearcher = Literal["evolution"]
+STRUCTURE_SEARCHERS: tuple[str, ...] = get_args(StructureSearcher)
 
 
 class StructureTarget(Section):
@@ -84,7 +86,7 @@ class StructureTarget(Section):
 class StructureGenerations(GenerationsConfig):
     """How a generation is bred and selected."""
 
-    name: Literal["evolution"] = Field("evolution", description="who breeds")
+    name: StructureSearcher = Field("evolution", description="who breeds")
     stages: tuple[StageConfig, ...] = Field(
         (
             StageConfig(windows=4, survivors=8),

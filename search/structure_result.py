@@ -42,6 +42,11 @@ def choice(counted: UnitCosts, fraction: float, criterion: str, spread: str | No
     return {"criterion": criterion, "spread": spread, "costs": counted.to_json(), "fraction": fraction}
 
 
+def spelled_widths(costs: UnitCosts) -> list[list[int]]:
+    """What the dense blocks have, as [KV groups, query heads in all of them, neurons]."""
+    return [[width.groups, width.heads, width.neurons] for width in costs.widths]
+
+
 class StructureComparison:
     """The winner of a search beside its seeds, and beside what the criteria of units do by themselves.
 
@@ -153,7 +158,7 @@ class StructureComparison:
             "window": config.data.window,
             "data": config.data.source,
             "calibration": calibration_facts(config.data),
-            "widths": [[width.groups, width.heads, width.neurons] for width in space.costs.widths],
+            "widths": spelled_widths(space.costs),
             "dense_cost": space.costs.dense,
             "rest_cost": space.costs.rest,
             "dense": {"heldout": summary(losses["dense"])},

@@ -12,6 +12,7 @@ from evoprune.fitness.structure_database import PARTS
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.shape import Shape
 from evoprune.metrics.shape_file import to_json
 from evoprune.search.breeders.switches import Switches
 from evoprune.search.config_structure import StructureSearchConfig
@@ -25,7 +26,13 @@ from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.structure import StructureSpace, ladders
-from evoprune.search.structure_result import LEAST_ERROR, UNIFORM, StructureComparison, choice
+from evoprune.search.structure_result import (
+    LEAST_ERROR,
+    UNIFORM,
+    StructureComparison,
+    choice,
+    spelled_widths,
+)
 from evoprune.search.worker_session import Ask, First
 
 
@@ -39,6 +46,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     _costs: UnitCosts
     _counted: UnitCosts
     _table: LatencyTable | None = None
+    _given: Shape | None
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_shape(self.config.seed_from)
@@ -53,7 +61,9 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         if target.cost == "latency":
             self._table = self._measured(ask)
             self._costs = self._table.budget()
-        self.space()  # what cannot be is refused before the work of hours
+        # What cannot be is refused before the work of hours.
+        self._even(self.space())
+        self._given = self._checked(prepared)
         self._build_database(first, ask)
         return prepared
 
@@ -96,7 +106,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
-        self._run.add_identity(blocks=len(self._costs.widths))
+        self._run.add_identity(widths=spelled_widths(self._costs))
         payload = {
             "prepared": prepared.name,
             "accumulation": config.target.accumulation,
@@ -148,12 +158,9 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def _seeds(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
-        found = {UNIFORM: space.near(space.even(), self._rng(UNIFORM))}
-        given = given_shape(self.config.seed_from)
-        if given is not None:
-            if given.widths != self._costs.widths:
-                raise InvalidInput(f"{self.config.seed_from} is a shape of another model: it has other widths")
-            found[GIVEN] = space.near_shape([kept_by(block) for block in given.blocks], self._rng(GIVEN))
+        found = {UNIFORM: self._even(space)}
+        if self._given is not None:
+            found[GIVEN] = space.near_shape([kept_by(block) for block in self._given.blocks], self._rng(GIVEN))
         asked = {"database": self._database}
         (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
         if outcome.status != "ok":
@@ -161,6 +168,23 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         errors = errors_of_choices(space, outcome.values["errors"])
         found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
         return found | self._by_criteria(space, payload, ask)
+
+    def _checked(self, prepared: Summary) -> Shape | None:
+        """What ``seed_from`` names.
+
+        Raises:
+            InvalidInput: it is of another model.
+        """
+        given = given_shape(self.config.seed_from)
+        if given is None:
+            return None
+        try:
+            given.check(prepared.facts["model_class"], self._costs.widths)
+        except InvalidInput as error:
+            raise InvalidInput(f"{self.config.seed_from}: {error}") from None
+        if given.fingerprint != prepared.facts["fingerprint"]:
+            self.progress.line("warning: the shape was found on other weights of this class")
+        return given
 
     def _by_criteria(self, space: StructureSpace, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """What criteria of units keep of every block, by their names.
@@ -186,6 +210,10 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             except EvopruneError as error:
                 self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
         return found
+
+    def _even(self, space: StructureSpace) -> Genome:
+        """What loses the same everywhere, as near as it can be."""
+        return space.near(space.even(), self._rng(UNIFORM))
 
     def _rng(self, seed: str) -> random.Random:
         return random.Random(derived_seed(self.config.seed, f"seed-{seed}", 0))

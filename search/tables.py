@@ -26,7 +26,13 @@ _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
     "running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red",
 }  # fmt: skip
-_COSTS = {"parameters": "parameters", "flops": "operations", "kv_bytes": "bytes of keys and values"}
+COUNTED = {
+    "parameters": "parameters",
+    "flops": "operations",
+    "kv_bytes": "bytes of keys and values",
+    "latency": "time",
+}
+"""What shapes cost, in words."""
 WINNER = "evolved winner"
 POWER = "power (tuned)"
 NOT_REPRODUCIBLE = "not bit-reproducible: workers whose numbers differ in the last bits took part in it"
@@ -43,7 +49,7 @@ def heldout_table(result: Mapping[str, Any]) -> Table:
         caption=heldout_caption(result),
         caption_justify="left",
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("")  # where there is no room, names are broken, and numbers are not
     for name in ("perplexity", "loss", "KL", "minus winner's"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, *numbers in heldout_rows(result):
@@ -317,7 +323,7 @@ def target_text(result: Mapping[str, Any]) -> str:
     if result["kind"] == "structure":
         if result.get("speedup") is not None:
             return f"{result['speedup']:g} times the speed"
-        less = "less time" if result["cost"] == "latency" else f"fewer {_COSTS[result['cost']]}"
+        less = "less time" if result["cost"] == "latency" else f"fewer {COUNTED[result['cost']]}"
         return f"{100 * float(target):.4g}% {less} in heads and MLPs"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"

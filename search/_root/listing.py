@@ -9,12 +9,14 @@ from typing import Any
 from evoprune.fitness.allocators import ALLOCATORS, parameters_of
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
 from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.breeders import BREEDERS
+from evoprune.search.config_structure import STRUCTURE_SEARCHERS
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces import SPACES
 
@@ -22,6 +24,9 @@ Row = dict[str, Any]
 
 # How many values a terminal has for a matrix.
 _ONE_PER = {Type.MAT: "weight", Type.INVEC: "input", Type.OUTVEC: "output", Type.SCAL: "matrix"}
+
+# Where the scores of a unit criterion are compared.
+_COMPARED = {"global": "over all blocks", "uniform": "within a block"}
 
 
 def rows_of(kind: str) -> list[Row]:
@@ -107,6 +112,19 @@ def _compressors() -> list[Row]:
     ]
 
 
+def _unit_criteria() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "needs": sorted(UNIT_CRITERIA[name].needs),
+            "compared": _COMPARED[UNIT_CRITERIA[name].spread],
+            "what": _first_line(type(UNIT_CRITERIA[name])),
+            "source": UNIT_CRITERIA[name].source,
+        }
+        for name in UNIT_CRITERIA
+    ]
+
+
 def _objectives() -> list[Row]:
     return [
         {
@@ -122,7 +140,8 @@ def _objectives() -> list[Row]:
 
 def _searchers() -> list[Row]:
     found = [{"name": name, "search": "metric", "what": _first_line(SEARCHERS[name])} for name in SEARCHERS]
-    return found + [{"name": name, "search": "allocation", "what": BREEDERS[name].what} for name in BREEDERS]
+    found += [{"name": name, "search": "allocation", "what": BREEDERS[name].what} for name in BREEDERS]
+    return found + [{"name": name, "search": "structure", "what": BREEDERS[name].what} for name in STRUCTURE_SEARCHERS]
 
 
 def _spaces() -> list[Row]:
@@ -139,6 +158,7 @@ _KINDS: Mapping[str, Callable[[], list[Row]]] = {
     "terminals": _terminals,
     "allocators": _allocators,
     "compressors": _compressors,
+    "unit-criteria": _unit_criteria,
     "objectives": _objectives,
     "spaces": _spaces,
     "searchers": _searchers,

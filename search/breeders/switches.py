@@ -13,7 +13,7 @@ _ATTEMPTS_PER_CHILD = 20
 
 
 class Switches(Plain):
-    """Evolution: one to three matrices lose more, as many lose less, and the best child is the next parent.
+    """Evolution: one to three matrices or parts lose more, as many lose less, and the best child is the next parent.
 
     Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3.
     """
@@ -46,5 +46,6 @@ class Switches(Plain):
 
 
 BREEDERS.add(
-    "evolution", BreederPlugin("one to three matrices lose more, as many lose less; the best child is next", Switches)
+    "evolution",
+    BreederPlugin("one to three matrices or parts lose more, as many lose less; the best child is next", Switches),
 )

@@ -183,6 +183,26 @@ def config_of(run: RunDirectory) -> SearchConfig:
     return validated({"kind": run.kind, **run.config})
 
 
+def generation_facts(
+    trials: Trials, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+) -> dict[str, RenderableType]:
+    """Of a search by generations, what `Kind.unfinished_facts` gives.
+
+    Args:
+        trials: of the search.
+    """
+    facts: dict[str, RenderableType] = {}
+    if (best := document["best"]) is not None:
+        facts["from"] = f"generation {best['generation']} ({best['origin']})"
+    if history:
+        counts = [0] * trials.steps
+        for line in history:
+            for stage in trials.reached(line):
+                counts[stage] += 1
+        facts["by stage"] = " → ".join(map(str, counts))
+    return facts
+
+
 def files_of(folder: Path, winner: str) -> Iterator[Path]:
     """What a finished run leaves for people to take: exports of the winner, plots, the page."""
     yield from sorted((folder / "export").glob(f"{winner}.*"))

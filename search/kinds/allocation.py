@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.records import LEVELS
 from evoprune.search.engine.trial_record import Range
-from evoprune.search.kinds import BoardKind, files_of
+from evoprune.search.kinds import BoardKind, files_of, generation_facts
 from evoprune.search.spaces.levels import span_text
 from evoprune.search.trials_generation import AllocationTrials
 
@@ -97,16 +97,7 @@ class AllocationKind:
     def unfinished_facts(
         self, config: AllocationSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        facts: dict[str, RenderableType] = {}
-        if (best := document["best"]) is not None:
-            facts["from"] = f"generation {best['generation']} ({best['origin']})"
-        if history:
-            trials, counts = self.trials(config), [0] * steps_of(config)
-            for line in history:
-                for stage in trials.reached(line):
-                    counts[stage] += 1
-            facts["by stage"] = " → ".join(map(str, counts))
-        return facts
+        return generation_facts(self.trials(config), document, history)
 
     def exported(self, target: Path) -> str:
         return f"{self.winner}{target.suffix}"

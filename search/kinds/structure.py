@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.trial_record import Range
-from evoprune.search.kinds import BoardKind, files_of
+from evoprune.search.kinds import BoardKind, files_of, generation_facts
 from evoprune.search.trials_generation import StructureTrials
 
 if TYPE_CHECKING:
@@ -100,10 +100,7 @@ class StructureKind:
     def unfinished_facts(
         self, config: StructureSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        facts: dict[str, RenderableType] = {}
-        if (best := document["best"]) is not None:
-            facts["from"] = f"generation {best['generation']} ({best['origin']})"
-        return facts
+        return generation_facts(self.trials(config), document, history)
 
     def exported(self, target: Path) -> str:
         return f"{self.winner}{target.suffix}"

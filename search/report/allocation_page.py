@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.records import split_site
 from evoprune.search.removal import PLAIN, removal_options
-from evoprune.search.report import document, figures_allocation, figures_result
+from evoprune.search.report import document, figures_allocation, figures_generation, figures_result, generation_page
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
-from evoprune.search.report.names import label
 from evoprune.search.rundir import RunDirectory
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
@@ -25,8 +22,8 @@ FIGURES: dict[str, Callable[[AllocationData], Figure | None]] = {
     "allocation": figures_allocation.allocation,
     "profile": figures_allocation.profile,
     "baselines": figures_result.baselines,
-    "convergence": figures_allocation.convergence,
-    "moves": figures_allocation.moves,
+    "convergence": figures_generation.convergence,
+    "moves": figures_generation.moves,
 }
 
 
@@ -40,38 +37,25 @@ def write_page(run: RunDirectory) -> Path:
 def render(data: AllocationData, drawn: dict[str, str]) -> str:
     """The page with these figures inlined."""
     best = data.best
-    return document.fill(
-        _environment(),
+    shared = {"matrix": "Matrices", "block": "Blocks", "kind": "Kinds"}[data.config.target.granularity]
+    moves = generation_page.Moves(
+        f"by how much each {data.config.target.granularity} that moved changed its sparsity.",
+        (f"{shared} moved", "Levels moved"),
+        lambda generation: (len(generation.moves), sum(map(abs, generation.moves))),
+        "; one level is 1/256 of a row",
+    )
+    formula = None if data.result is None else data.result.get("formula")
+    return generation_page.fill(
         "allocation_page.html.jinja",
         data,
         drawn,
         target_text(data),
-        "Allocation",
-        best=best,
-        span=None if best is None or not best.cells else range_text(best.cells),
-        verdicts=verdicts(data),
+        moves,
+        span=None if best is None or not best.plan else range_text(best.plan),
         commands=commands(data),
         listing=listing(data),
-        formula=None if data.result is None else data.result.get("formula"),
+        formula=None if formula is None else {**formula, "picture": typeset(formula)},
     )
-
-
-@cache
-def _environment() -> Environment:
-    environment = document.new_environment()
-    environment.filters |= {"origin": origin_text, "typeset": typeset}
-    return environment
-
-
-def origin_text(origin: str) -> str:
-    """How a candidate came about, in words."""
-    family, _, name = origin.partition(":")
-    return {
-        "seed": f"the allocation of {label(name)}",
-        "switch": "bred by level switches",
-        "crossover": "bred from what several children of one parent changed",
-        "formula": "given by a formula",
-    }.get(family, origin)
 
 
 def typeset(found: Mapping[str, Any]) -> Markup | str:
@@ -87,28 +71,6 @@ def target_text(data: AllocationData) -> str:
     target = data.config.target
     compressor = "" if target.compressor == PLAIN else f" ({target.compressor})"
     return f"{100 * target.sparsity:g} % of all prunable weights{compressor}"
-
-
-def verdicts(data: AllocationData) -> list[str]:
-    """What was found, on held-out text, as sentences."""
-    if data.result is None or data.best is None:
-        return []
-    seed, target = data.best.origin.partition("seed:")[2], data.config.target
-    subject = f"{label(seed)}, which no child beat," if seed else f"Generation {data.best.generation}"
-    found = []
-    if data.gap is not None:
-        share = f"{abs(100 * data.gap):.0f} %"
-        change = f"wins back {share} of" if data.gap >= 0 else f"adds {share} to"
-        found.append(f"{subject} {change} the held-out loss between uniform and dense")
-    elif data.contender(target.reference):
-        found.append(f"{subject} has a held-out loss {document.beside(target.reference, data)}")
-    told = {"dense", "winner", target.reference, seed}
-    told |= {name for names in data.alike if told.intersection(names) for name in names}
-    rivals = [row.name for row in data.contenders if row.name not in told]
-    if rivals:
-        best = f", the best of {len(rivals)} other allocators" if len(rivals) > 1 else ""
-        found.append(f"{'Its' if found else f'{subject}: its'} loss is {document.beside(rivals[0], data)}{best}")
-    return found
 
 
 def commands(data: AllocationData) -> dict[str, str]:

@@ -25,6 +25,8 @@ NEEDS_MARKERS = {"data-free": "s", "forward": "o", "backward": "^", "second-orde
 # Of fronts by what their members need at most; the front of all metrics is the winner's.
 FRONT_COLOURS = {**{name: NEEDS_COLOURS[name] for name in ("data-free", "forward", "backward")}, "any": WINNER}
 FRONT_MARKERS = {**{name: NEEDS_MARKERS[name] for name in ("data-free", "forward", "backward")}, "any": "D"}
+# Of the best few beside the winner.
+RIVAL_COLOURS = (NEEDS_COLOURS["forward"], NEEDS_COLOURS["backward"], NEEDS_COLOURS["second-order"])
 
 WIDTH = 7.2
 """Of a figure, in inches."""

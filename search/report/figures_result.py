@@ -48,7 +48,7 @@ def baselines(data: RunData[Any]) -> Figure | None:
     errors = [row.difference["stderr"] if row.difference else 0.0 for row in rows]
     _points(right, rows, [(row.above, error) for row, error in zip(rows, errors, strict=True)], least=0)
     right.set_xlabel("loss minus the winner's, on the same windows")
-    left.set_yticks(range(len(rows)), [shortened(label(row.name), 24) for row in rows])
+    left.set_yticks(range(len(rows)), [shortened(label(row.name)) for row in rows])
     left.set_ylim(len(rows) - 0.4, -0.6)
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)

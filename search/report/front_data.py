@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from evoprune.search.report.allocation_data import AllocationData, Cells, Found, Line, by_cell
+from evoprune.search.report.allocation_data import AllocationData, Cells, by_cell
+from evoprune.search.report.generation_data import Found, Line
 from evoprune.search.report.run_data import Contender
 
 
@@ -69,13 +70,13 @@ class FrontData(AllocationData):
         return max((line["generation"] for line in self.lines if line["stage"] == 0), default=0)
 
     @cached_property
-    def best(self) -> Found | None:
+    def best(self) -> Found[Cells] | None:
         if self.result is not None:
             return super().best
         if not self.archive:
             return None
         target = 100 * self.config.target.sparsity
-        line = min(self.archive, key=lambda line: abs(self.mean(self._decoded(line)) - target))
+        line = min(self.archive, key=lambda line: abs(self.mean(self.decoded(line)) - target))
         return Found(
             line["birth"],
             line["generation"],
@@ -83,7 +84,7 @@ class FrontData(AllocationData):
             line["kl"],
             line["stderr"],
             self.stage_tokens[0],
-            self._decoded(line),
+            self.decoded(line),
         )
 
     def mean(self, cells: Cells) -> float:

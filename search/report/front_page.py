@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evoprune.search.removal import removal_options
 from evoprune.search.report import document, figures_allocation, figures_front, numbers
 from evoprune.search.report.allocation_data import range_text
-from evoprune.search.report.allocation_page import origin_text
 from evoprune.search.report.front_data import FrontData
+from evoprune.search.report.generation_page import environment
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.tables_front import WHAT_IS_SAVED, beside
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 FIGURES: dict[str, Callable[[FrontData], Figure | None]] = {
@@ -40,27 +38,20 @@ def render(data: FrontData, drawn: dict[str, str]) -> str:
     low, high = data.config.target.sparsity_range or (0.0, 0.0)
     best = data.best
     return document.fill(
-        _environment(),
+        environment(data.genome),
         "front_page.html.jinja",
         data,
         drawn,
         f"{100 * low:g} to {100 * high:g} % of all prunable weights",
         "Allocation",
         best=best,
-        span=None if best is None or not best.cells else range_text(best.cells),
+        span=None if best is None or not best.plan else range_text(best.plan),
         cost=str(data.config.target.pareto),
         what_is_saved=WHAT_IS_SAVED[str(data.config.target.pareto)],
         beside=beside(data.config.target.drop_only),
         verdict=verdict(data),
         commands=commands(data),
     )
-
-
-@cache
-def _environment() -> Environment:
-    environment = document.new_environment()
-    environment.filters |= {"origin": origin_text}
-    return environment
 
 
 def verdict(data: FrontData) -> str:

@@ -1,8 +1,9 @@
-"""What criteria, allocators and reasons are called on the page."""
+"""What criteria, allocators, seeds and reasons are called on the page."""
 
 from __future__ import annotations
 
 from evoprune.metrics.reasons import REASONS
+from evoprune.search.structure_result import ALONE
 
 _LABELS = {
     "dense": "Dense",
@@ -32,7 +33,14 @@ _LABELS = {
     "owl": "OWL",
     "shortened-llama": "Shortened LLaMA",
     "uniform+": "Uniform+",
-    "given": "Given allocation",
+    "given": "Given",
+    "flap": "FLAP",
+    "wanda-sp": "Wanda-sp",
+    "comp": "COMP",
+    "llm-pruner": "LLM-Pruner",
+    "llm-pruner-mixed": "LLM-Pruner (mixed)",
+    "llm-pruner-second": "LLM-Pruner (second)",
+    "llm-pruner-vector": "LLM-Pruner (vector)",
     "metric-uniform": "Evolved metric, uniform",
     "wanda-allocated": "Wanda, last allocation",
     "magnitude-allocated": "Magnitude, last allocation",
@@ -49,9 +57,11 @@ _OBJECTIVES = {"kl": "KL to dense", "perplexity": "loss", "reconstruction": "rel
 
 
 def label(name: str) -> str:
-    """A criterion's or an allocator's name for people; a name that nobody knows stands for itself."""
+    """A criterion's, an allocator's or a seed's name for people; a name that nobody knows stands for itself."""
     if name.startswith("round-"):
         return f"Round {name.removeprefix('round-')}"
+    if name.endswith(ALONE):
+        return f"{label(name.removesuffix(ALONE))}{ALONE}"
     return _LABELS.get(name, name)
 
 

@@ -25,11 +25,11 @@ from tests.door.conftest import Run
 COMMANDS = [
     *([name] for name in ORDER if name != "search"),
     ["search"],
-    *(["search", kind] for kind in ("metric", "allocation", "structure", "policy", "experts")),
+    *(["search", kind] for kind in ("metric", "allocation", "joint", "structure", "policy", "experts")),
 ]
 KINDS = (
-    "criteria", "operators", "terminals", "allocators", "compressors", "objectives", "spaces", "searchers",
-    "recoveries",
+    "criteria", "operators", "terminals", "allocators", "compressors", "unit-criteria", "objectives", "spaces",
+    "searchers", "recoveries",
 )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_all_commands_have_their_place_in_the_help() -> None:
         (["eval", "reference", "--tokens", "many"], "Invalid value for '--tokens'"),
         (["list", "nope"], "'nope' is not one of 'criteria'"),
         (["search", "metric", "--executor", "threads"], "'threads' is not one of 'ray', 'inline'"),
-        (["search", "structure", "reference", "--budget", "0.5"], "`evoprune search structure` has not landed yet"),
+        (["search", "structure", "--cost", "weights"], "'weights' is not one of 'parameters', 'flops', 'kv_bytes'"),
         (["search", "allocation", "--granularity", "row"], "'row' is not one of 'matrix', 'block', 'kind'"),
         (["search", "allocation", "--pattern", "2:4"], "No such option: --pattern"),
         (["search", "experts"], "`evoprune search experts` has not landed yet"),

@@ -23,7 +23,7 @@ from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.kinds.allocation import different
 from evoprune.search.report import write_report
 from evoprune.search.report.allocation_data import AllocationData
-from evoprune.search.report.allocation_page import verdicts
+from evoprune.search.report.generation_page import verdicts
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.levels import LevelSpace
 from tests.search.html_page import Page
@@ -123,10 +123,10 @@ def make_run(
     )
     identity = {
         "versions": {"evoprune": "1.2.3", "python": "3.12.1"},
+        "model_fingerprint": "ab12",
         "prunable": 1000,
         "parameters": 2000,
         "git": "c0ffee",
-        "model_fingerprint": "f" * 64,
     }
     run = RunDirectory.create("allocation", config.model_dump(mode="json"), identity, run_dir=folder)
     run.add_identity(genes=[gene.name for gene in space.genes])
@@ -242,7 +242,7 @@ def test_means_are_of_weights(finished: Path) -> None:
     result = json.loads((finished / "result.json").read_text())
     assert data.best is not None and data.weights is not None
     per_block = sum(rows * columns for rows, columns in SHAPES.values())
-    means = data.means(data.best.cells, 1)
+    means = data.means(data.best.plan, 1)
     for block in range(3):
         lost = sum(
             rows * columns * result["best"]["allocation"][f"model.layers.{block}.{kind}"]
