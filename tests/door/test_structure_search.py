@@ -208,8 +208,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     document = run("search", "structure", "--dry-run", "--config", "resolved.yaml", "--json").json
     assert document == yaml.safe_load(first.out)
     assert document["target"] == {
-        "sparsity": 0.25, "cost": "flops", "sequence": 2048, "heads": "both", "step": None, "drop": "parts",
-        "accumulation": "expectation",
+        "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None, "table": None,
+        "heads": "both", "step": None, "drop": "parts", "accumulation": "expectation",
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
@@ -224,7 +224,10 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json",
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
-    assert given.keys() | flags.keys() | {"model"} == STRUCTURE_KEYS.keys()
+    # What is about latency contradicts another budget.
+    assert given.keys() | flags.keys() | {"model", "speedup", "decode"} == STRUCTURE_KEYS.keys()
+    timed = run("search", "structure", "--speedup", 2, "--decode", "--dry-run", "--json").json["target"]
+    assert (timed["speedup"], timed["decode"], timed["cost"], timed["sparsity"]) == (2.0, True, "latency", None)
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += ["--trust-remote-code", "--surrogate"]
     plain = run("search", "structure", "some/model", *words, "--dry-run", "--json").json

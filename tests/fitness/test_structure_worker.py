@@ -230,7 +230,7 @@ def test_errors_are_those_of_least_squares(tried: Tried) -> None:
 def test_criteria_as_published_leave_the_weights_as_they_are(criterion: str, tried: Tried) -> None:
     """What they keep costs the budget; FLAP adds to the bias what the others gave on average."""
     costs = UnitCosts.from_json(tried.worker.handle("costs", {"quantity": "parameters", "batch": 1, "sequence": 1}))
-    asked = {**tried.named, "criterion": criterion, "costs": costs.to_json(), "fraction": 0.4}
+    asked = {**tried.named, "criterion": criterion, "costs": costs.to_json(), "fraction": 0.4, "spread": None}
     kept = tried.worker.handle("choose", asked)["kept"]
     least = costs.mlp[0].at(2) - costs.mlp[0].at(1)
     assert 0.6 * costs.dense - least < costs.of([tuple(block) for block in kept]) <= 0.6 * costs.dense

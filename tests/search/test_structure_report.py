@@ -127,7 +127,7 @@ def make_run(
         lines.append(canonical_json(search.apply(birth, answer(birth.job, each))))
     run.commit(lines, {"search": search.state()})
     if births is None:
-        comparison = StructureComparison(config, "", search, seeds, run)
+        comparison = StructureComparison(config, "", search, seeds, run, search.space.costs)
         outcomes = [answer(job, each) for job in comparison.jobs()]
         result = comparison.result(run.run_id, sum(json.loads(line)["counted"] for line in lines), outcomes)
         comparison.export(run, result)

@@ -20,7 +20,7 @@ from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import Interrupted, InvalidCandidate, InvalidInput
 from evoprune.metrics.shape_file import read_shape
 from evoprune.search.config import resolve_as
-from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.config_structure import DEFAULT_SEEDS, StructureSearchConfig
 from evoprune.search.engine.inline import InlineExecutor
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.publishing import rebuild_board
@@ -78,7 +78,7 @@ def test_the_result_has_what_scripts_rely_on(finished: RunDirectory) -> None:
     assert finished.state == "finished"
     assert result["evaluations"] == EVALUATIONS == sum(line["counted"] for line in lines)
     assert (result["births"], result["distinct"]) == (len(lines), len({tuple(line["genome"]) for line in lines}))
-    names = ["uniform", "dp", *sorted(UNIT_CRITERIA), *(f"{name}{ALONE}" for name in sorted(UNIT_CRITERIA))]
+    names = ["uniform", "dp", *DEFAULT_SEEDS, *(f"{name}{ALONE}" for name in DEFAULT_SEEDS)]
     assert [row["name"] for row in result["baselines"]] == names
     for entry in (result["dense"], result["best"], *result["baselines"]):
         assert set(entry["heldout"]) == {"loss", "perplexity", "kl", "stderr", "tokens"}
