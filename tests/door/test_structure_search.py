@@ -208,7 +208,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     document = run("search", "structure", "--dry-run", "--config", "resolved.yaml", "--json").json
     assert document == yaml.safe_load(first.out)
     assert document["target"] == {
-        "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None, "table": None,
+        "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None,
+        "table": None,
         "heads": "both", "step": None, "drop": "parts", "accumulation": "expectation",
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
@@ -316,7 +317,7 @@ def test_what_does_not_fit_leaves_no_run(
         ((tiny, "--sparsity", 0.99, "--drop", "none"), "what may go makes up 0."),
         ((tiny, "--step", 40), "give a multiple of 1 of at most 24"),
         ((tiny, "--cost", "kv_bytes", "--heads", "whole", "--drop", "none"), "nothing that may go costs any bytes of"),
-        ((tiny, "--cost", "flops", "--sparsity", 0.7), "choose another budget, such as 0.7"),
+        ((tiny, "--cost", "flops", "--set", "target.sequence=2048", "--sparsity", 0.7), "choose another budget, such as 0.7"),
         (("wide", "--seed-from", file), "48 neurons there and 4 query heads in 2 KV groups and 64 neurons here"),
         (("qwen", "--seed-from", structured), "LlamaForCausalLM and not this Qwen2ForCausalLM: the classes differ"),
         (("olmo",), "'olmo' cannot be cut into heads and neurons"),
