@@ -164,7 +164,7 @@ def shape_passes(
         once()()
         return once()
 
-    passes = []
+    passes: list[Ready] = []
     for shape in shapes:
         surgeon.apply(shape)
         passes.append(partial(ready, shape, whole_pass(language_model, work)))
