@@ -13,7 +13,7 @@ import os
 import random
 from collections.abc import Callable
 from functools import partial
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency import median_times
-from evoprune.fitness.latency_measure import measure_table
-from evoprune.fitness.latency_passes import Work, shape_latencies, whole_pass
+from evoprune.fitness.latency_measure import measure_beside
+from evoprune.fitness.latency_passes import Work, whole_pass
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.prepare import prepare
 from evoprune.fitness.surgeon import Surgeon
@@ -99,7 +99,7 @@ def evaluation(language_model: LanguageModel) -> tuple[Callable[[], Any], Work]:
 
 
 def predictions(language_model: LanguageModel, work: Work) -> dict[str, Any]:
-    """|predicted / measured - 1| of random shapes, and of the whole model; tables around the shapes."""
+    """|predicted / measured - 1| of random shapes, and predicted / measured of the whole model."""
     units, rng = find_units(language_model), random.Random(0)
     ladders = [range(step := block.widths.neurons // 32, block.widths.neurons, step) for block in units]
     shapes = [[block.widths.whole for block in units]]
@@ -115,15 +115,12 @@ def predictions(language_model: LanguageModel, work: Work) -> dict[str, Any]:
             ]
         )
     neurons = [list(ladder) for ladder in ladders]
-    # One table before and one after the shapes, so that what the machine does by and by is in neither alone.
-    before = measure_table(language_model, units, neurons, work).costs
-    measured = shape_latencies(language_model, units, shapes, work)
-    tables = before, measure_table(language_model, units, neurons, work).costs
-    by_table = [
-        [(costs.rest + costs.of([kept_by(block) for block in shape])) / taken for costs in tables]
+    table, measured = measure_beside(language_model, units, neurons, work, shapes)
+    costs = table.costs
+    whole, *others = (
+        (costs.rest + costs.of([kept_by(block) for block in shape])) / taken
         for shape, taken in zip(shapes, measured, strict=True)
-    ]
-    whole, *others = map(mean, by_table)
+    )
     gaps = sorted(abs(ratio - 1) for ratio in others)
     return {
         "median gap": median(gaps),
@@ -131,7 +128,6 @@ def predictions(language_model: LanguageModel, work: Work) -> dict[str, Any]:
         "within 10 %": sum(gap <= 0.1 for gap in gaps) / len(gaps),
         "median of predicted / measured": median(others),
         "whole model": whole,
-        "by table": [median(found) for found in zip(*by_table, strict=True)],
         "load": os.getloadavg(),
     }
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.dropped import DroppedAttention, DroppedMlp
 from evoprune.fitness.latency import doing_nothing, median_times, zero_outputs
-from evoprune.fitness.latency_passes import Call, Ready, Work, recorded, whole_pass
+from evoprune.fitness.latency_passes import Call, Ready, Work, recorded, shape_passes
 from evoprune.fitness.latency_table import LatencyTable, place_of, read_table, write_table
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.surgeon import Surgeon
@@ -51,11 +51,22 @@ def latency_table(
     return table
 
 
-@torch.no_grad()
 def measure_table(
     language_model: LanguageModel, units: Sequence[BlockUnits], neurons: Sequence[Sequence[int]], work: Work
 ) -> LatencyTable:
-    """Measure the parts of a model; blocks that are alike are measured once.
+    """Measure the parts of a model; arguments and errors as of `measure_beside`."""
+    return measure_beside(language_model, units, neurons, work, [])[0]
+
+
+@torch.no_grad()
+def measure_beside(
+    language_model: LanguageModel,
+    units: Sequence[BlockUnits],
+    neurons: Sequence[Sequence[int]],
+    work: Work,
+    shapes: Sequence[Sequence[BlockShape]],
+) -> tuple[LatencyTable, list[int]]:
+    """Measure the parts of a model, and whole shapes of it in the same turns; blocks that are alike are measured once.
 
     Beside the model there are copies of the parts at all widths in memory: about 16 MLPs for 32 numbers of neurons.
 
@@ -65,6 +76,10 @@ def measure_table(
         neurons: for each block the numbers of neurons to measure, without that of the dense MLP; attentions are
             measured at all numbers of KV groups and of query heads in each.
         work: what the pass is of.
+        shapes: what every block keeps, and none of them drops a part.
+
+    Returns:
+        The table, and nanoseconds of each shape end to end.
 
     Raises:
         InvalidInput: a block cannot keep so many neurons.
@@ -92,13 +107,13 @@ def measure_table(
                 surgeon.apply([*whole[:at], kept, *whole[at + 1 :]])
                 runs[at, "mlp", (width,)] = _mlp(language_model.model, block, given)
             runs[at, "norms", ()] = _in_turn([(modules[path], given[path]) for path in block.norms])
-        surgeon.apply([BlockShape((), (), ())] * len(units))
-        bare = whole_pass(language_model, work)
+        wholes = shape_passes(surgeon, language_model, [*shapes, [BlockShape((), (), ())] * len(units)], work)
+        bare = wholes.pop()
         with doing_nothing(zero_outputs(lambda: bare()(), _dropped(language_model.model))):
-            rest, *found = median_times([bare, *runs.values()], language_model.device)
+            rest, *found = median_times([bare, *runs.values(), *wholes], language_model.device)
     finally:
         surgeon.restore()
-    times = dict(zip(runs, found, strict=True))
+    times = dict(zip(runs, found, strict=False))
 
     def table(at: int, part: str) -> CostTable:
         return CostTable(tuple((kept, cost) for (here, of, kept), cost in times.items() if (here, of) == (at, part)))
@@ -115,7 +130,7 @@ def measure_table(
         tuple(attentions[kinds[at]] for at in order),
         tuple(mlps[kinds[at]] for at in order),
     )
-    return LatencyTable(place_of(language_model, work), costs)
+    return LatencyTable(place_of(language_model, work), costs), found[len(runs) :]
 
 
 def _kind(model: nn.Module, block: BlockUnits) -> tuple[Any, ...]:
@@ -177,8 +192,11 @@ def _in_turn(modules: Sequence[tuple[nn.Module, list[Call]]], cache: Cache | Non
     """The last pass of each module, one after the other."""
 
     def ready() -> Callable[[], Any]:
-        passes = [calls[-1].on(module, cache) for module, calls in modules]
-        return lambda: [run() for run in passes]
+        first, timed = ([calls[-1].on(module, cache) for module, calls in modules] for _ in range(2))
+        # As in a whole model, where the last block has just run the same code.
+        for run in first:
+            run()
+        return lambda: [run() for run in timed]
 
     return ready
 

@@ -147,21 +147,28 @@ def shape_latencies(
         InvalidInput: a shape that the model cannot have.
     """
     surgeon = Surgeon(language_model, units)
-    passes: list[Ready] = []
-
-    def ready(at: int) -> Callable[[], Any]:
-        surgeon.apply(shapes[at])
-        # The pages of the new weights are touched before the time is taken.
-        passes[at]()()
-        return passes[at]()
-
     try:
-        for shape in shapes:
-            surgeon.apply(shape)
-            passes.append(whole_pass(language_model, work))
-        return median_times([partial(ready, at) for at in range(len(shapes))], language_model.device)
+        return median_times(shape_passes(surgeon, language_model, shapes, work), language_model.device)
     finally:
         surgeon.restore()
+
+
+def shape_passes(
+    surgeon: Surgeon, language_model: LanguageModel, shapes: Sequence[Sequence[BlockShape]], work: Work
+) -> list[Ready]:
+    """A pass of the model cut to each of these shapes, which is done before every time it is taken."""
+
+    def ready(shape: Sequence[BlockShape], once: Ready) -> Callable[[], Any]:
+        surgeon.apply(shape)
+        # The pages of the new weights are touched before the time is taken.
+        once()()
+        return once()
+
+    passes: list[Ready] = []
+    for shape in shapes:
+        surgeon.apply(shape)
+        passes.append(partial(ready, shape, whole_pass(language_model, work)))
+    return passes
 
 
 def _tokens(language_model: LanguageModel, work: Work) -> Tensor:
