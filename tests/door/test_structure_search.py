@@ -311,13 +311,15 @@ def test_what_does_not_fit_leaves_no_run(
     save_tiny(place / "wide", intermediate_size=64)
     save_tiny(place / "qwen", "qwen2")
     save_tiny(place / "olmo", "olmo")
+    save_tiny(place / "long", max_position_embeddings=2048)
     before, file = tree(place), structured / "export" / "shape.json"
     for words, said in (
         ((tiny, "--data", "short.txt"), "text too short"),
         ((tiny, "--sparsity", 0.99, "--drop", "none"), "what may go makes up 0."),
         ((tiny, "--step", 40), "give a multiple of 1 of at most 24"),
         ((tiny, "--cost", "kv_bytes", "--heads", "whole", "--drop", "none"), "nothing that may go costs any bytes of"),
-        ((tiny, "--cost", "flops", "--set", "target.sequence=2048", "--sparsity", 0.7), "choose another budget, such as 0.7"),
+        (("long", "--cost", "flops", "--sparsity", 0.7), "choose another budget, such as 0.7"),
+        ((tiny, "--cost", "flops", "--set", "target.sequence=65"), "is too long: model"),
         (("wide", "--seed-from", file), "48 neurons there and 4 query heads in 2 KV groups and 64 neurons here"),
         (("qwen", "--seed-from", structured), "LlamaForCausalLM and not this Qwen2ForCausalLM: the classes differ"),
         (("olmo",), "'olmo' cannot be cut into heads and neurons"),
