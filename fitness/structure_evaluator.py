@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ from evoprune.fitness.unit_costs import Kept
 from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
+
+SHAPES = 512
+"""Shapes of blocks that are remembered."""
 
 MAX_SOLVED_BYTES = 1 << 30
 """What refitted output matrices may take that were used before, in one worker."""
@@ -50,6 +54,8 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
         self._units = list(units)
         self._database = database
         self._surgeon = Surgeon(language_model, self._units)
+        # Children differ from their parent in a few blocks, and the database reads files.
+        self._kept = lru_cache(SHAPES)(self._read)
         self._solved: OrderedDict[tuple[int, str, tuple[int, ...]], Tensor] = OrderedDict()
         self._solved_bytes = 0
 
@@ -66,10 +72,7 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
 
     def shape(self, given: Sequence[Kept]) -> tuple[BlockShape, ...]:
         """Which units stay, where so many do."""
-        return tuple(
-            BlockShape(*self._database.kept_heads(block, groups, heads), self._database.kept_neurons(block, neurons))
-            for block, (groups, heads, neurons) in enumerate(self.complete(given))
-        )
+        return tuple(self._kept(block, *kept) for block, kept in enumerate(self.complete(given)))
 
     def apply(self, given: Sequence[Kept]) -> None:
         shape = self.shape(given)
@@ -100,6 +103,9 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
 
     def differing(self, one: tuple[Kept, ...], other: tuple[Kept, ...]) -> int | None:
         return next((block for block, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+
+    def _read(self, block: int, groups: int, heads: int, neurons: int) -> BlockShape:
+        return BlockShape(*self._database.kept_heads(block, groups, heads), self._database.kept_neurons(block, neurons))
 
     def _output(self, block: int, part: PartName, kept: BlockShape) -> Tensor:
         """The refitted output matrix, kept in the model's dtype for the next candidate that asks for it."""
