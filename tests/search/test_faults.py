@@ -294,7 +294,7 @@ def test_raylets_are_killed_and_others_join(nodes: Nodes, undisturbed: Session, 
     assert max(later - earlier for earlier, later in pairwise(finished)) < 10
 
 
-@pytest.mark.parametrize("workers", [1, "all"])
+@pytest.mark.parametrize("workers", ["all"])
 def test_a_head_that_is_gone_ends_the_driver_resumably(
     workers: int | str, environment: None, undisturbed: Session, tmp_path: Path
 ) -> None:
@@ -320,7 +320,7 @@ def resume_elsewhere(run: Run, undisturbed: Session) -> None:
     check(run, undisturbed)
 
 
-@pytest.mark.parametrize("workers", [2, "all"])
+@pytest.mark.parametrize("workers", [2])
 def test_a_head_that_comes_back_with_its_memory_costs_nothing(
     workers: int | str, environment: None, undisturbed: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
