@@ -13,6 +13,7 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.structure_database import PartName, StructureDatabase
+from evoprune.fitness.structure_weights import refitted_outputs
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.teacher import Teacher
 from evoprune.fitness.unit_costs import Kept
@@ -76,26 +77,21 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
 
     def apply(self, given: Sequence[Kept]) -> None:
         shape = self.shape(given)
-        outputs: dict[str, Tensor] = {}
-        for block, (units, kept) in enumerate(zip(self._units, shape, strict=True)):
-            if kept.heads and len(kept.heads) < units.widths.heads:
-                outputs[units.attention.output.site.name] = self._output(block, "attention", kept)
-            if kept.neurons and len(kept.neurons) < units.widths.neurons:
-                outputs[units.mlp.output.site.name] = self._output(block, "mlp", kept)
-        self._surgeon.apply(shape, outputs)
+        self._surgeon.apply(shape, refitted_outputs(self._units, shape, self._output))
 
     @contextmanager
-    def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor]) -> Iterator[None]:
+    def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:
         """Inside, the model is cut to somebody else's choice of units, whose weights stay as they are.
 
         Args:
             shape: what every block keeps.
-            additions: [out] each, added to what the output matrix of this name gives.
+            additions: [out] each, added to what the output matrix of this name gives; None adds nothing.
         """
         self._surgeon.apply(shape, {})
         with ExitStack() as stack:
             for name, added in additions.items():
-                stack.enter_context(_adding(self.language_model.model.get_submodule(name), added))
+                if added is not None:
+                    stack.enter_context(_adding(self.language_model.model.get_submodule(name), added))
             yield
 
     def restore(self) -> None:

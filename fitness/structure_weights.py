@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Sequences
-from evoprune.fitness.structure_database import PARTS, Mode, StructureDatabase
+from evoprune.fitness.structure_database import Mode, PartName
 from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
@@ -79,15 +79,24 @@ def _whole_number(given: Mapping[str, Any], name: str) -> int:
 
 
 def refitted_outputs(
-    database: StructureDatabase, units: Sequence[BlockUnits], shape: Sequence[BlockShape], language_model: LanguageModel
+    units: Sequence[BlockUnits], shape: Sequence[BlockShape], solve: Callable[[int, PartName, BlockShape], Tensor]
 ) -> dict[str, Tensor]:
-    """[out, kept] each, in the model's dtype, by name: the output matrices of parts that lose something, not all."""
+    """[out, kept] each, by name: the output matrices of parts that lose something and are not dropped.
+
+    A part that stays whole keeps its dense matrix, of which a solution has the rounding.
+
+    Args:
+        units: of the dense model.
+        shape: what every block keeps.
+        solve: the output matrix of a part, given the index of its block.
+    """
     found = {}
     for block, (here, kept) in enumerate(zip(units, shape, strict=True)):
-        for part in PARTS:
-            left = len(kept.heads if part == "attention" else kept.neurons)
-            whole = here.widths.heads if part == "attention" else here.widths.neurons
+        parts: tuple[tuple[PartName, int, int], ...] = (
+            ("attention", len(kept.heads), here.widths.heads),
+            ("mlp", len(kept.neurons), here.widths.neurons),
+        )
+        for part, left, whole in parts:
             if 0 < left < whole:
-                output = database.output(block, part, kept, language_model.device)
-                found[getattr(here, part).output.site.name] = output.to(language_model.model.dtype)
+                found[getattr(here, part).output.site.name] = solve(block, part, kept)
     return found

@@ -21,8 +21,7 @@ from evoprune.fitness.structure_evaluator import StructureEvaluator
 from evoprune.fitness.teacher import window_losses
 from evoprune.fitness.unit_choice import choose_units
 from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
-from evoprune.fitness.unit_criteria import UNIT_CRITERIA, score_units
-from evoprune.fitness.unit_criteria.flap import bias_additions
+from evoprune.fitness.unit_criteria import UNIT_CRITERIA, Compensating, score_units
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.shape import BlockShape
 
@@ -139,11 +138,11 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         if "criterion" not in payload:
             return self._heldout_of(payload, payload["shape"])
         prepared, shape = self.prepared(payload["prepared"]), self._chosen(payload)
-        additions: dict[str, Tensor] = {}
-        if payload["criterion"] == "flap":
+        criterion, statistics = UNIT_CRITERIA[payload["criterion"]], prepared.statistics()
+        additions: dict[str, Tensor | None] = {}
+        if isinstance(criterion, Compensating):
             for units, kept in zip(self._units, shape, strict=True):
-                found = bias_additions(units, kept, prepared.statistics())
-                additions |= {name: added for name, added in found.items() if added is not None}
+                additions |= criterion.additions(units, kept, statistics)
         evaluator, (windows, teacher) = self.evaluator(payload), prepared.text("heldout")
         with evaluator.cut(shape, additions):
             losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)

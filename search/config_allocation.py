@@ -186,6 +186,21 @@ class GenerationsConfig(Section):
                 raise ValueError("each stage must have more windows and fewer survivors than the one before")
         return self
 
+    def check_stages(self) -> None:
+        """Refuse stages that want more children or text than there are.
+
+        Raises:
+            ValueError: says what would be right.
+        """
+        first, last = self.stages[0], self.stages[-1]
+        if first.survivors > self.offspring:
+            raise ValueError(
+                f"{first.survivors} of {self.offspring} offspring cannot go on: give --population {first.survivors} "
+                "or more, or stages with fewer survivors"
+            )
+        if last.windows > self.windows:
+            raise ValueError(f"the last stage wants {last.windows} windows, and there are {self.windows}")
+
 
 class FrontConfig(Section):
     """How a front is searched; read where the target is one."""
@@ -219,14 +234,7 @@ class AllocationSearchConfig(SearchConfig):
                 "a surrogate chooses among level switches at one budget: leave it out, or the other searcher or front"
             )
         if self.target.pareto is None:
-            first, last = searcher.stages[0], searcher.stages[-1]
-            if first.survivors > searcher.offspring:
-                raise ValueError(
-                    f"{first.survivors} of {searcher.offspring} offspring cannot go on: give --population "
-                    f"{first.survivors} or more, or stages with fewer survivors"
-                )
-            if last.windows > searcher.windows:
-                raise ValueError(f"the last stage wants {last.windows} windows, and there are {searcher.windows}")
+            searcher.check_stages()
             return self
         if searcher.name != "evolution":
             raise ValueError(

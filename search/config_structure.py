@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
-from evoprune.search.config_allocation import GenerationsConfig, StageConfig
+from evoprune.search.config_allocation import GenerationsConfig
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.spaces.part_genes import Heads
 
@@ -87,14 +87,6 @@ class StructureGenerations(GenerationsConfig):
     """How a generation is bred and selected."""
 
     name: StructureSearcher = Field("evolution", description="who breeds")
-    stages: tuple[StageConfig, ...] = Field(
-        (
-            StageConfig(windows=4, survivors=8),
-            StageConfig(windows=16, survivors=3),
-            StageConfig(windows=64, survivors=1),
-        ),
-        description="each with more text for fewer candidates; the last keeps one, the next parent",
-    )
     seeds: tuple[str, ...] | None = Field(
         DEFAULT_SEEDS, description="criteria of units to start from, and to compare with; none takes all"
     )
@@ -116,14 +108,7 @@ class StructureSearchConfig(SearchConfig):
 
     @model_validator(mode="after")
     def _fitting(self) -> StructureSearchConfig:
-        first, last = self.searcher.stages[0], self.searcher.stages[-1]
-        if first.survivors > self.searcher.offspring:
-            raise ValueError(
-                f"{first.survivors} of {self.searcher.offspring} offspring cannot go on: give --population "
-                f"{first.survivors} or more, or stages with fewer survivors"
-            )
-        if last.windows > self.searcher.windows:
-            raise ValueError(f"the last stage wants {last.windows} windows, and there are {self.searcher.windows}")
+        self.searcher.check_stages()
         return self
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.registry import Registry
+from evoprune.metrics.shape import BlockShape
 
 Spread = Literal["uniform", "global"]
 """Where scores are compared: inside each block, which all lose the same fraction, or between all units of a model."""
@@ -68,6 +69,14 @@ class UnitCriterion(Protocol):
 
     def scores(self, block: BlockUnits, evidence: UnitEvidence) -> UnitScores:
         """Scores of the units of one dense block."""
+
+
+@runtime_checkable
+class Compensating(UnitCriterion, Protocol):
+    """A criterion whose authors make up for what goes."""
+
+    def additions(self, block: BlockUnits, shape: BlockShape, evidence: UnitEvidence) -> dict[str, Tensor | None]:
+        """[out] each, to be added to the outputs of the output and down matrix, by their names; None adds nothing."""
 
 
 UNIT_CRITERIA: Registry[UnitCriterion] = Registry("unit criterion", "evoprune.fitness.unit_criteria")

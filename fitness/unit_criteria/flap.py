@@ -36,6 +36,9 @@ class Flap:
         groups = heads.reshape(attention.groups, -1).mean(1)
         return UnitScores(groups, heads, _standardised(fluctuation(block.mlp.output)))
 
+    def additions(self, block: BlockUnits, shape: BlockShape, evidence: UnitEvidence) -> dict[str, Tensor | None]:
+        return bias_additions(block, shape, evidence)
+
 
 @torch.no_grad()
 def bias_additions(block: BlockUnits, shape: BlockShape, evidence: UnitEvidence) -> dict[str, Tensor | None]:

@@ -106,7 +106,10 @@ def _outputs(
             mode=recipe.accumulation,
             progress=lambda done, total: progress("building the structured database", done, total),
         )
-        return refitted_outputs(database, units, shape.blocks, language_model)
+        device, dtype = language_model.device, language_model.model.dtype
+        return refitted_outputs(
+            units, shape.blocks, lambda block, part, kept: database.output(block, part, kept, device).to(dtype)
+        )
 
 
 def _layers(
