@@ -90,7 +90,7 @@ def _ours(
         with Progress(title="") as progress:
             session = AllocationRun(run, config, Resources(executor="inline"), progress)
             executor = Resident(worker)
-            prepared = session.prepare(worker.handle)
+            prepared = session.prepare(worker.handle, executor.ask)
             began = time.process_time()
             search = session.build_search(prepared, executor.ask)
             loop = session.build_loop(search, executor)

@@ -99,7 +99,7 @@ def _figure(config: AllocationSearchConfig, workers: Sequence[AllocationWorker])
             with Progress(title="") as progress:
                 session = AllocationRun(run, config, Resources(executor="inline"), progress)
                 executor = Resident(turns)
-                prepared = session.prepare(turns.handle)
+                prepared = session.prepare(turns.handle, executor.ask)
                 search = session.build_search(prepared, executor.ask)
                 loop = session.build_loop(search, executor)
 

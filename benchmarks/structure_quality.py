@@ -156,9 +156,9 @@ def verdict(head: str, rows: list[dict[str, Any]]) -> list[str]:
             f"uniform by expectation minus by dense {built['loss']:+.4f} ± {built['stderr']:.4f}"
         )
     for name in rows[0]["rivals"]:
-        gaps = [row["rivals"][name]["winner_minus_this"]["loss"] for row in rows]
-        spread = f" (from {min(gaps):+.4f} to {max(gaps):+.4f})"
-        lines.append(f"{head}, mean over {len(gaps)} seeds, winner minus {name}: {statistics.mean(gaps):+.4f}{spread}")
+        losses = [row["rivals"][name]["winner_minus_this"]["loss"] for row in rows]
+        spread = f" (from {min(losses):+.4f} to {max(losses):+.4f})"
+        lines.append(f"{head}, mean over {len(rows)} seeds, minus {name}: {statistics.mean(losses):+.4f}{spread}")
     return lines
 
 
