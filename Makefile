@@ -60,7 +60,7 @@ $(RUN_READY): pyproject.toml constraints.txt | $(BIN)/python
 
 $(DEV_READY): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing evoprune and its development tools into $(VENV) (minutes; torch is the large part)"
-	@$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[cluster,dashboard,data,dev,samplers]'
+	@$(PIP) install $(PIP_FLAGS) -c constraints.txt -e '.[cluster,dashboard,data,dev,recovery,samplers,torch-pruning]'
 	@touch $(RUN_READY) $@
 
 $(BIN)/python:

@@ -142,12 +142,14 @@ def encoded(
         more = dict(processor(images, return_tensors="pt"))
         count = 4
     else:
-        pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-        more = dict(pixels(images, return_tensors="pt"))
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        more = dict(processor(images, return_tensors="pt"))
         count = 4
         if family == "llava_next":
+            # The crop is no copy of the whole: which of two equal tokens is chosen is a matter of rounding.
+            pixels = more["pixel_values"]
             more = {
-                "pixel_values": more["pixel_values"][:, None].repeat(1, 2, 1, 1, 1),
+                "pixel_values": torch.stack([pixels, pixels.flip(-1)], 1),
                 "image_sizes": torch.tensor([[28, 28]] * n),
             }
             count = 10
