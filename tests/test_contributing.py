@@ -14,6 +14,7 @@ from evoprune.fitness.adapters import ADAPTERS
 from evoprune.fitness.adapters.multimodal import MULTIMODAL
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.methods import METHODS
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA, Metric
@@ -106,7 +107,7 @@ def installed(tmp_path: Path) -> Path:
 def test_the_groups_named_are_those_that_are_read() -> None:
     section = TEXT.partition("## From your own package")[2].partition("```")[0]
     registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, UNIT_CRITERIA, ADAPTERS, MULTIMODAL, OBJECTIVES)
-    registries += (RACING_RULES, SEARCHERS, BREEDERS)
+    registries += (METHODS, RACING_RULES, SEARCHERS, BREEDERS)
     assert set(re.findall(r"`(evoprune\.\w+)`", section)) == {registry.group for registry in registries}
     assert SPACES.group is None
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from evoprune.searches import resume, search_allocation, search_metric
     from evoprune.searches_joint import search_joint
     from evoprune.searches_structure import search_structure
-    from evoprune.shapes import prune_shape
+    from evoprune.shapes import prune_shape, prune_structure
 
     __version__: str
 
@@ -50,6 +50,7 @@ _HOMES = {
     "prune": "evoprune.api",
     "prune_pipeline": "evoprune.pipelines",
     "prune_shape": "evoprune.shapes",
+    "prune_structure": "evoprune.shapes",
     "resume": "evoprune.searches",
     "search_allocation": "evoprune.searches",
     "search_joint": "evoprune.searches_joint",
@@ -76,6 +77,7 @@ __all__ = [
     "prune",
     "prune_pipeline",
     "prune_shape",
+    "prune_structure",
     "resume",
     "search_allocation",
     "search_joint",

@@ -11,8 +11,8 @@ from evoprune.console import Output
 from evoprune.options import Json
 
 Kind = Literal[
-    "criteria", "operators", "terminals", "allocators", "compressors", "unit-criteria", "objectives", "spaces",
-    "searchers", "recoveries",
+    "criteria", "operators", "terminals", "allocators", "compressors", "methods", "unit-criteria", "objectives",
+    "spaces", "searchers", "recoveries",
 ]  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def list_kind(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="what to list", show_choices=True)],
     as_json: Json = False,
 ) -> None:
-    """List criteria, operators, terminals, allocators, compressors, unit criteria, objectives, spaces or searchers."""
+    """List criteria, operators, allocators, compressors, methods, unit criteria, objectives, searchers and others."""
     from evoprune.listing import rows_of
 
     with Output(as_json) as output:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from evoprune import completion
+from evoprune.commands_cut import check_writable, key_values, prune_by_method, prune_to_shape
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.files import user_path
 from evoprune.options import (
     MODEL,
     OUTPUT,
@@ -96,6 +95,21 @@ def prune(
         list[str] | None,
         option("--allocation-set", metavar="KEY=VALUE", help="a parameter of the allocator; repeatable", panel=TARGET),
     ] = None,
+    method: Annotated[
+        str | None,
+        option(
+            "--method",
+            metavar="NAME",
+            help="take out whole blocks, heads and neurons as one of `evoprune list methods` does, so that the model "
+            "gets smaller",
+            panel=TARGET,
+            autocompletion=completion.plugins("evoprune.fitness.methods"),
+        ),
+    ] = None,
+    method_set: Annotated[
+        list[str] | None,
+        option("--method-set", metavar="KEY=VALUE", help="a parameter of the method; repeatable", panel=TARGET),
+    ] = None,
     budget: Annotated[
         list[str] | None,
         option(
@@ -117,8 +131,9 @@ def prune(
         Literal["auto", "plain", "padded", "compact", "masked"],
         typer.Option(
             "--form",
-            help="of what is cut to a --shape: plain has one width in all blocks, padded fills up with zeros, compact "
-            "is as small as the shape, masked has zeros only; auto is plain if the shape allows it, else compact",
+            help="of what is cut by --shape or --method: plain has one width in all blocks, padded fills up with "
+            "zeros, compact is as small as the shape, masked has zeros only; auto is plain if the shape allows it, "
+            "else compact",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
@@ -139,24 +154,34 @@ def prune(
         if recovery is not None:
             raise InvalidInput(f"--recovery {NOT_LANDED}; prune without it")
         loading = _loading(dtype, device, revision, trust_remote_code, components)
-        if shape is not None:
-            beside = {
-                "--sparsity": sparsity,
-                "--allocation": allocation,
-                "--pattern": pattern,
-                "--metric": metric,
-                "--group": group,
-                "--compressor": compressor,
-                "--allocation-set": allocation_set,
-                "--budget": budget,
-                "--calibration": calibration,
-                "--calibration-sequences": calibration_sequences,
-                "--calibration-window": calibration_window,
-            }
-            _prune_shape(output, model, shape, form, out, beside, loading)
+        beside: dict[str, Any] = {
+            "--allocation": allocation,
+            "--pattern": pattern,
+            "--metric": metric,
+            "--group": group,
+            "--compressor": compressor,
+            "--allocation-set": allocation_set,
+            "--budget": budget,
+        }
+        text = _calibration(calibration, calibration_sequences, calibration_window)
+        if method is not None:
+            beside["--shape"] = shape
+            if tokens != "all":
+                beside["--tokens"] = tokens
+            target = {"sparsity": sparsity, "seed": seed, **text}
+            prune_by_method(output, model, method, method_set or [], form, out, beside, target | loading)
             return
+        if shape is not None:
+            beside |= {"--sparsity": sparsity, "--method-set": method_set}
+            beside |= {f"--{name.replace('_', '-')}": value for name, value in text.items()}
+            prune_to_shape(output, model, shape, form, out, beside, loading)
+            return
+        if method_set:
+            raise InvalidInput("--method-set is a parameter of a method: name one by --method")
         if form not in ("auto", "plain"):
-            raise InvalidInput(f"--form {form} goes with --shape: a mask keeps every width, so give --form plain")
+            raise InvalidInput(
+                f"--form {form} goes with --shape or --method: a mask keeps every width, so give --form plain"
+            )
         if sparsity is not None and not 0 < sparsity < 1:
             raise InvalidInput(
                 f"sparsity {sparsity:g} is not between 0 and 1: give the fraction to remove, such as 0.5"
@@ -167,10 +192,10 @@ def prune(
         from evoprune.pipelines import prune_pipeline, read_prompts
         from evoprune.search.tables import layers_table
 
-        target: dict[str, Any] = {
+        target = {
             "metric": metric or "wanda",
             "sparsity": sparsity,
-            "allocation_parameters": _settings(allocation_set or []),
+            "allocation_parameters": key_values("--allocation-set", allocation_set or [], "spread=0.1"),
             "budgets": _budgets(budget or []),
             "out": out,
             "progress": output.step,
@@ -195,7 +220,7 @@ def prune(
                 tokens=tokens,
                 seed=seed,
                 **target,
-                **_calibration(calibration, calibration_sequences, calibration_window),
+                **text,
                 **loading,
             )
             for remark in _remarks(pruned, metric):
@@ -208,41 +233,6 @@ def prune(
             hint = "load it with DiffusionPipeline.from_pretrained" if pipeline else f"try it: {shlex.join(words)}"
             output.tell(layers_table(document), hint)
             output.line(document["out"])
-
-
-def _prune_shape(
-    output: Output,
-    model: str,
-    shape: Path,
-    form: str,
-    out: Path,
-    beside: dict[str, Any],
-    loading: dict[str, Any],
-) -> None:
-    """Cut a model to the shape in a file; what was given beside it is refused.
-
-    Raises:
-        InvalidInput: a shape and something else say what goes, or `prune_shape` refuses.
-    """
-    if given := [name for name, value in beside.items() if value not in (None, [])]:
-        raise InvalidInput(f"--shape says by itself what goes: leave out {given[0]}")
-    check_writable(out)
-    from evoprune.fitness.pipelines import is_pipeline
-    from evoprune.search.tables import layers_table
-    from evoprune.shapes import prune_shape
-
-    if is_pipeline(model):
-        raise InvalidInput("a pipeline cannot be cut to a shape: give --sparsity")
-    done = prune_shape(model, shape, form=form, out=out, progress=output.step, **loading)
-    if done.foreign:
-        output.tell("the shape was found on other weights of this class")
-    document = done.to_json()
-    if output.as_json:
-        output.json(document)
-    else:
-        words = ["evoprune", "eval", document["out"], "--dense", model]
-        output.tell(layers_table(document), f"try it: {shlex.join(words)}")
-        output.line(document["out"])
 
 
 def evaluate(
@@ -395,38 +385,6 @@ def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
         yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"
     if pruned.doubt is not None:
         yield f"warning: {pruned.doubt}"
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse, before long work, a folder that cannot be made.
-
-    Raises:
-        InvalidInput: what is there is no folder, or not ours to write to.
-    """
-    existing = user_path(folder).absolute()
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise InvalidInput(f"cannot write {folder}: {existing} is no folder")
-    if not os.access(existing, os.W_OK):
-        raise InvalidInput(f"cannot write {folder}: {existing} is read-only; give a folder that can be written")
-
-
-def _settings(words: list[str]) -> dict[str, str]:
-    """Values by name from words KEY=VALUE.
-
-    Raises:
-        InvalidInput: a word has no name or no value, or a name comes twice.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, value = (part.strip() for part in word.partition("="))
-        if not name or not equals or name in found:
-            raise InvalidInput(
-                f"--allocation-set {word[:60]!r} is not KEY=VALUE with each KEY once, such as spread=0.1"
-            )
-        found[name] = value
-    return found
 
 
 def _budgets(words: list[str]) -> dict[str, float] | Literal["searched"]:

@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evoprune.fitness.allocators import ALLOCATORS, parameters_of
+from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.methods import METHODS
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
+from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.breeders import BREEDERS
@@ -98,6 +100,18 @@ def _allocators() -> list[Row]:
     return rows
 
 
+def _methods() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "parameters": [f"{key}={_word(value)}" for key, value in parameters_of(METHODS[name]).items()],
+            "what": _first_line(type(METHODS[name])),
+            "source": METHODS[name].source,
+        }
+        for name in METHODS
+    ]
+
+
 def _compressors() -> list[Row]:
     return [
         {
@@ -158,6 +172,7 @@ _KINDS: Mapping[str, Callable[[], list[Row]]] = {
     "terminals": _terminals,
     "allocators": _allocators,
     "compressors": _compressors,
+    "methods": _methods,
     "unit-criteria": _unit_criteria,
     "objectives": _objectives,
     "spaces": _spaces,
@@ -167,7 +182,9 @@ _KINDS: Mapping[str, Callable[[], list[Row]]] = {
 
 
 def _word(value: object) -> str:
-    """A parameter's value as `--allocation-set` takes it."""
+    """A parameter's value as options take it; one that decides itself is `auto`."""
+    if value is None:
+        return "auto"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ class CutModel(Smaller):
         parameters: of the whole model, as it is now.
         dense_parameters: of the whole model before.
         foreign: whether the shape was found on other weights of this class.
+        method: that chose the shape; None if it was given.
+        found: by the method, on its way to the shape; JSON values.
     """
 
     language_model: LanguageModel
@@ -129,14 +132,17 @@ class CutModel(Smaller):
     form: str
     parameters: int
     dense_parameters: int
-    foreign: bool
+    foreign: bool = False
+    method: str | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What `evoprune prune --shape --json` prints."""
+        """What `evoprune prune --json` prints with a shape or a method."""
         return super().to_json() | {
             "form": self.form,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
+            **({} if self.method is None else {"method": self.method, "found": dict(self.found)}),
         }
 
 

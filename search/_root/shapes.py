@@ -1,4 +1,4 @@
-"""Shapes in Python: a model is cut to one and written in a form that loads."""
+"""Models cut to a shape, given or by a published method, and written in a form that loads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from evoprune.api import own_copy
-from evoprune.calibration import Progress, loaded, silent
-from evoprune.fitness.card import Cut
+from evoprune.calibration import TEXT, Progress, default_window, loaded, silent
+from evoprune.fitness.card import Cut, public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
+from evoprune.fitness.examples import read_side
 from evoprune.fitness.forms import cut_model
+from evoprune.fitness.methods import Evidence, apply_edit, configured
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.pruning import PrunedLayer
@@ -22,6 +24,7 @@ from evoprune.fitness.structure_weights import DatabaseRecipe, refitted_outputs
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, to_json
 from evoprune.outcomes import CutModel
@@ -63,6 +66,7 @@ def prune_shape(
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, given.blocks)
     fitted, chosen = cut_model(language_model, given.blocks, _outputs(given, language_model, units, progress), form)
+    recipe = {"shape": to_json(given), "form": chosen}
     done = CutModel(
         language_model=fitted,
         shape=given,
@@ -72,16 +76,101 @@ def prune_shape(
         dense_parameters=dense,
         foreign=given.fingerprint != language_model.fingerprint,
     )
-    recipe = {"shape": to_json(given), "form": chosen}
+    return _written(done, language_model, recipe, out, progress)
+
+
+def prune_structure(
+    model: str | LanguageModel = "reference",
+    method: str = "shortgpt",
+    *,
+    sparsity: float | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    form: str = "auto",
+    out: str | Path | None = None,
+    calibration: str = "corpus",
+    calibration_sequences: int = TEXT.calibration_sequences,
+    calibration_window: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    **loading: Any,
+) -> CutModel:
+    """Make a model smaller by a published method, and write a checkpoint if asked to.
+
+    Args:
+        model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is: the result has a copy.
+        method: a name of `evoprune list methods`.
+        sparsity: fraction of the prunable weights that goes, in (0, 1), whole blocks rounded down; None is 0.25, or
+            what the parameters say.
+        parameters: of the method, by name.
+        form, out: as of `prune_shape`.
+        calibration, calibration_sequences, calibration_window, seed: text A; see `collect_statistics`.
+        progress: told what runs.
+        loading: further arguments of `load_model`, where `model` is a name.
+
+    Raises:
+        InvalidInput: something of the above does not exist or does not fit; no checkpoint is written.
+    """
+    if out is not None:
+        check_out_dir(out)
+    chosen = configured(method, parameters)
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise InvalidInput(f"sparsity {sparsity:g} is not between 0 and 1: give the fraction to remove, such as 0.25")
+    language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
+    if language_model.cut:
+        raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
+    units = find_units(language_model)
+    window = default_window(language_model, calibration_window)
+    windows = read_side(language_model, calibration, "A", window=window, count=calibration_sequences, seed=seed)
+    what = f"asking {method}"
+    progress(what, 0, 1)
+    edit = chosen.edit(Evidence(language_model, units, windows, sparsity, lambda done, of: progress(what, done, of)))
+    dense = _parameters(language_model.model)
+    layers = _layers(language_model, units, edit.blocks)
+    fitted, written = apply_edit(language_model, edit, form)
+    weights = {"method": method, "parameters": parameters_of(chosen)}
+    name, widths = type(fitted.model).__name__, tuple(block.widths for block in units)
+    shape = Shape(name, language_model.fingerprint, edit.blocks, widths, weights, {"sparsity": sparsity})
+    done = CutModel(
+        language_model=fitted,
+        shape=shape,
+        form=written,
+        layers=layers,
+        parameters=_parameters(fitted.model),
+        dense_parameters=dense,
+        method=method,
+        found=edit.found,
+    )
+    recipe = {
+        "method": method,
+        "source": chosen.source,
+        "found": edit.found,
+        "shape": to_json(shape),
+        "form": written,
+        "calibration": {
+            "text": public_name(calibration),
+            "side": "A",
+            "sequences": len(windows),
+            "window": window,
+            "seed": seed,
+        },
+    }
+    return _written(done, language_model, recipe, out, progress)
+
+
+def _written(
+    done: CutModel, dense: LanguageModel, recipe: dict[str, Any], out: str | Path | None, progress: Progress
+) -> CutModel:
+    """The same with the checkpoint that was asked for, and a fingerprint of its own."""
+    fitted = done.language_model
     if out is not None:
         progress("writing the checkpoint", 0, 1)
         kept = ("removed", "prunable", "parameters", "dense_parameters", "layers")
         report = {name: value for name, value in done.to_json().items() if name in kept}
-        folder = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=Cut(chosen, dense))
-        done = replace(done, out=folder)
+        cut = Cut(done.form, done.dense_parameters)
+        done = replace(done, out=write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut))
         progress("writing the checkpoint", 1, 1)
     # Statistics are cached by fingerprint, and the dense model's are not those of this one.
-    fingerprint = content_hash([language_model.fingerprint, recipe])
+    fingerprint = content_hash([dense.fingerprint, recipe])
     return replace(done, language_model=replace(fitted, fingerprint=fingerprint))
 
 

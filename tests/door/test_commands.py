@@ -28,8 +28,8 @@ COMMANDS = [
     *(["search", kind] for kind in ("metric", "allocation", "joint", "structure", "policy", "experts")),
 ]
 KINDS = (
-    "criteria", "operators", "terminals", "allocators", "compressors", "unit-criteria", "objectives", "spaces",
-    "searchers", "recoveries",
+    "criteria", "operators", "terminals", "allocators", "compressors", "methods", "unit-criteria", "objectives",
+    "spaces", "searchers", "recoveries",
 )  # fmt: skip
 
 

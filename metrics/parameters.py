@@ -1,0 +1,95 @@
+"""Parameters of plug-ins that are frozen dataclasses: their fields, with the defaults that these have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from types import NoneType
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.registry import Registry
+
+T = TypeVar("T")
+
+
+def parameters_of(plugin: object) -> dict[str, Any]:
+    """The parameters of a plug-in by name: JSON values."""
+    assert is_dataclass(plugin)
+    return {field.name: getattr(plugin, field.name) for field in fields(plugin)}
+
+
+def with_parameters(registry: Registry[T], name: str, given: Mapping[str, Any] | None = None) -> T:
+    """A registered plug-in with some parameters changed.
+
+    Args:
+        registry: of plug-ins that are dataclasses.
+        name: of one of them.
+        given: by name; text is read as the type that the default has; where that is None, by the annotation, and
+            ``auto`` is None.
+
+    Raises:
+        UnknownName: no such plug-in.
+        InvalidInput: no such parameter, or a value that it cannot have.
+    """
+    plugin: Any = registry[name]
+    known = parameters_of(plugin)
+    values = {}
+    for parameter, value in (given or {}).items():
+        if parameter not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise InvalidInput(f"{registry.kind} {name!r} has no parameter {parameter[:40]!r}; {has}")
+        what = f"{parameter} of {registry.kind} {name!r}"
+        values[parameter] = _typed(what, value, _kind(plugin, parameter), known[parameter])
+    return cast(T, replace(plugin, **values))
+
+
+def _kind(plugin: object, parameter: str) -> type:
+    """The type of a parameter's values, None apart."""
+    default = getattr(plugin, parameter)
+    if default is not None:
+        return type(default)
+    hint = get_type_hints(type(plugin))[parameter]
+    return next(kind for kind in get_args(hint) if kind is not NoneType)
+
+
+def _typed(what: str, value: Any, kind: type, default: Any) -> Any:
+    """`value` as this type."""
+    like = repr(kind(1) if default is None else default)
+    if default is None and value in (None, "auto"):
+        return None
+    if kind is str and isinstance(value, str):
+        return value
+    words = {"true": True, "false": False}
+    if kind is bool:
+        if isinstance(value, bool) or str(value).lower() in words:
+            return words[str(value).lower()]
+        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give true or false")
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give a value like {like}") from None
+    if isinstance(value, bool) or (kind is float and not math.isfinite(number)):
+        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give a value like {like}")
+    return number
+
+
+def check_range(what: str, value: float, low: float, high: float) -> None:
+    """Refuse a parameter outside [low, high].
+
+    Raises:
+        InvalidInput: says what would be right.
+    """
+    if not low <= value <= high:
+        raise InvalidInput(f"{what} {value:g} is outside [{low:g}, {high:g}]")
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a parameter that is none of `known`.
+
+    Raises:
+        InvalidInput: lists them.
+    """
+    if value not in known:
+        raise InvalidInput(f"no {what} {value[:40]!r}; there are {', '.join(known)}")

@@ -1,0 +1,124 @@
+"""What `prune` does with `--shape` and `--method`: the model gets smaller."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evoprune.console import Output
+from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.files import user_path
+
+if TYPE_CHECKING:
+    from evoprune.outcomes import CutModel
+
+
+def prune_to_shape(
+    output: Output,
+    model: str,
+    shape: Path,
+    form: str,
+    out: Path,
+    beside: dict[str, Any],
+    loading: dict[str, Any],
+) -> None:
+    """Cut a model to the shape in a file; what was given beside it is refused.
+
+    Raises:
+        InvalidInput: a shape and something else say what goes, or `prune_shape` refuses.
+    """
+    _alone("--shape", beside)
+    check_writable(out)
+    _refuse_pipeline(model)
+    from evoprune.shapes import prune_shape
+
+    done = prune_shape(model, shape, form=form, out=out, progress=output.step, **loading)
+    if done.foreign:
+        output.tell("the shape was found on other weights of this class")
+    _show(output, model, done)
+
+
+def prune_by_method(
+    output: Output,
+    model: str,
+    method: str,
+    parameters: list[str],
+    form: str,
+    out: Path,
+    beside: dict[str, Any],
+    target: dict[str, Any],
+) -> None:
+    """Make a model smaller as a published method does.
+
+    Args:
+        parameters: of the method, as words KEY=VALUE.
+        beside: options that nothing may be given of.
+        target: further arguments of `prune_structure`.
+
+    Raises:
+        InvalidInput: a method and something else say what goes, or `prune_structure` refuses.
+    """
+    _alone("--method", beside)
+    check_writable(out)
+    _refuse_pipeline(model)
+    from evoprune.shapes import prune_structure
+
+    given = key_values("--method-set", parameters, "protect_last=1")
+    done = prune_structure(model, method, parameters=given, form=form, out=out, progress=output.step, **target)
+    _show(output, model, done)
+
+
+def _show(output: Output, model: str, done: CutModel) -> None:
+    from evoprune.search.tables import layers_table
+
+    document = done.to_json()
+    if output.as_json:
+        output.json(document)
+    else:
+        words = ["evoprune", "eval", document["out"], "--dense", model]
+        output.tell(layers_table(document), f"try it: {shlex.join(words)}")
+        output.line(document["out"])
+
+
+def _alone(option: str, beside: dict[str, Any]) -> None:
+    if given := [name for name, value in beside.items() if value not in (None, [])]:
+        raise InvalidInput(f"{option} says by itself what goes: leave out {given[0]}")
+
+
+def _refuse_pipeline(model: str) -> None:
+    from evoprune.fitness.pipelines import is_pipeline
+
+    if is_pipeline(model):
+        raise InvalidInput("a pipeline cannot be cut to a shape: give --sparsity")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse, before long work, a folder that cannot be made.
+
+    Raises:
+        InvalidInput: what is there is no folder, or not ours to write to.
+    """
+    existing = user_path(folder).absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InvalidInput(f"cannot write {folder}: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise InvalidInput(f"cannot write {folder}: {existing} is read-only; give a folder that can be written")
+
+
+def key_values(option: str, words: list[str], example: str) -> dict[str, str]:
+    """Values by name from words KEY=VALUE.
+
+    Raises:
+        InvalidInput: a word has no name or no value, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = (part.strip() for part in word.partition("="))
+        if not name or not equals or name in found:
+            raise InvalidInput(f"{option} {word[:60]!r} is not KEY=VALUE with each KEY once, such as {example}")
+        found[name] = value
+    return found
