@@ -18,9 +18,8 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.refit import Factor
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.structure_build import check_path, named_parts, part_grams, replaced, texts_of
-from evoprune.fitness.structure_database import PartName
 from evoprune.fitness.structure_parts import Part, columns_of, problem_of, spread
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.units import BlockUnits, PartName
 from evoprune.metrics.shape import BlockShape
 
 

@@ -45,6 +45,10 @@ class Factor:
         target = hessian[order] @ wide(problem.weight).T
         return cls(order, lower, torch.linalg.solve_triangular(lower, target, upper=False))
 
+    def of_weight(self, weight: Tensor) -> Factor:
+        """The factor of another weight, [out, in], on the same inputs: of L⁻¹ H Wᵀ, Lᵀ Wᵀ in this order is left."""
+        return Factor(self.order, self.lower, self.lower.T @ weight.to(self.lower.dtype).T[self.order])
+
     def weight(self, width: int) -> Tensor:
         """[out, width]: the best weight on the first `width` columns of the order, in ascending order of columns."""
         solved = torch.linalg.solve_triangular(self.lower[:width, :width].T, self.target[:width], upper=True)

@@ -22,7 +22,6 @@ from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.statistics_forward import InputSums
 from evoprune.fitness.structure_database import (
     Mode,
-    PartName,
     StructureDatabase,
     block_prefix,
     check_disk,
@@ -41,7 +40,7 @@ from evoprune.fitness.structure_parts import (
     mlp_tensors,
     refitted,
 )
-from evoprune.fitness.units import AttentionUnits, BlockUnits
+from evoprune.fitness.units import AttentionUnits, BlockUnits, PartName
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -28,15 +28,13 @@ from evoprune.fitness.refit import Factor
 from evoprune.fitness.removal_order import SHARE
 from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.structure_parts import Stored, columns_of, kept_heads, part_bytes
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.units import PARTS, BlockUnits, PartName
 from evoprune.metrics.files import canonical_json, content_hash
 from evoprune.metrics.shape import BlockShape
 
 FORMAT = "evoprune-structure/1"
 
 Mode = Literal["dense", "expectation", "path"]
-PartName = Literal["attention", "mlp"]
-PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,14 @@ class StructureDatabase:
         """KV groups and query heads of a block, ascending: the groups that stay longest, and in each so many heads."""
         return kept_heads(self._tensors(block, "attention", "groups", "heads"), groups, heads_per_group)
 
-    def output(self, block: int, part: PartName, shape: BlockShape, device: torch.device | str = "cpu") -> Tensor:
+    def output(
+        self,
+        block: int,
+        part: PartName,
+        shape: BlockShape,
+        device: torch.device | str = "cpu",
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """[out, kept] float32: what the output matrix of a part becomes, columns ascending.
 
         Of a part that stays whole this is the dense weight but for rounding, and with zeros for inputs that were always
@@ -93,9 +98,12 @@ class StructureDatabase:
             block, part: which.
             shape: what stays of the block, whether the orders would keep it or not.
             device: where it is computed, and returned.
+            weight: [out, in] that is refitted on the inputs of the dense part, in place of the dense weight.
         """
         stored = self._tensors(block, part, "order", "lower", "target")
         factor = Factor(*(stored[name].to(device) for name in ("order", "lower", "target")))
+        if weight is not None:
+            factor = factor.of_weight(weight.to(device))
         return factor.refit(columns_of(getattr(self.units[block], part), shape))
 
     def errors(self, block: int, part: PartName) -> Tensor:

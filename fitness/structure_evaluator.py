@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.part_merges import Merges, Sources, merges_of, read_block
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
 from evoprune.fitness.samples import Sequences
-from evoprune.fitness.structure_database import PartName, StructureDatabase
+from evoprune.fitness.structure_database import StructureDatabase
 from evoprune.fitness.structure_weights import refitted_outputs
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.teacher import Teacher
-from evoprune.fitness.unit_costs import Kept
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.units import PARTS, BlockUnits, PartName
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
 
@@ -28,8 +28,14 @@ MAX_SOLVED_BYTES = 1 << 30
 """What refitted output matrices may take that were used before, in one worker."""
 
 
-class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
+Planned = tuple[int, int, int, Sources, Sources]
+"""What becomes of a block: KV groups, query heads in each, neurons; whose attentions and whose MLPs it takes in."""
+
+
+class StructureEvaluator(ResidentEvaluator[Sequence[Sequence[int]], tuple[Planned, ...]]):
     """A dense model that shapes are tried on: how many units every block keeps; the database says which, and refits.
+
+    A block is given as [KV groups, query heads in each, neurons], as `spelled_block` has it.
 
     Args:
         language_model, windows, teacher, stride, max_prefix_bytes: see `ResidentEvaluator`.
@@ -57,11 +63,12 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
         self._surgeon = Surgeon(language_model, self._units)
         # Children differ from their parent in a few blocks, and the database reads files.
         self._kept = lru_cache(SHAPES)(self._read)
-        self._solved: OrderedDict[tuple[int, str, tuple[int, ...]], Tensor] = OrderedDict()
+        self._solved: OrderedDict[tuple[int, str, tuple[int, ...], Sources], Tensor] = OrderedDict()
         self._solved_bytes = 0
 
-    def complete(self, given: Sequence[Kept]) -> tuple[Kept, ...]:
-        whole = tuple((int(groups), int(heads), int(neurons)) for groups, heads, neurons in given)
+    def complete(self, given: Sequence[Sequence[int]]) -> tuple[Planned, ...]:
+        read = [read_block(block) for block in given]
+        whole = tuple(kept for kept, _ in read)
         if len(whole) != len(self._units):
             raise InvalidInput(f"a shape of {len(whole)} blocks for a model of {len(self._units)}")
         for block, (kept, units) in enumerate(zip(whole, self._units, strict=True)):
@@ -69,15 +76,24 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
             most = (widths.groups, widths.heads_per_group, widths.neurons)
             if not all(0 <= count <= limit for count, limit in zip(kept, most, strict=True)):
                 raise InvalidInput(f"block {block} cannot keep {kept} of {most} groups, heads in each and neurons")
-        return whole
+        stays = [(bool(groups), bool(neurons)) for groups, _, neurons in whole]
+        merges = merges_of(stays, [merged for _, merged in read])
+        return tuple(
+            (*kept, merges.get((block, "attention"), ()), merges.get((block, "mlp"), ()))
+            for block, kept in enumerate(whole)
+        )
 
-    def shape(self, given: Sequence[Kept]) -> tuple[BlockShape, ...]:
+    def shape(self, given: Sequence[Sequence[int]]) -> tuple[BlockShape, ...]:
         """Which units stay, where so many do."""
-        return tuple(self._kept(block, *kept) for block, kept in enumerate(self.complete(given)))
+        return tuple(self._kept(block, *planned[:3]) for block, planned in enumerate(self.complete(given)))
 
-    def apply(self, given: Sequence[Kept]) -> None:
+    def apply(self, given: Sequence[Sequence[int]]) -> None:
         shape = self.shape(given)
-        self._surgeon.apply(shape, refitted_outputs(self._units, shape, self._output))
+        merges: dict[tuple[int, PartName], Sources] = {}
+        for block, (*_, attention, mlp) in enumerate(self.complete(given)):
+            merges |= {(block, part): sources for part, sources in zip(PARTS, (attention, mlp), strict=True) if sources}
+        outputs = refitted_outputs(self._units, shape, partial(self._output, merges))
+        self._surgeon.apply(shape, outputs, merges)
 
     @contextmanager
     def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:
@@ -97,20 +113,25 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
     def restore(self) -> None:
         self._surgeon.restore()
 
-    def differing(self, one: tuple[Kept, ...], other: tuple[Kept, ...]) -> int | None:
+    def differing(self, one: tuple[Planned, ...], other: tuple[Planned, ...]) -> int | None:
         return next((block for block, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
 
     def _read(self, block: int, groups: int, heads: int, neurons: int) -> BlockShape:
         return BlockShape(*self._database.kept_heads(block, groups, heads), self._database.kept_neurons(block, neurons))
 
-    def _output(self, block: int, part: PartName, kept: BlockShape) -> Tensor:
+    def _output(self, merges: Merges, block: int, part: PartName, kept: BlockShape) -> Tensor:
         """The refitted output matrix, kept in the model's dtype for the next candidate that asks for it."""
-        key = block, part, kept.heads if part == "attention" else (len(kept.neurons),)
+        sources = merges.get((block, part), ())
+        key = block, part, kept.heads if part == "attention" else (len(kept.neurons),), sources
         if key in self._solved:
             self._solved.move_to_end(key)
             return self._solved[key]
         model = self.language_model
-        found = self._database.output(block, part, kept, model.device).to(model.model.dtype)
+        weight = None
+        if sources:
+            name = getattr(self._units[block], part).output.site.name
+            weight = self._surgeon.merged(block, part, sources)[f"{name}.weight"]
+        found = self._database.output(block, part, kept, model.device, weight).to(model.model.dtype)
         self._solved[key] = found
         self._solved_bytes += found.nbytes
         while self._solved_bytes > MAX_SOLVED_BYTES and len(self._solved) > 1:

@@ -10,13 +10,22 @@ from torch import Tensor
 
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.part_merges import (
+    Merged,
+    Merges,
+    merges_of,
+    merging_from_json,
+    merging_to_json,
+)
 from evoprune.fitness.samples import Sequences
-from evoprune.fitness.structure_database import Mode, PartName
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.structure_database import Mode
+from evoprune.fitness.units import BlockUnits, PartName
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape import BlockShape, Shape
 
 _MOST_THREADS = 1024
+MERGED = "database+merges"
+"""Method of a shape some of whose parts are merged into others before the database refits what is left of those."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,28 @@ class DatabaseRecipe:
             InvalidInput: the text is too short, or nowhere.
         """
         return read_side(language_model, self.text, "A", window=self.window, count=self.sequences, seed=self.seed)
+
+
+def with_merges(weights: Mapping[str, Any], merging: Sequence[Merged]) -> dict[str, Any]:
+    """``weights`` of a shape some of whose parts are merged; as they are if none is."""
+    merges = merging_to_json(merging)
+    return {**weights, "method": MERGED, "merges": merges} if merges else dict(weights)
+
+
+def merging_in(shape: Shape) -> list[Merged]:
+    """Whether attention and MLP of every block are merged into those of one before.
+
+    Raises:
+        InvalidInput: the shape says what cannot be.
+    """
+    merges = shape.weights.get("merges") if shape.weights["method"] == MERGED else []
+    return merging_from_json(merges, len(shape.blocks))
+
+
+def merges_in(shape: Shape) -> Merges:
+    """What the parts that stay take in; errors as of `merging_in`."""
+    stays = [(bool(block.groups), bool(block.neurons)) for block in shape.blocks]
+    return merges_of(stays, merging_in(shape))
 
 
 def _whole_number(given: Mapping[str, Any], name: str) -> int:

@@ -14,15 +14,16 @@ from evoprune.fitness.latency_measure import latency_table
 from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.latency_table import LatencyTable, place_of
 from evoprune.fitness.model_worker import Handler, heldout_answer
+from evoprune.fitness.part_merges import read_block
 from evoprune.fitness.prepare import calibration_windows
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
-from evoprune.fitness.structure_database import PARTS, StructureDatabase
+from evoprune.fitness.structure_database import StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
 from evoprune.fitness.teacher import window_losses
 from evoprune.fitness.unit_choice import choose_units
-from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
+from evoprune.fitness.unit_costs import UnitCosts, kept_by, unit_costs
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA, Compensating, score_units
-from evoprune.fitness.units import BlockUnits, find_units
+from evoprune.fitness.units import PARTS, BlockUnits, find_units
 from evoprune.metrics.shape import BlockShape
 
 
@@ -32,7 +33,7 @@ def build(context: dict[str, Any]) -> StructureWorker:
 
 
 class StructureWorker(CandidateWorker[StructureEvaluator]):
-    """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons].
+    """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons], or is merged.
 
     Jobs (kind and payload):
         costs: ``quantity``, ``batch``, ``sequence`` (None: as `Work.of` has it); returns `UnitCosts`.
@@ -98,7 +99,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         widths = [block.widths for block in self._units]
         if spelled is None:
             return [width.whole for width in widths]
-        return [width.first(*kept) for width, kept in zip(widths, self.candidate(spelled), strict=True)]
+        return [width.first(*read_block(block)[0]) for width, block in zip(widths, spelled, strict=True)]
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
@@ -148,8 +149,8 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
         return {**heldout_answer(losses, windows), "kept": [list(kept_by(block)) for block in shape]}
 
-    def candidate(self, spelled: Sequence[Sequence[int]]) -> list[Kept]:
-        return [(groups, heads, neurons) for groups, heads, neurons in spelled]
+    def candidate(self, spelled: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        return spelled
 
     def evaluator(self, payload: Mapping[str, Any]) -> StructureEvaluator:
         named = payload["prepared"], payload["database"]

@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from evoprune.fitness.adapters import Prunable
 from evoprune.fitness.dropped import DroppedAttention, DroppedMlp
+from evoprune.fitness.part_merges import NO_MERGES, Merges, Sources, merged_part
 from evoprune.fitness.surgery import Part, Span, put_module
-from evoprune.fitness.units import AttentionUnits, BlockUnits, MlpUnits
+from evoprune.fitness.units import PARTS, AttentionUnits, BlockUnits, MlpUnits, PartName
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape, BlockWidths
 
 # What attentions say of their heads, each family some of it; Phi-3 reads its config in every forward pass.
 _OF_HEADS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "split_size", "config")
+
+
+MERGED_PARTS = 64
+"""Merged parts that are remembered: children of one parent share most of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +49,14 @@ class Surgeon:
 
     def __init__(self, language_model: Prunable, units: Sequence[BlockUnits]) -> None:
         self._blocks = [_Block(language_model.model, block) for block in units]
+        self._merged: dict[tuple[int, PartName, Sources], dict[str, Tensor]] = {}
 
-    def apply(self, blocks: Sequence[BlockShape], outputs: Mapping[str, Tensor] | None = None) -> None:
+    def apply(
+        self,
+        blocks: Sequence[BlockShape],
+        outputs: Mapping[str, Tensor] | None = None,
+        merges: Merges = NO_MERGES,
+    ) -> None:
         """Make every block as small as its shape says; a part that is so already costs nothing.
 
         Rows of the matrices that read go with their units, biases with their rows, and columns of the matrix that
@@ -55,11 +66,21 @@ class Surgeon:
             blocks: a shape for each block, in model order.
             outputs: weights of output projections, [out, kept] in the order of the kept columns, by name of the site;
                 what is not named keeps its dense columns. A tensor that is the same object as last time is the same.
+            merges: what parts that stay take in before they are cut.
 
         Raises:
             InvalidInput: a shape that its block cannot have, or a tensor of another size.
         """
-        self._cut(blocks, outputs, [None] * len(self._blocks))
+        self._cut(blocks, outputs, [None] * len(self._blocks), merges)
+
+    def merged(self, block: int, part: PartName, sources: Sources) -> dict[str, Tensor]:
+        """Weights, [out, in], and biases of a part that has taken in those of other blocks, by full name."""
+        key = block, part, sources
+        if key not in self._merged:
+            if len(self._merged) >= MERGED_PARTS:
+                self._merged.pop(next(iter(self._merged)))
+            self._merged[key] = merged_part([other.parts[part].dense() for other in self._blocks], block, sources)
+        return self._merged[key]
 
     def masked(self, blocks: Sequence[BlockShape], outputs: Mapping[str, Tensor] | None = None) -> None:
         """Say the same with zeros: every module there and as large as it was; arguments as in `apply`."""
@@ -91,12 +112,17 @@ class Surgeon:
 
     @torch.no_grad()
     def _cut(
-        self, blocks: Sequence[BlockShape], outputs: Mapping[str, Tensor] | None, places: Iterable[_Place | None]
+        self,
+        blocks: Sequence[BlockShape],
+        outputs: Mapping[str, Tensor] | None,
+        places: Iterable[_Place | None],
+        merges: Merges = NO_MERGES,
     ) -> None:
         if len(blocks) != len(self._blocks):
             raise InvalidInput(f"the shape has {len(blocks)} blocks, the model {len(self._blocks)}")
-        for block, shape, place in zip(self._blocks, blocks, places, strict=True):
-            block.cut(shape, outputs or {}, place)
+        for index, (block, shape, place) in enumerate(zip(self._blocks, blocks, places, strict=True)):
+            given = {part: self.merged(index, part, merges[index, part]) for part in PARTS if (index, part) in merges}
+            block.cut(shape, outputs or {}, place, given)
 
 
 class _Block:
@@ -115,6 +141,7 @@ class _Block:
             {attention.name: DroppedAttention(int(module.layer_idx))},  # type: ignore[arg-type]
         )
         self._mlp = Part(model, mlp.inputs, mlp.output, [], _dropped_mlp(units))
+        self.parts: dict[PartName, Part] = {"attention": self._attention, "mlp": self._mlp}
         paths = units.gone_norms(BlockShape((), (), ()))
         # Those inside the attention go when it goes.
         own = [path for path in paths if not path.startswith(f"{attention.name}.")]
@@ -130,11 +157,17 @@ class _Block:
         self._attention_is = self._mlp_is = None
         self._let_go(())
 
-    def cut(self, shape: BlockShape, outputs: Mapping[str, Tensor], place: _Place | None) -> None:
+    def cut(
+        self,
+        shape: BlockShape,
+        outputs: Mapping[str, Tensor],
+        place: _Place | None,
+        merged: Mapping[PartName, Mapping[str, Tensor]],
+    ) -> None:
         attention, mlp = self.units.attention, self.units.mlp
         attention_output, mlp_output = outputs.get(attention.output.site.name), outputs.get(mlp.output.site.name)
-        heads = _Wanted((shape.groups, shape.heads), attention_output, place)
-        neurons = _Wanted((shape.neurons,), mlp_output, place)
+        heads = _Wanted((shape.groups, shape.heads), attention_output, place, merged.get("attention"))
+        neurons = _Wanted((shape.neurons,), mlp_output, place, merged.get("mlp"))
         if heads.differs(self._attention_is) or neurons.differs(self._mlp_is):
             shape.check(self.units.block, self.units.widths)
         if heads.differs(self._attention_is):
@@ -143,14 +176,14 @@ class _Block:
                 self._attention.drop()
             else:
                 config = copy(self._config)
-                _cut_attention(self._attention, attention, config, shape, attention_output, place)
+                _cut_attention(self._attention, attention, config, shape, heads)
             self._attention_is = heads
         if neurons.differs(self._mlp_is):
             self._mlp_is = None
             if not shape.neurons and place is None:
                 self._mlp.drop()
             else:
-                _cut_mlp(self._mlp, mlp, shape, mlp_output, place)
+                _cut_mlp(self._mlp, mlp, shape, neurons)
             self._mlp_is = neurons
         self._let_go(self.units.gone_norms(shape) if place is None else ())
 
@@ -170,17 +203,27 @@ class _Wanted:
         kept: the indices that stay.
         output: what its kept columns are; None is the dense ones.
         place: where they go.
+        given: what is cut; None is the dense matrices.
     """
 
     kept: tuple[tuple[int, ...], ...]
     output: Tensor | None
     place: _Place | None
+    given: Mapping[str, Tensor] | None
 
     def differs(self, other: _Wanted | None) -> bool:
         """Whether a part that is `other` has to be cut anew."""
         return other is None or (
-            self.output is not other.output or self.kept != other.kept or self.place != other.place
+            self.output is not other.output
+            or self.given is not other.given
+            or self.kept != other.kept
+            or self.place != other.place
         )
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is put in place of what the part has."""
+        return self.output is None and self.place is None and self.given is None
 
 
 def _dropped_mlp(units: BlockUnits) -> dict[str, nn.Module]:
@@ -191,15 +234,8 @@ def _dropped_mlp(units: BlockUnits) -> dict[str, nn.Module]:
     return {bound.site.name: nn.Identity() for bound in mlp.inputs} | {mlp.output.site.name: DroppedMlp()}
 
 
-def _cut_attention(
-    part: Part,
-    units: AttentionUnits,
-    config: Any,
-    shape: BlockShape,
-    output: Tensor | None,
-    place: _Place | None,
-) -> None:
-    groups, heads = len(shape.groups), len(shape.heads)
+def _cut_attention(part: Part, units: AttentionUnits, config: Any, shape: BlockShape, wanted: _Wanted) -> None:
+    groups, heads, place = len(shape.groups), len(shape.heads), wanted.place
     rows, columns = units.rows(shape.groups, shape.heads), units.columns(shape.heads)
     if place is None:
         spans, across = [Span(kept) for kept in rows], Span(columns)
@@ -210,23 +246,23 @@ def _cut_attention(
         at = roomy.rows(place.shape.groups, place.shape.heads)
         spans = [Span(*span) for span in zip(rows, at, map(len, sizes), strict=True)]
         across = Span(columns, roomy.columns(place.shape.heads), heads * units.head_dim)
-    if (groups, heads) == (units.groups, units.heads) and place is None and output is None:
+    if (groups, heads) == (units.groups, units.heads) and wanted.dense:
         part.restore()
         return
     config.num_attention_heads, config.num_key_value_heads = heads, groups
     values = (heads, groups, heads // groups, heads * units.head_dim, config)
-    part.cut(spans, across, output, dict(zip(_OF_HEADS, values, strict=True)))
+    part.cut(spans, across, wanted.output, dict(zip(_OF_HEADS, values, strict=True)), wanted.given)
 
 
-def _cut_mlp(part: Part, units: MlpUnits, shape: BlockShape, output: Tensor | None, place: _Place | None) -> None:
-    rows = units.rows(shape.neurons)
+def _cut_mlp(part: Part, units: MlpUnits, shape: BlockShape, wanted: _Wanted) -> None:
+    rows, place = units.rows(shape.neurons), wanted.place
     if place is None:
-        if len(shape.neurons) == units.neurons and output is None:
+        if len(shape.neurons) == units.neurons and wanted.dense:
             part.restore()
             return
-        part.cut([Span(kept) for kept in rows], Span(shape.neurons), output, {})
+        part.cut([Span(kept) for kept in rows], Span(shape.neurons), wanted.output, {}, wanted.given)
         return
     roomy = replace(units, neurons=place.widths.neurons)
     sizes, at = roomy.rows(range(roomy.neurons)), roomy.rows(place.shape.neurons)
     spans = [Span(*span) for span in zip(rows, at, map(len, sizes), strict=True)]
-    part.cut(spans, Span(shape.neurons, place.shape.neurons, roomy.neurons), output, {})
+    part.cut(spans, Span(shape.neurons, place.shape.neurons, roomy.neurons), wanted.output, {}, wanted.given)

@@ -87,7 +87,23 @@ class Part:
             put_module(self._model, path, module)
         self._whole = False
 
-    def cut(self, rows: Sequence[Span], columns: Span, output: Tensor | None, attributes: Mapping[str, Any]) -> None:
+    def dense(self) -> dict[str, Tensor]:
+        """The weights, [out, in], and biases of the matrices as they are where nothing is cut, by full name."""
+        found = {}
+        for bound in (*self._inputs, self._output):
+            for name, parameter in self._parameters[bound.module].items():
+                value = parameter.detach()
+                found[f"{bound.site.name}.{name}"] = value.T if bound.transposed and name == "weight" else value
+        return found
+
+    def cut(
+        self,
+        rows: Sequence[Span],
+        columns: Span,
+        output: Tensor | None,
+        attributes: Mapping[str, Any],
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Replace the matrices by parts of them.
 
         Args:
@@ -95,12 +111,16 @@ class Part:
             columns: of the output.
             output: [out, kept] what the kept columns are, in place of the dense ones.
             attributes: values by name, set where the part has such an attribute.
+            given: what is cut in place of what `dense` gives.
 
         Raises:
             InvalidInput: `output` has another size.
         """
         self.restore()
         self._whole = False
+        for bound in (*self._inputs, self._output):
+            for name in self._parameters[bound.module] if given else ():
+                _replace(bound, name, (given or {})[f"{bound.site.name}.{name}"])
         for bound, span in zip(self._inputs, rows, strict=True):
             _replace(bound, "weight", _spread(_weight(bound, span.kept, 0), span, 0))
             if (bias := bound.bias()) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,6 +20,9 @@ from evoprune.fitness.adapters.base import AttentionLayout, MlpLayout
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
 from evoprune.metrics.shape import BlockShape, BlockWidths
+
+PartName = Literal["attention", "mlp"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 @dataclass(frozen=True, slots=True)

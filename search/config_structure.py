@@ -58,6 +58,9 @@ class StructureTarget(Section):
     drop: Literal["none", "parts"] = Field(
         "parts", description="whether the attention or the MLP of a block may go as a whole"
     )
+    merge: bool = Field(
+        False, description="whether an attention or MLP that goes may be merged into that of a block before"
+    )
     accumulation: Literal["dense", "expectation"] = Field(
         "expectation",
         description="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
@@ -78,6 +81,8 @@ class StructureTarget(Section):
             raise ValueError("give --sparsity or --speedup, one of the two")
         if self.speedup is not None and self.cost != "latency":
             raise ValueError(f"a speedup is one of latency: leave out --cost {self.cost}, or give --sparsity")
+        if self.merge and self.drop == "none":
+            raise ValueError("nothing goes as a whole that could be merged: leave out --drop none or --merge")
         if self.cost != "latency" and (self.decode or self.table is not None):
             raise ValueError(f"decode and table are about latency, and the cost is {self.cost}: add --cost latency")
         return self

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evoprune.fitness.latency_table import LatencyTable, write_table
-from evoprune.fitness.structure_weights import DatabaseRecipe
+from evoprune.fitness.structure_weights import DatabaseRecipe, with_merges
 from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
@@ -197,7 +197,8 @@ class StructureComparison:
         folder.mkdir(exist_ok=True)
         config, widths = self._config, self._search.space.costs.widths
         data = calibration_facts(config.data)
-        weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
+        recipe = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads)
+        weights = with_merges(recipe.to_json(), self._search.space.merging(self._best.genome))
         asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
         given = {name: value for name, value in asked.items() if value is not None}
         target = {**given, "cost": config.target.cost, "run": result["run"]}

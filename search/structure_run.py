@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from evoprune.fitness.latency_table import LatencyTable, read_table
 from evoprune.fitness.prepare import Summary
-from evoprune.fitness.structure_database import PARTS
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
+from evoprune.fitness.units import PARTS
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.shape import Shape
@@ -95,7 +95,12 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             InvalidInput: the budget is out of reach.
         """
         target = self.config.target
-        options: dict[str, Any] = {"heads": target.heads, "drop": target.drop, "step": target.step}
+        options: dict[str, Any] = {
+            "heads": target.heads,
+            "drop": target.drop,
+            "merge": target.merge,
+            "step": target.step,
+        }
         if target.speedup is not None:
             return StructureSpace.at_speedup(self._costs, target.speedup, **options)
         assert target.sparsity is not None

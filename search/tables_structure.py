@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evoprune.fitness.latency_passes import Work
+from evoprune.fitness.part_merges import read_block
 from evoprune.search.spaces.structure import shape_text
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
 
@@ -53,12 +54,13 @@ def blocks_table(result: Mapping[str, Any]) -> Table:
     """What every block keeps."""
     table = plain_box("block", "KV groups", "query heads", "neurons")
     rows = zip(result["best"]["shape"], result["widths"], strict=True)
-    for block, ((groups, each, neurons), (all_groups, heads, all_neurons)) in enumerate(rows):
+    for block, (spelled, (all_groups, heads, all_neurons)) in enumerate(rows):
+        (groups, each, neurons), merged = read_block(spelled)
+        attention = [_share(groups, all_groups), _share(groups * each, heads)]
         table.add_row(
             str(block),
-            _share(groups, all_groups),
-            _share(groups * each, heads),
-            _share(neurons, all_neurons),
+            *([Text("merged")] * 2 if merged[0] else attention),
+            Text("merged") if merged[1] else _share(neurons, all_neurons),
         )
     for column in table.columns:
         column.justify = "right"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from evoprune.fitness.part_merges import read_block
 from evoprune.search.engine.trial_record import Range, TrialRecord
 from evoprune.search.trials import Trials
 
@@ -124,9 +125,9 @@ class StructureTrials(GenerationTrials):
     }
 
     def descriptors(self, genome: Sequence[int]) -> dict[str, Any]:
-        groups, each, neurons = genome[::3], genome[1::3], genome[2::3]
+        kept = [read_block(block)[0] for block in zip(genome[::3], genome[1::3], genome[2::3], strict=True)]
         return {
-            "query heads": sum(count * heads for count, heads in zip(groups, each, strict=True)),
-            "neurons": sum(neurons),
-            "parts dropped": sum(not count for count in (*groups, *neurons)),
+            "query heads": sum(groups * each for groups, each, _ in kept),
+            "neurons": sum(neurons for _, _, neurons in kept),
+            "parts dropped": sum((not groups) + (not neurons) for groups, _, neurons in kept),
         }

@@ -92,6 +92,14 @@ def search_structure(
         Literal["none", "parts"] | None,
         option("--drop", help="whether attentions and MLPs may go as a whole", panel=TARGET, default="parts"),
     ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            help="what goes as a whole may be merged into the attention or MLP of a block before",
+            rich_help_panel=TARGET,
+        ),
+    ] = False,
     step: Annotated[
         int | None,
         option(
@@ -180,6 +188,7 @@ def search_structure(
             "trust_remote_code": trust_remote_code or None,
             "surrogate": surrogate or None,
             "decode": decode or None,
+            "merge": merge or None,
         }
         resolved = structure_config(options, files=config or (), assignments=settings or ())
         if dry_run:

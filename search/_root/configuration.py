@@ -80,7 +80,10 @@ STRUCTURE_KEYS = {
     },
     "population": "searcher.offspring",
     "surrogate": "searcher.surrogate",
-    **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "drop", "step", "accumulation")},
+    **{
+        name: f"target.{name}"
+        for name in ("speedup", "cost", "decode", "heads", "drop", "merge", "step", "accumulation")
+    },
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])

@@ -24,6 +24,7 @@ def search_structure(
     decode: bool | None = None,
     heads: Literal["whole", "groups", "balanced", "both"] | None = None,
     drop: Literal["none", "parts"] | None = None,
+    merge: bool | None = None,
     step: int | None = None,
     accumulation: Literal["dense", "expectation"] | None = None,
     evaluations: int | None = None,
@@ -65,6 +66,7 @@ def search_structure(
         heads: what goes of an attention: nothing but all of it (``whole``), KV groups, as many query heads of every
             group (``balanced``), or both.
         drop: whether attentions and MLPs may go as a whole (``parts``).
+        merge: whether what goes as a whole may be merged into the attention or MLP of a block before.
         step: neurons that an MLP loses or gains at a time.
         accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks, or the
             ``expectation`` over cut ones.
@@ -84,7 +86,7 @@ def search_structure(
     """
     options = {
         "model": model, "sparsity": sparsity, "cost": cost, "speedup": speedup,
-        "decode": decode, "heads": heads, "drop": drop, "step": step,
+        "decode": decode, "heads": heads, "drop": drop, "merge": merge, "step": step,
         "accumulation": accumulation, "evaluations": evaluations, "minutes": minutes, "population": population,
         "surrogate": surrogate, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,

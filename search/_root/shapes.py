@@ -14,14 +14,14 @@ from evoprune.calibration import TEXT, Progress, default_window, loaded, silent
 from evoprune.fitness.card import Cut, public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.examples import read_side
-from evoprune.fitness.forms import cut_model
-from evoprune.fitness.methods import Evidence, apply_edit, configured
+from evoprune.fitness.methods import Evidence, ModelEdit, apply_edit, configured
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database
-from evoprune.fitness.structure_weights import DatabaseRecipe, refitted_outputs
-from evoprune.fitness.units import BlockUnits, find_units
+from evoprune.fitness.structure_weights import MERGED, DatabaseRecipe, merges_in, refitted_outputs
+from evoprune.fitness.surgeon import Surgeon
+from evoprune.fitness.units import BlockUnits, PartName, find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import parameters_of
@@ -65,7 +65,8 @@ def prune_shape(
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, given.blocks)
-    fitted, chosen = cut_model(language_model, given.blocks, _outputs(given, language_model, units, progress), form)
+    edit = _edit(given, language_model, units, progress)
+    fitted, chosen = apply_edit(language_model, edit, form)
     recipe = {"shape": to_json(given), "form": chosen}
     done = CutModel(
         language_model=fitted,
@@ -174,18 +175,20 @@ def _written(
     return replace(done, language_model=replace(fitted, fingerprint=fingerprint))
 
 
-def _outputs(
-    shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress
-) -> Mapping[str, Tensor]:
-    """The output projections of what stays, where they are not those of the dense model."""
+def _edit(shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress) -> ModelEdit:
+    """What a shape does to a model: what is cut, merged, and refitted."""
     method = shape.weights["method"]
     if method == "none":
-        return {}
-    if method != "database":
+        return ModelEdit(shape.blocks)
+    if method not in ("database", MERGED):
         raise InvalidInput(
             f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
         )
-    recipe = DatabaseRecipe.read(shape.weights)
+    recipe, merges = DatabaseRecipe.read(shape.weights), merges_in(shape)
+    surgeon = Surgeon(language_model, units)
+    merged: dict[str, Tensor] = {}
+    for (block, part), sources in merges.items():
+        merged |= surgeon.merged(block, part, sources)
     with torch_threads(recipe.threads):
         windows = recipe.windows(language_model)
         database = build_structure_database(
@@ -196,9 +199,15 @@ def _outputs(
             progress=lambda done, total: progress("building the structured database", done, total),
         )
         device, dtype = language_model.device, language_model.model.dtype
-        return refitted_outputs(
-            units, shape.blocks, lambda block, part, kept: database.output(block, part, kept, device).to(dtype)
-        )
+
+        def solve(block: int, part: PartName, kept: BlockShape) -> Tensor:
+            weight = merged.get(f"{getattr(units[block], part).output.site.name}.weight")
+            return database.output(block, part, kept, device, weight).to(dtype)
+
+        outputs = refitted_outputs(units, shape.blocks, solve)
+    transposed = {f"{bound.site.name}.weight" for bound in language_model.sites if bound.transposed}
+    replaced = {name: value.T if name in transposed else value for name, value in merged.items()}
+    return ModelEdit(shape.blocks, replaced, outputs)
 
 
 def _layers(

@@ -106,10 +106,14 @@ class StructureKind:
         return f"{self.winner}{target.suffix}"
 
     def check_export(self, file: Path, result: Mapping[str, Any]) -> None:
+        from evoprune.fitness.part_merges import spelled_block
+        from evoprune.fitness.structure_weights import merging_in
         from evoprune.fitness.unit_costs import kept_by
         from evoprune.metrics.shape_file import read_shape
 
-        if [list(kept_by(block)) for block in read_shape(file).blocks] != result["best"]["shape"]:
+        shape = read_shape(file)
+        pairs = zip(shape.blocks, merging_in(shape), strict=True)
+        if [spelled_block(kept_by(block), merged) for block, merged in pairs] != result["best"]["shape"]:
             raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
 
     def write_report(self, run: RunDirectory) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from evoprune.fitness.part_merges import read_block
 from evoprune.metrics.shape import BlockWidths
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.report.generation_data import Generation, GenerationData, Line
@@ -86,4 +87,5 @@ class StructureData(GenerationData[StructureSearchConfig, tuple[Kept, ...]]):
 
 
 def _kept(shape: Any) -> tuple[Kept, ...]:
-    return tuple((groups, groups * each, neurons) for groups, each, neurons in shape)
+    kept = (read_block(block)[0] for block in shape)
+    return tuple((groups, groups * each, neurons) for groups, each, neurons in kept)

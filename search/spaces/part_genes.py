@@ -26,7 +26,9 @@ class PartGene(Gene):
         part: which.
         kept: what stays at each option: (KV groups, query heads in each), or (neurons,).
         rungs: options where it usually stands, ascending; others are for one gene alone, to meet a budget.
-        gone: the last option, where the whole part goes; None if it may not.
+        gone: the option where the whole part goes; None if it may not.
+        merged: the option behind it, where the part goes and is merged into the same one of a block before; None if it
+            may not.
         whole: cost of the dense part.
     """
 
@@ -34,6 +36,7 @@ class PartGene(Gene):
     kept: tuple[tuple[int, ...], ...] = ()
     rungs: tuple[int, ...] = ()
     gone: int | None = None
+    merged: int | None = None
     whole: int = 0
 
     @cached_property
@@ -45,6 +48,10 @@ class PartGene(Gene):
     def rung_set(self) -> frozenset[int]:
         """The rungs, to ask whether an option is one."""
         return frozenset(self.rungs)
+
+    def is_gone(self, option: int) -> bool:
+        """Whether the whole part goes."""
+        return self.gone is not None and option >= self.gone
 
     def rung(self, removed: float) -> int:
         """The rung that removes most nearly so much, the lower of two as near; never the whole part."""
@@ -155,4 +162,12 @@ def _gene(
     gone = len(useful) - 1 if drop else None
     removed_by_option, kept_by_option = zip(*useful, strict=True)
     rungs = tuple(range(len(useful) - drop))
-    return PartGene(f"block {block} {part}", removed_by_option, block, part, kept_by_option, rungs, gone, whole)
+    name = f"block {block} {part}"
+    return PartGene(name, removed_by_option, block, part, kept_by_option, rungs, gone, None, whole)
+
+
+def with_merging(gene: PartGene) -> PartGene:
+    """A gene whose part may go, and may then be merged into one before as well."""
+    assert gene.gone is not None
+    last = len(gene.removed)
+    return replace(gene, removed=(*gene.removed, gene.whole), kept=(*gene.kept, gene.kept[gene.gone]), merged=last)

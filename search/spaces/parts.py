@@ -17,6 +17,8 @@ SPANS = (*(1,) * 27, 2, 3, 4)
 """Rungs that a switch takes at once: one in ten takes several."""
 TYPE_MIX = 0.2
 """Of switches, how many let one kind of part lose what the other gains."""
+MERGE_SHARE = 0.1
+"""Of switches, how many merge what is gone into a block before, or no longer, where that may be."""
 NEIGHBOURS = 2
 """Blocks on either side of a part that comes or goes which make up for it first."""
 # Of what a gene can lose, how much one move of a repair may take, so that what it has to move is spread.
@@ -52,6 +54,8 @@ class PartSpace(LadderSpace):
         self.room = self.tolerance + max(steps, default=0) // 2 if self._fine else 0
 
     def switched(self, genome: Genome, rng: random.Random, spans: Sequence[int]) -> Genome | None:
+        if self._merging(genome) and rng.random() < MERGE_SHARE:
+            return self._remerged(genome, rng)
         if any(gene.gone is not None for gene in self.parts) and rng.random() < DROP_SHARE:
             return self._toggled(genome, rng)
         options = list(genome)
@@ -113,7 +117,7 @@ class PartSpace(LadderSpace):
         at = rng.choice([at for at, gene in enumerate(self.parts) if gene.gone is not None])
         gene = self.parts[at]
         mean = self.removed(genome) / sum(other.removed[-1] for other in self.parts)
-        options[at] = gene.rung(mean * gene.removed[-1]) if options[at] == gene.gone else gene.choices[-1]
+        options[at] = gene.rung(mean * gene.removed[-1]) if gene.is_gone(options[at]) else gene.choices[-1]
         near = {
             other
             for other, neighbour in enumerate(self.parts)
@@ -123,13 +127,49 @@ class PartSpace(LadderSpace):
         settled = self._settled(options, rng, most, first=near, never=(at,), between=self._between(genome))
         return None if settled == genome else settled
 
+    def _merging(self, options: Sequence[int]) -> list[int]:
+        """Blocks of which something is gone that could be merged into one before."""
+        found, before = [], set()
+        for gene, option in zip(self.parts, options, strict=True):
+            if not gene.is_gone(option):
+                before.add(gene.part)
+            elif gene.merged is not None and gene.part in before:
+                found.append(gene.block)
+        return list(dict.fromkeys(found))
+
+    def _remerged(self, genome: Genome, rng: random.Random) -> Genome | None:
+        """What is gone of a block merged into one before, or no longer; of several parts one alone, or all of them."""
+        block = rng.choice(self._merging(genome))
+        places = sorted(at for at in self._dropped(genome) if self.parts[at].block == block)
+        chosen = places if rng.random() < 0.5 else [rng.choice(places)]
+        merge = not all(genome[at] == self.parts[at].merged for at in chosen)
+        options = list(genome)
+        for at in chosen:
+            target = self.parts[at].merged if merge else self.parts[at].gone
+            options[at] = options[at] if target is None else target
+        found = self._with_places_to_merge(options)
+        return None if found == genome else found
+
+    def _with_places_to_merge(self, options: Sequence[int]) -> Genome:
+        """The genome of these options, in which nothing is merged that has no part before it to be merged into."""
+        found, before = list(options), set()
+        for at, (gene, option) in enumerate(zip(self.parts, options, strict=True)):
+            if not gene.is_gone(option):
+                before.add(gene.part)
+            elif option == gene.merged and gene.part not in before:
+                assert gene.gone is not None
+                found[at] = gene.gone
+        return tuple(found)
+
     def _dropped(self, options: Sequence[int]) -> Collection[int]:
-        return {at for at, (gene, option) in enumerate(zip(self.parts, options, strict=True)) if option == gene.gone}
+        return {at for at, (gene, option) in enumerate(zip(self.parts, options, strict=True)) if gene.is_gone(option)}
 
     def _between(self, options: Sequence[int]) -> list[int]:
         """Places of genes that stand between rungs."""
         return [
-            at for at in self._mlps if options[at] != self.parts[at].gone and options[at] not in self.parts[at].rung_set
+            at
+            for at in self._mlps
+            if not self.parts[at].is_gone(options[at]) and options[at] not in self.parts[at].rung_set
         ]
 
     def _to_rungs(self, options: list[int]) -> None:
@@ -158,7 +198,7 @@ class PartSpace(LadderSpace):
             if self._missed(residue) <= self.room and self._fine:
                 residue -= self._fill(options, rng, residue, first, never, between)
             if self._missed(residue) == 0:
-                return tuple(options)
+                return self._with_places_to_merge(options)
             moves = self._moves(options, residue, never)
             helping = [move for move in moves if self._missed(residue - move[2]) < self._missed(residue)]
             chosen = [move for move in helping if move[0] in first] or helping
@@ -180,7 +220,7 @@ class PartSpace(LadderSpace):
         """Steps of all genes that are not gone towards the budget."""
         found = []
         for at, (gene, option) in enumerate(zip(self.parts, options, strict=True)):
-            if at in never or option == gene.gone:
+            if at in never or gene.is_gone(option):
                 continue
             before = gene.removed[option]
             ways = gene.ways(option, losing=residue > 0)
@@ -197,9 +237,9 @@ class PartSpace(LadderSpace):
         """Parts dropped, or brought back as small as they get: for where no gene has a step towards the budget."""
         found = []
         for at, (gene, option) in enumerate(zip(self.parts, options, strict=True)):
-            if at in never or gene.gone is None or (option == gene.gone) == (residue > 0):
+            if at in never or gene.gone is None or gene.is_gone(option) == (residue > 0):
                 continue
-            target = gene.rungs[-1] if option == gene.gone else gene.gone
+            target = gene.rungs[-1] if gene.is_gone(option) else gene.gone
             found.append((at, target, gene.removed[target] - gene.removed[option]))
         return found
 

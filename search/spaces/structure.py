@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evoprune.fitness.part_merges import Merged, read_block, spelled_block
 from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import Site, removed_count
 from evoprune.metrics.shape import BlockWidths
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import part_of
-from evoprune.search.spaces.part_genes import Heads, PartGene, attention_gene, mlp_gene
+from evoprune.search.spaces.part_genes import Heads, PartGene, attention_gene, mlp_gene, with_merging
 from evoprune.search.spaces.parts import PartSpace
 
 DropParts = Literal["none", "parts"]
@@ -48,6 +49,7 @@ class StructureSpace(PartSpace):
         fraction: of `costs.dense` that goes, in (0, 1).
         heads: what of attentions may go.
         drop: whether whole parts may go.
+        merge: whether what goes as a whole may be merged into the same part of a block before.
         step: of the ladders of MLPs, in neurons; by default such that there are about 32 in the widest.
         multiple: what numbers of neurons are multiples of, but for those of a dense MLP and of the one between rungs.
         residual: whether one MLP may stand between rungs; never, where costs are from a table or neurons have none.
@@ -68,6 +70,7 @@ class StructureSpace(PartSpace):
         *,
         heads: Heads = "both",
         drop: DropParts = "none",
+        merge: bool = False,
         step: int | None = None,
         multiple: int = 1,
         residual: bool = True,
@@ -76,10 +79,18 @@ class StructureSpace(PartSpace):
             raise InvalidInput(f"a budget of {fraction:g} is outside (0, 1): give the fraction that goes")
         self.costs, self.fraction = costs, fraction
         self._options = {"heads": heads, "drop": drop, "step": step, "multiple": multiple, "residual": residual}
+        if merge:
+            self._options["merge"] = True
         if heads == "balanced" and all(width.heads_per_group == 1 for width in costs.widths):
             raise InvalidInput("every KV group has one query head, so none can go and leave the group: choose groups")
         fine = residual and all(isinstance(mlp, MlpCost) and mlp.per_neuron for mlp in costs.mlp)
         genes = _genes(costs, heads, drop == "parts", _neuron_step(costs, step, multiple), fine)
+        if merge:
+            if drop == "none":
+                raise InvalidInput(
+                    "nothing goes as a whole that could be merged: let parts be dropped, or do not merge"
+                )
+            genes = [with_merging(gene) for gene in genes]
         if not genes:
             raise InvalidInput(
                 f"nothing that may go costs any {_NAMES[costs.quantity]}: let KV groups go, by heads groups or both, "
@@ -131,6 +142,14 @@ class StructureSpace(PartSpace):
             found.append((groups, heads, neurons))
         return found
 
+    def merging(self, genome: Genome) -> list[Merged]:
+        """Whether the attention and the MLP of every block are merged into those of one before."""
+        merged = {
+            (gene.block, gene.part) for gene, option in zip(self.parts, genome, strict=True) if option == gene.merged
+        }
+        blocks = range(len(self.costs.widths))
+        return [((block, "attention") in merged, (block, "mlp") in merged) for block in blocks]
+
     def even(self) -> list[float]:
         """What `near` is given to have the same everywhere."""
         return [self.fraction] * (2 * len(self.costs.widths))
@@ -170,11 +189,12 @@ class StructureSpace(PartSpace):
         return self.repaired(options, rng)
 
     def spelled(self, genome: Genome) -> list[list[int]]:
-        return [list(kept) for kept in self.shape(genome)]
+        pairs = zip(self.shape(genome), self.merging(genome), strict=True)
+        return [spelled_block(kept, merged) for kept, merged in pairs]
 
     def shown(self, genome: Genome) -> list[int]:
-        """What every block keeps, in one list: KV groups, query heads in each, neurons."""
-        return [count for kept in self.shape(genome) for count in kept]
+        """What `spelled` says of every block, in one list."""
+        return [count for block in self.spelled(genome) for count in block]
 
     def words(self, genome: Genome) -> str:
         return shape_text(self.shape(genome))
@@ -220,8 +240,10 @@ class StructureSpace(PartSpace):
 
 def shape_text(shape: Sequence[Sequence[int]]) -> str:
     """Such as ``30 query heads, 2,100 neurons``, of what every block keeps."""
-    heads = sum(groups * each for groups, each, _ in shape)
-    return f"{heads:,} query heads, {sum(neurons for _, _, neurons in shape):,} neurons"
+    read = [read_block(block) for block in shape]
+    heads, neurons = (sum(counts) for counts in zip(*((kept[0] * kept[1], kept[2]) for kept, _ in read), strict=True))
+    merged = sum(sum(parts) for _, parts in read)
+    return f"{heads:,} query heads, {neurons:,} neurons" + (f", {merged} parts merged" if merged else "")
 
 
 def ladders(costs: UnitCosts, step: int | None) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from evoprune.fitness import structure_evaluator
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.gram import damped
 from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.part_merges import spelled_block
 from evoprune.fitness.prepare import Prepared, calibration_windows
-from evoprune.fitness.structure_database import PARTS, StructureDatabase
+from evoprune.fitness.structure_database import StructureDatabase
+from evoprune.fitness.structure_weights import DatabaseRecipe, with_merges
 from evoprune.fitness.structure_worker import StructureWorker, build
 from evoprune.fitness.teacher import WindowLosses, linear_head, window_losses
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
-from evoprune.fitness.units import find_units
+from evoprune.fitness.units import PARTS, find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape import Shape as WrittenShape
+from evoprune.shapes import prune_shape
 from tests.models import save_tiny
 
 BLOCKS = 3
@@ -190,6 +195,86 @@ def test_the_same_question_has_the_same_answer_to_the_bit(tried: Tried) -> None:
     fresh = build(tried.worker.context.to_json())
     spelled = {"shape": [list(kept) for kept in child], "parent": [list(kept) for kept in parent]}
     assert fresh.handle("shape", {**tried.named, **spelled, "first": 0, "last": 4}) == alone
+
+
+# What every block keeps, and whether its attention and its MLP are merged into one before.
+MERGES = {
+    "a whole block into a cut one": (
+        [(1, 1, 30), (0, 0, 0), (2, 1, 48)],
+        [(False, False), (True, True), (False, False)],
+    ),
+    "two attentions into a whole one": (
+        [(2, 2, 48), (0, 0, 20), (0, 0, 0)],
+        [(False, False), (True, False), (True, False)],
+    ),
+    "an MLP into the second": ([(0, 0, 12), (1, 2, 48), (2, 2, 0)], [(False, False), (False, False), (False, True)]),
+}
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_merged_parts_are_those_of_the_plain_way(case: str, tried: Tried) -> None:
+    """In the search, before and after other candidates, and in the model that `prune --shape` writes."""
+    kept, merging = MERGES[case]
+    most = tried.whole[0]
+    shape = [(groups * most[0] // 2, min(heads, most[1]), neurons) for groups, heads, neurons in kept]
+    spelled = [tuple(spelled_block(block, merged)) for block, merged in zip(shape, merging, strict=True)]
+    draw = random.Random(7)
+    parent = tried.random_shape(draw)
+    tried.ask(parent, parent, 0, 4)
+    asked = [tried.ask(spelled, other, 0, 4) for other in (parent, shape, spelled)]
+    assert asked[0] == asked[1] == asked[2] != tried.ask(shape, spelled, 0, 4)
+    with merged_by_hand(tried, shape, merging) as recipe:
+        expected = tried.by_hand(shape, "search", 0, 4)
+    assert expected.kl is not None
+    assert asked[0]["kl"] == pytest.approx(expected.kl.mean().item(), rel=1e-4)
+    written = prune_shape(tried.plain, recipe).language_model.model
+    evaluator = tried.worker.evaluator(tried.named)
+    evaluator.apply(spelled)
+    windows = Prepared.open(tried.named["prepared"]).text("search")[0][:2]
+    with torch.no_grad():
+        assert torch.allclose(written(windows).logits, evaluator.language_model.model(windows).logits, atol=1e-5)
+    tried.check(parent, parent, 0, 4)
+
+
+@contextmanager
+def merged_by_hand(tried: Tried, shape: Shape, merging: Sequence[tuple[bool, bool]]) -> Iterator[WrittenShape]:
+    """Inside, the second model's matrices, and what its outputs are solved from, are merged; what a file would say."""
+    tried.refit(tried.whole)
+    changed = [(bound.weight(), bound.bias()) for bound in tried.plain.sites]
+    before = [[None if value is None else value.clone() for value in pair] for pair in changed]
+    originals = {bound.site.name: pair for bound, pair in zip(tried.plain.sites, before, strict=True)}
+    dense, biases = [list(row) for row in tried.dense], [list(row) for row in tried.biases]
+    context = tried.worker.context
+    recipe = DatabaseRecipe("dense", str(context.calibration), 24, 16, context.seed, torch.get_num_threads())
+    widths = tuple(block.widths for block in tried.units)
+    weights = with_merges(recipe.to_json(), merging)
+    name = type(tried.plain.model).__name__
+    written = WrittenShape(name, tried.plain.fingerprint, tuple(tried.units_of(shape)), widths, weights, {})
+    for place in (0, 1):
+        into = -1
+        for block in range(BLOCKS):
+            if shape[block][0 if place == 0 else 2]:
+                into = block
+            if not merging[block][place]:
+                continue
+            ours, theirs = (
+                [*part.inputs, part.output]
+                for part in ((tried.units[at].attention, tried.units[at].mlp)[place] for at in (into, block))
+            )
+            for one, other in zip(ours, theirs, strict=True):
+                start, source = originals[one.site.name], originals[other.site.name]
+                one.weight().add_(source[0] - start[0])
+                if one.bias() is not None:
+                    one.bias().add_(source[1] - start[1])
+            tried.dense[into][place] = ours[-1].weight().clone()
+            if ours[-1].bias() is not None:
+                tried.biases[into][place] = ours[-1].bias().clone()
+    yield written
+    for pair, values in zip(changed, before, strict=True):
+        for live, value in zip(pair, values, strict=True):
+            if live is not None:
+                live.copy_(value)
+    tried.dense, tried.biases = dense, biases
 
 
 def test_heldout_losses_and_the_dense_model(tried: Tried) -> None:

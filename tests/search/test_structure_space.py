@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from evoprune.fitness.part_merges import merges_of, read_block
 from evoprune.fitness.unit_costs import AttentionCost, CostTable, Kept, MlpCost, UnitCosts
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import Site
@@ -45,7 +46,7 @@ def times(seed: int = 0) -> UnitCosts:
         )
         for _ in range(BLOCKS)
     ]
-    mlps = [CostTable(tuple(((n,), 900 + 50 * n + rng.randrange(300)) for n in range(4, 65, 4))) for _ in range(BLOCKS)]
+    mlps = [CostTable(tuple(((n,), 900 + 50 * n + rng.randrange(150)) for n in range(4, 65, 4))) for _ in range(BLOCKS)]
     return UnitCosts("latency", 5000, (width,) * BLOCKS, tuple(attentions), tuple(mlps))
 
 
@@ -125,6 +126,36 @@ def check(space: StructureSpace, genome: tuple[int, ...]) -> None:
         assert options["heads"] in ("balanced", "both") or heads in (0, width.heads_per_group)
         assert options["heads"] in ("groups", "both") or groups in (0, width.groups)
     assert off <= options["residual"]
+    merging = space.merging(genome)
+    merges_of([(groups > 0, neurons > 0) for groups, _, neurons in shape], merging)  # refuses what cannot be
+    assert options.get("merge") or not any(map(any, merging))
+    read = [read_block(block) for block in space.spelled(genome)]
+    assert ([kept for kept, _ in read], [merged for _, merged in read]) == (shape, merging)
+
+
+def test_what_is_gone_is_merged_and_no_longer() -> None:
+    """Each way by a switch that changes nothing else, and what is merged is dropped to what it may be merged into."""
+    costs = parameters(4, 16, 96)
+    space = StructureSpace(costs, 0.5, drop="parts", merge=True)
+    rng = random.Random(0)
+    whole, gone = (4, 4, 96), (0, 0, 0)
+    start = space.near_shape([whole, gone, whole, gone], rng)
+    assert space.shape(start) == [whole, gone, whole, gone]
+    seen = {start}
+    for _ in range(3):
+        for genome in [*seen]:
+            made = (space.switched(genome, rng, space.spans) for _ in range(150))
+            seen |= {child for child in made if child and space.shape(child) == space.shape(start)}
+    assert len(seen) == 16
+    ways = {tuple(space.merging(genome)) for genome in seen}
+    assert len(ways) == 16 and all(way[0] == way[2] == (False, False) for way in ways)
+    assert {gene.merged for gene in StructureSpace(costs, 0.5, drop="parts").parts} == {None}
+    for call in range(600):
+        genome = (
+            space.crossed(start, genome, rng) if call % 5 == 4 else space.switched(genome, rng, space.spans)
+        ) or genome
+        check(space, genome)
+        start = genome if call % 50 == 0 else start
 
 
 def test_what_a_switch_trades() -> None:
@@ -273,6 +304,7 @@ def test_the_same_draws_give_the_same_genome() -> None:
         (parameters(4, 16, 96), 0.4, {"multiple": 256}, "multiples of 256: give 1 to 48"),
         (parameters(4, 16, 96), 0.4, {"multiple": 8, "step": 12}, "steps of 12 neurons: give a multiple of 8"),
         (parameters(4, 16, 96), 0.4, {"step": 49}, "of at most 48"),
+        (parameters(4, 16, 96), 0.4, {"merge": True}, "nothing goes as a whole that could be merged"),
     ],
 )
 def test_budgets_and_options_that_cannot_be(
