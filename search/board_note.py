@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from evoprune.fitness.part_merges import read_block
 from evoprune.metrics.emit import latex, to_text
 from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
@@ -133,8 +134,12 @@ def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str
     """What a structure search has found: everyone on held-out text; arguments as in `finished_note`."""
     best = result["best"]
     rows = [
-        (str(block), f"{groups:,}", f"{groups * each:,}", f"{neurons:,}")
-        for block, (groups, each, neurons) in enumerate(best["shape"])
+        (
+            str(block),
+            *(["merged"] * 2 if merged[0] else [f"{groups:,}", f"{groups * each:,}"]),
+            "merged" if merged[1] else f"{neurons:,}",
+        )
+        for block, ((groups, each, neurons), merged) in enumerate(map(read_block, best["shape"]))
     ]
     return "\n".join(
         [

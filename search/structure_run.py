@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from evoprune.fitness.latency_table import LatencyTable, read_table
 from evoprune.fitness.prepare import Summary
+from evoprune.fitness.structure_weights import merging_in
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
 from evoprune.fitness.units import PARTS
 from evoprune.metrics.errors import EvopruneError, InvalidInput
@@ -165,7 +166,8 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         """Genomes to start from, by name: the same everywhere, what the criteria of units keep, and what is given."""
         found = {UNIFORM: self._even(space)}
         if self._given is not None:
-            found[GIVEN] = space.near_shape([kept_by(block) for block in self._given.blocks], self._rng(GIVEN))
+            near = space.near_shape([kept_by(block) for block in self._given.blocks], self._rng(GIVEN))
+            found[GIVEN] = space.merged_as(near, merging_in(self._given))
         asked = {"database": self._database}
         (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
         if outcome.status != "ok":

@@ -16,6 +16,7 @@ import numpy as np
 
 from evoprune.fitness.part_merges import Merged, read_block, spelled_block
 from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
+from evoprune.fitness.units import PARTS
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import Site, removed_count
 from evoprune.metrics.shape import BlockWidths
@@ -149,6 +150,22 @@ class StructureSpace(PartSpace):
         }
         blocks = range(len(self.costs.widths))
         return [((block, "attention") in merged, (block, "mlp") in merged) for block in blocks]
+
+    def merged_as(self, genome: Genome, merging: Sequence[Merged]) -> Genome:
+        """The genome in which of what is gone is merged what is merged here, where it may and can be."""
+        asked = {
+            (block, part)
+            for block, of_block in enumerate(merging)
+            for part, goes in zip(PARTS, of_block, strict=True)
+            if goes
+        }
+        options = [
+            gene.merged
+            if gene.merged is not None and gene.is_gone(option) and (gene.block, gene.part) in asked
+            else option
+            for gene, option in zip(self.parts, genome, strict=True)
+        ]
+        return self._with_places_to_merge(options)
 
     def even(self) -> list[float]:
         """What `near` is given to have the same everywhere."""

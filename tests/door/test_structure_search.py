@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ import yaml
 
 import evoprune
 from evoprune.configuration import STRUCTURE_KEYS
+from evoprune.fitness.part_merges import spelled_block
+from evoprune.fitness.structure_weights import merging_in, with_merges
+from evoprune.fitness.unit_costs import kept_by
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.shape import Shape
+from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, write_shape
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.publishing import rebuild_board
@@ -105,6 +109,48 @@ def test_a_search_from_the_command_line(
     shown = run("show", "--json")
     assert shown.json["run"] == folder.name
     assert run("resume", folder, "--executor", "inline", "--json").json == shown.json
+
+
+def test_a_merged_block_is_a_start_and_what_is_measured_is_pruned(
+    run: Run, tiny: Path, story: Path, structured: Path, shapes: Path
+) -> None:
+    shape = read_shape(structured / "export/shape.json")
+    blocks, merging = (shape.widths[0].whole, BlockShape((), (), ())), [(False, False), (True, True)]
+    weights = with_merges(shape.weights, merging)
+    write_shape(replace(shape, blocks=blocks, weights=weights), "given.json")
+    words = ("--config", shapes, "--executor", "inline", "--sparsity", 0.5, "--evaluations", 14, "--seed", 1)
+    done = run(
+        "search", "structure", tiny, *words, "--merge", "--seed-from", "given.json", "--run-dir", "run", "--json"
+    )
+    assert done.code == 0, done.err
+    result, winner = result_of(Path("run")), read_shape("run/export/shape.json")
+    (given,) = (row for row in result["baselines"] if row["name"] == "given")
+    assert given["shape"] == [[2, 2, 48], [0, -1, -1]]
+    found = map(spelled_block, map(kept_by, winner.blocks), merging_in(winner))
+    assert list(found) == result["best"]["shape"]
+    pruned = run("prune", tiny, "--shape", "given.json", "--out", "out", "--json")
+    assert (pruned.code, pruned.json["form"], pruned.json["sparsity"]) == (0, "plain", 0.5)
+    words = ("--dense", tiny, "--data", story, "--window", 32, "--tokens", 4 * 32, "--json")
+    measured = run("eval", "out", *words).json
+    assert measured["loss"] == pytest.approx(given["heldout"]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("merges", "told"),
+    [
+        ([{"block": 0, "part": "mlp"}], "the mlp of block 0 cannot be merged into one before: some of it stays"),
+        ([{"block": 9, "part": "mlp"}], "give a block, 0 to 1, and its part, attention or mlp"),
+        ("all", "a merge of the shape is 'all'"),
+    ],
+)
+def test_merges_that_cannot_be(
+    merges: Any, told: str, refused: Callable[..., str], tiny: Path, structured: Path, place: Path
+) -> None:
+    shape = read_shape(structured / "export/shape.json")
+    whole = tuple(widths.whole for widths in shape.widths)
+    weights = {**shape.weights, "method": "database+merges", "merges": merges}
+    write_shape(replace(shape, blocks=whole, weights=weights), "given.json")
+    assert told in refused("prune", tiny, "--shape", "given.json", "--out", "out")
 
 
 def test_show_as_json(run: Run, structured: Path, tiny: Path) -> None:
@@ -210,7 +256,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document["target"] == {
         "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None,
         "table": None,
-        "heads": "both", "step": None, "drop": "parts", "accumulation": "expectation",
+        "heads": "both", "step": None, "drop": "parts", "merge": False,
+        "accumulation": "expectation",
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
@@ -225,8 +272,9 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json",
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
-    # What is about latency contradicts another budget.
-    assert given.keys() | flags.keys() | {"model", "speedup", "decode"} == STRUCTURE_KEYS.keys()
+    # What is about latency contradicts another budget, and what merges what is dropped another `drop`.
+    assert given.keys() | flags.keys() | {"model", "speedup", "decode", "merge"} == STRUCTURE_KEYS.keys()
+    assert run("search", "structure", "--merge", "--dry-run", "--json").json["target"]["merge"] is True
     timed = run("search", "structure", "--speedup", 2, "--decode", "--dry-run", "--json").json["target"]
     assert (timed["speedup"], timed["decode"], timed["cost"], timed["sparsity"]) == (2.0, True, "latency", None)
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]

@@ -149,6 +149,8 @@ def test_what_is_gone_is_merged_and_no_longer() -> None:
     assert len(seen) == 16
     ways = {tuple(space.merging(genome)) for genome in seen}
     assert len(ways) == 16 and all(way[0] == way[2] == (False, False) for way in ways)
+    assert {space.merged_as(start, space.merging(genome)) for genome in seen} == seen
+    assert space.merged_as(start, [(True, True)] * 4) == space.merged_as(start, [(False, False), (True, True)] * 2)
     assert {gene.merged for gene in StructureSpace(costs, 0.5, drop="parts").parts} == {None}
     for call in range(600):
         genome = (
