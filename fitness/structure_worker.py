@@ -13,6 +13,7 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency_measure import latency_table
 from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.latency_table import LatencyTable, place_of
+from evoprune.fitness.methods import METHODS, Evidence
 from evoprune.fitness.model_worker import Handler, heldout_answer
 from evoprune.fitness.part_merges import read_block
 from evoprune.fitness.prepare import calibration_windows
@@ -45,6 +46,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes, ``spread`` (None: the
             criterion's own); returns what this choice of units ``kept``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
+        method: ``method``, by its name, and the ``sparsity`` that it is asked for; returns what it ``kept``.
         errors: ``database``; returns output ``errors`` at every width, of the attention and the MLP of each block in
             turn.
         shape: what ``database`` was given and its name, ``shape``, ``parent`` (a shape too), ``first``, ``last``;
@@ -64,6 +66,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             "database": self._database,
             "choose": self._choose,
             "block": self._block,
+            "method": self._method,
             "errors": self._errors,
             "shape": self._shape,
             "units": self._kept_units,
@@ -111,6 +114,12 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         self._restore()
         windows = calibration_windows(self.language_model, self.context)
         return {"parcel": build_structure_block(self.language_model, self._units, windows, payload["block"])}
+
+    def _method(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        windows = calibration_windows(self.language_model, self.context)
+        evidence = Evidence(self.language_model, self._units, windows, payload["sparsity"])
+        return {"kept": [list(kept_by(block)) for block in METHODS[payload["method"]].edit(evidence).blocks]}
 
     def _errors(self, payload: dict[str, Any]) -> dict[str, Any]:
         database = StructureDatabase.open(payload["database"], self.language_model, self._units)

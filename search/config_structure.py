@@ -95,6 +95,9 @@ class StructureGenerations(GenerationsConfig):
     seeds: tuple[str, ...] | None = Field(
         DEFAULT_SEEDS, description="criteria of units to start from, and to compare with; none takes all"
     )
+    methods: tuple[str, ...] = Field(
+        (), description="names from `evoprune list methods`, whose blocks, heads and neurons are to start from as well"
+    )
 
 
 class StructureSearchConfig(SearchConfig):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from evoprune.fitness.latency_table import LatencyTable, read_table
@@ -36,13 +36,16 @@ from evoprune.search.structure_result import (
 )
 from evoprune.search.worker_session import Ask, First
 
+METHOD = " method"
+"""Ends the name of a seed that a method makes, which a criterion of units may share its name with."""
+
 
 class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSpace]]):
     """One session of a search for a shape."""
 
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "block", "choose", "errors", "shape", "units", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "block", "choose", "method", "errors", "shape", "units", "heldout")
     _database = ""
     _costs: UnitCosts
     _counted: UnitCosts
@@ -174,7 +177,15 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             raise failure(outcome)
         errors = errors_of_choices(space, outcome.values["errors"])
         found[LEAST_ERROR] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
-        return found | self._by_criteria(space, payload, ask)
+        return found | self._by_methods(space, ask) | self._by_criteria(space, payload, ask)
+
+    def _by_methods(self, space: StructureSpace, ask: Ask) -> dict[str, Genome]:
+        """What methods keep of every block at this budget, by their names and `METHOD`; the database refits it."""
+        jobs = {}
+        for name in self.config.searcher.methods:
+            asked = {"method": name, "sparsity": space.fraction}
+            jobs[name + METHOD] = Job(content_hash([self.identity, "method", asked]), "method", asked)
+        return self._kept_by(jobs, space, ask)
 
     def _checked(self, prepared: Summary) -> Shape | None:
         """What ``seed_from`` names.
@@ -203,12 +214,17 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             self.progress.line("no seeds by criteria of units: these count neurons, which have no keys and values")
             return {}
         self.phase("asking the criteria of units")
-        jobs = [
-            Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked})
-            for asked in (choice(self._counted, space.fraction, name, "global") for name in self.config.seeds)
-        ]
+        asked = {name: choice(self._counted, space.fraction, name, "global") for name in self.config.seeds}
+        jobs = {
+            name: Job(content_hash([self.identity, "choose", of]), "choose", {**payload, **of})
+            for name, of in asked.items()
+        }
+        return self._kept_by(jobs, space, ask)
+
+    def _kept_by(self, jobs: Mapping[str, Job], space: StructureSpace, ask: Ask) -> dict[str, Genome]:
+        """Genomes near to what jobs say is kept, by name; without those that fail, which is said."""
         found = {}
-        for name, outcome in zip(self.config.seeds, ask(jobs, limited=False), strict=True):
+        for name, outcome in zip(jobs, ask([*jobs.values()], limited=False), strict=True):
             try:
                 if outcome.status != "ok":
                     raise failure(outcome)

@@ -122,11 +122,14 @@ class StructureKind:
         return write_page(run)
 
     def check_names(self, config: StructureSearchConfig) -> None:
+        from evoprune.fitness.methods import METHODS
         from evoprune.fitness.unit_criteria import UNIT_CRITERIA
         from evoprune.search.given import given_shape
 
         for name in config.searcher.seeds or ():
             _ = UNIT_CRITERIA[name]
+        for name in config.searcher.methods:
+            _ = METHODS[name]
         given_shape(config.seed_from)
         if config.target.table is not None:
             from evoprune.fitness.latency_table import read_table

@@ -119,6 +119,7 @@ def test_a_merged_block_is_a_start_and_what_is_measured_is_pruned(
     weights = with_merges(shape.weights, merging)
     write_shape(replace(shape, blocks=blocks, weights=weights), "given.json")
     words = ("--config", shapes, "--executor", "inline", "--sparsity", 0.5, "--evaluations", 14, "--seed", 1)
+    words += ("--set", "searcher.methods=[shortgpt, comp]")
     done = run(
         "search", "structure", tiny, *words, "--merge", "--seed-from", "given.json", "--run-dir", "run", "--json"
     )
@@ -126,6 +127,9 @@ def test_a_merged_block_is_a_start_and_what_is_measured_is_pruned(
     result, winner = result_of(Path("run")), read_shape("run/export/shape.json")
     (given,) = (row for row in result["baselines"] if row["name"] == "given")
     assert given["shape"] == [[2, 2, 48], [0, -1, -1]]
+    named = {row["name"]: row["shape"] for row in result["baselines"]}
+    assert named["shortgpt method"] in ([[2, 2, 48], [0, 0, 0]], [[0, 0, 0], [2, 2, 48]])
+    assert all(0 < block[2] < 48 for block in named["comp method"])  # of two blocks none is unprotected
     found = map(spelled_block, map(kept_by, winner.blocks), merging_in(winner))
     assert list(found) == result["best"]["shape"]
     pruned = run("prune", tiny, "--shape", "given.json", "--out", "out", "--json")
@@ -340,6 +344,7 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
     assert "is not between 0 and 1" in refused(*search, "--sparsity", 1.5)
     assert "no model 'no/such-model'" in refused("search", "structure", "no/such-model")
     assert "no unit criterion 'flop'; did you mean 'flap'" in refused(*search, "--set", "searcher.seeds=[flop]")
+    assert "no method 'lako'; did you mean 'laco'" in refused(*search, "--set", "searcher.methods=[lako]")
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)
