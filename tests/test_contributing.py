@@ -34,6 +34,7 @@ RECIPES = {
     "metrics/operators/hypotenuse.py": "tests/metrics/test_hypotenuse.py",
     "fitness/allocators/first_block.py": "tests/fitness/test_first_block.py",
     "fitness/compressors/rescaled.py": "tests/fitness/test_rescaled.py",
+    "fitness/methods/last_blocks.py": "tests/fitness/test_last_blocks.py",
     "fitness/unit_criteria/column_length.py": "tests/fitness/test_column_length.py",
     "fitness/adapters/gpt_neox.py": "tests/fitness/test_gpt_neox.py",
 }
@@ -41,7 +42,7 @@ RECIPES = {
 
 @pytest.fixture(autouse=True)
 def _registries_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS, UNIT_CRITERIA):
+    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS, METHODS, UNIT_CRITERIA):
         assert len(registry) > 0  # read, so that what a recipe adds comes on top
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
