@@ -301,7 +301,7 @@ def test_candidates_without_a_fitness_neither_win_nor_stop_the_run(
         measure = getattr(StructureEvaluator, name)
 
         def measured(self: StructureEvaluator, given: Any, first: int, last: int) -> Any:
-            whole = self.complete(given)
+            whole = tuple(planned[:3] for planned in self.complete(given))
             if whole == best_by_errors or any(0 in kept for kept in whole):
                 raise InvalidCandidate("NONFINITE", "the pruned model's loss is not finite")
             return measure(self, given, first, last)
