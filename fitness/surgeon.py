@@ -22,8 +22,8 @@ from evoprune.metrics.shape import BlockShape, BlockWidths
 _OF_HEADS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "split_size", "config")
 
 
-MERGED_PARTS = 64
-"""Merged parts that are remembered: children of one parent share most of theirs."""
+MAX_MERGED_BYTES = 1 << 30
+"""What merged parts may take that are remembered: children of one parent share most of theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class Surgeon:
         """Weights, [out, in], and biases of a part that has taken in those of other blocks, by full name."""
         key = block, part, sources
         if key not in self._merged:
-            if len(self._merged) >= MERGED_PARTS:
-                self._merged.pop(next(iter(self._merged)))
             self._merged[key] = merged_part([other.parts[part].dense() for other in self._blocks], block, sources)
+            while len(self._merged) > 1 and sum(map(_bytes, self._merged.values())) > MAX_MERGED_BYTES:
+                del self._merged[next(iter(self._merged))]
         return self._merged[key]
 
     def masked(self, blocks: Sequence[BlockShape], outputs: Mapping[str, Tensor] | None = None) -> None:
@@ -224,6 +224,10 @@ class _Wanted:
     def dense(self) -> bool:
         """Whether nothing is put in place of what the part has."""
         return self.output is None and self.place is None and self.given is None
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _dropped_mlp(units: BlockUnits) -> dict[str, nn.Module]:

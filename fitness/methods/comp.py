@@ -141,7 +141,7 @@ class _Cut:
     """What is left of a part.
 
     Args:
-        part: bound to the live model, dense.
+        part: bound to the live model; its own output is dense while something of it goes.
 
     Attributes:
         units: how many it had.
@@ -156,7 +156,6 @@ class _Cut:
         self.kept = list(range(self.units))
         self.output: Tensor | None = None
         self.stuck = False
-        self._dense = part.output.weight().float().clone()
 
     @property
     def unit_weights(self) -> int:
@@ -169,7 +168,7 @@ class _Cut:
         return self._columns(self.kept)
 
     def _columns(self, units: Sequence[int]) -> list[int]:
-        size = self._dense.shape[1] // self.units
+        size = self.part.output.site.in_features // self.units
         return [unit * size + offset for unit in units for offset in range(size)]
 
     def share_of(self, missing: int, behind: Sequence[_Cut]) -> int:
@@ -192,8 +191,8 @@ class _Cut:
         Args:
             gram: [in, in] float32, of what the output reads now.
         """
-        problem = problem_of(self.part, gram)
-        normal = mask_equations(self._dense, gram)
+        problem, dense = problem_of(self.part, gram), self.part.output.weight().float()
+        normal = mask_equations(dense, gram)
         each, left = max(math.ceil(method.step * count), 1), count
         while left > 0:
             errors = removal_errors(problem, self.columns).reshape(len(self.kept), -1).sum(1)
@@ -205,7 +204,7 @@ class _Cut:
                 self.stuck = True
                 break
             self.kept = kept
-            self.output = self._dense[:, columns] * tuned.to(self._dense.dtype)
+            self.output = dense[:, columns] * tuned.to(dense.dtype)
             left -= len(gone)
         return count - left
 
