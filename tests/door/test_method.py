@@ -93,3 +93,21 @@ def test_names_and_models_that_do_not_fit(refused: Callable[..., str], four: Pat
     assert "'olmo' cannot be cut into heads and neurons" in refused("prune", olmo, "--method", "laco", "--out", "out")
     bare = save_tiny(place / "bare", num_hidden_layers=0)
     assert "model.layers is empty" in refused("prune", bare, "--method", "laco", "--out", "out")
+
+
+def test_comp_writes_what_is_evaluated(run: Run, four: Path, story: Path) -> None:
+    words = ("--method", "comp", "--sparsity", 0.3, "--method-set", "bound=1", "--calibration", story, *TEXT)
+    done = run("prune", four, *words, "--out", "out", "--json")
+    assert done.code == 0, done.err
+    # A neuron is three vectors of 32, of 4 blocks with 7,680 weights each.
+    assert (done.json["method"], done.json["form"]) == ("comp", "compact")
+    assert 0.3 * 4 * 7680 <= done.json["removed"] < 0.3 * 4 * 7680 + 96
+    assert done.json["found"]["dropped"] == []
+    words = ("--dense", four, "--data", story, "--window", 32, "--tokens", 128, "--json")
+    assert run("eval", "out", *words).json["kl"] > 0
+    masked = run("prune", four, *("--method", "comp", "--sparsity", 0.3, "--method-set", "bound=1"),
+                 *("--calibration", story, *TEXT, "--form", "masked", "--out", "zeros"))  # fmt: skip
+    assert masked.code == 0, masked.err
+    tokens = random_windows()
+    logits = [load_model(folder).model(tokens).logits for folder in ("out", "zeros")]
+    assert torch.allclose(*logits, atol=1e-4)
