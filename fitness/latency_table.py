@@ -109,7 +109,7 @@ def isotonic(table: CostTable) -> CostTable:
 
 def place_of(language_model: LanguageModel, work: Work) -> dict[str, Any]:
     """What times of passes depend on beside the widths of blocks; `LatencyTable.place`."""
-    return {**numerics_class(language_model), "processor": _processor(), "pass": work.to_json()}
+    return {**numerics_class(language_model), "processor": processor_name(), "pass": work.to_json()}
 
 
 def read_table(path: str | Path) -> LatencyTable:
@@ -134,7 +134,7 @@ def _is_measured(part: PartCosts) -> bool:
     return isinstance(part, CostTable) and len(part.entries) > 0
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The name of the processor, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
