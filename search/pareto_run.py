@@ -21,7 +21,7 @@ from evoprune.search.spaces.ranges import RangeSpace
 from evoprune.search.worker_session import Ask
 
 
-class ParetoRun(LevelRun[ParetoSearch]):
+class ParetoRun(LevelRun[ParetoSearch[RangeSpace]]):
     """One session of a search for a front."""
 
     def place(self, space: RangeSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
@@ -51,7 +51,7 @@ class ParetoRun(LevelRun[ParetoSearch]):
             ),
         )
 
-    def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch:
+    def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch[RangeSpace]:
         config, target, sites = self.config, self.config.target, sites_of(prepared)
         space = self.space(sites)
         self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
@@ -59,7 +59,7 @@ class ParetoRun(LevelRun[ParetoSearch]):
         payload = self.job_payload(prepared)
         return ParetoSearch(
             space,
-            self._cost(sites, ask),
+            [self._cost(sites, ask)],
             by_genome(self._named),
             target=target.sparsity,
             windows=config.front.windows,
@@ -72,7 +72,7 @@ class ParetoRun(LevelRun[ParetoSearch]):
             payload=payload,
         )
 
-    def comparison(self, prepared: Summary, search: ParetoSearch, ask: Ask) -> ParetoComparison:
+    def comparison(self, prepared: Summary, search: ParetoSearch[RangeSpace], ask: Ask) -> ParetoComparison:
         seeds = [(name.partition("@")[0], genome) for name, genome in self._named.items()]
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
         comparison = ParetoComparison(self.config, self.identity, search, seeds, model_class, distinct)
