@@ -1,7 +1,7 @@
 """What a pruned model costs beside its quality: weights, multiply-adds, or seconds on one machine.
 
-Costs are whole numbers, so that one genome has one cost everywhere. They follow from the levels or the shape alone; what
-a second is made of is measured once, before the search.
+Costs are whole numbers, so that one genome has one cost everywhere. They follow from the levels or the shape alone;
+what a second is made of is measured once, before the search.
 Source: layerwise sparsity allocation, sections 5.2 and 5.8.
 """
 

@@ -49,7 +49,7 @@ class FrontComparison(Generic[FrontConfig, RangedSpace]):
     ) -> None:
         if search.best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
-        self._config = config
+        self._config: FrontConfig = config
         self._identity = identity
         self._search = search
         self._seeds = seeds
@@ -194,11 +194,6 @@ class FrontComparison(Generic[FrontConfig, RangedSpace]):
         if best is None or 100 * best[0] > cost.dense:
             return None
         return best[1]
-
-
-def member_name(row: Mapping[str, Any]) -> str:
-    """What the file of a member of a front is called: per cent of each dense cost that are saved."""
-    return str(row.get("name", row["saved"]))
 
 
 def spread(count: int, most: int, always: int) -> list[int]:

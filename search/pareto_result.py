@@ -11,7 +11,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.costs import is_gone, parts_of
 from evoprune.search.engine.executor import Job, Outcome
-from evoprune.search.front_result import FrontComparison, member_name
+from evoprune.search.front_result import FrontComparison
 from evoprune.search.level_result import (
     allocation_of_row,
     heldout_jobs,
@@ -21,6 +21,7 @@ from evoprune.search.level_result import (
     write_whole,
 )
 from evoprune.search.pareto_search import ParetoSearch
+from evoprune.search.result import member_name
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.ranges import RangeSpace

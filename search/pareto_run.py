@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 from evoprune.fitness.prepare import Summary
@@ -15,7 +14,7 @@ from evoprune.search.level_run import LevelRun, sites_of
 from evoprune.search.pareto_result import ParetoComparison
 from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.result import failure
-from evoprune.search.search_run import Plan
+from evoprune.search.search_run import Plan, front_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.ranges import RangeSpace
 from evoprune.search.worker_session import Ask
@@ -35,21 +34,7 @@ class ParetoRun(LevelRun[ParetoSearch[RangeSpace]]):
         )
 
     def plan(self) -> Plan:
-        config, window = self.config, self.config.data.window
-        tokens, offspring = config.front.windows * window, config.searcher.offspring
-        low, high = config.budgets[0], config.budgets[-1]
-        # The archive at the end, one for each hundredth, is a good part of the work.
-        finals = 100 * (high - low) * config.searcher.windows * window / (config.evaluations or math.inf)
-        return Plan(
-            [tokens],
-            "stage",
-            tokens + finals,
-            offspring,
-            lambda workers: (
-                f"{offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy (it is "
-                "part of the run's identity)"
-            ),
-        )
+        return front_plan(self.config, (self.config.budgets[0], self.config.budgets[-1]))
 
     def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch[RangeSpace]:
         config, target, sites = self.config, self.config.target, sites_of(prepared)

@@ -2,8 +2,8 @@
 
 A generation has as many children as the population has members. They are measured on the same windows of text as all
 before them, so that populations of different generations can be compared, and NSGA-II keeps the best of both. Beside
-the population an archive keeps the best genome of each hundredth of the dense costs. At the end all of the archive, or a
-hundred of it by NSGA-II's choice, are measured on more text, and those that no other beats are the front.
+the population an archive keeps the best genome of each hundredth of the dense costs. At the end all of the archive, or
+a hundred of it by NSGA-II's choice, are measured on more text, and those that no other beats are the front.
 Source: Deb et al. 2002 (NSGA-II), as DEAP has it; layerwise sparsity allocation, section 5.5.
 """
 

@@ -73,7 +73,10 @@ class Ranged(LadderSpace):
         for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
             for sign in rng.choice(((1, -1), (1,), (-1,))):
                 self._step(options, sign, rng, spans)
-        return self._settled(options, rng, 0) if tuple(options) != genome else None
+        if tuple(options) == genome:
+            return None
+        settled = self._settled(options, rng, 0)
+        return None if settled == genome else settled
 
     def _settled(
         self,

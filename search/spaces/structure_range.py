@@ -53,7 +53,8 @@ class StructureRange(Ranged, StructureSpace):
             found = self.at(fraction).repaired(genome, rng)
         except InvalidInput:  # where units are few, not every budget can be met
             return None
-        return self._settled([*found], rng, 0) if found != genome else None
+        settled = self._settled([*found], rng, 0)
+        return None if settled == genome else settled
 
     def _step(self, options: list[int], sign: int, rng: random.Random, spans: Sequence[int]) -> None:
         gone = self._dropped(options)
