@@ -36,7 +36,9 @@ def what_is_saved(kind: str, cost: str) -> str:
 
 def front_head(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the columns of `front_rows`."""
-    what = ("query heads", "neurons") if result["kind"] == "structure" else ("sparsity",)
+    what: tuple[str, ...] = ("sparsity",)
+    if result["kind"] == "structure":
+        what = () if _time_head(result) else ("heads", "neurons")  # more columns than a terminal has room for
     reference = f"minus {_reference(result)}'s"
     return "saved", *_time_head(result), *_end_to_end_head(result), *what, "perplexity", "loss", "KL", reference
 
@@ -94,6 +96,8 @@ def _what(result: Mapping[str, Any], row: Mapping[str, Any] | None) -> tuple[str
     """What a member loses or keeps, as cells; None is the dense model."""
     if result["kind"] != "structure":
         return ("" if row is None else f"{row['sparsity']:.1%}",)
+    if _time_head(result):
+        return ()
     shape = [(1, *kept) for _, *kept in result["widths"]] if row is None else row["shape"]
     heads = sum(groups * each for groups, each, _ in shape)
     return f"{heads:,}", f"{sum(neurons for _, _, neurons in shape):,}"
@@ -101,7 +105,7 @@ def _what(result: Mapping[str, Any], row: Mapping[str, Any] | None) -> tuple[str
 
 def _time_head(result: Mapping[str, Any]) -> tuple[str, ...]:
     """Of the time that is saved beside the first cost, where it is a cost of its own."""
-    return ("time saved",) if "others" in result["pareto"] else ()
+    return ("time",) if "others" in result["pareto"] else ()
 
 
 def _end_to_end_head(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -127,7 +131,7 @@ def front_caption(result: Mapping[str, Any]) -> str:
     members, shown = len(result["front"]), len(measured(result))
     others = f" {members - shown} more members have a fitness only." if members > shown else ""
     reference = beside(result["kind"], result.get("drop_only", False))
-    times = "; time saved: of a forward pass, as the sum of parts" if _time_head(result) else ""
+    times = "; time: what is saved of that of a forward pass, as the sum of parts" if _time_head(result) else ""
     return (
         f"Saved: {what_is_saved(result['kind'], result['pareto']['cost'])}{times}"
         f"{'; ms: the whole model without them, measured at the end' if _end_to_end_head(result) else ''}. "
