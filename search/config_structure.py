@@ -6,8 +6,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from evoprune.fitness.allocating import statistics_needed
+from evoprune.fitness.allocators import configured
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
+from evoprune.metrics.criterion import CRITERIA
 from evoprune.search.config_allocation import FrontConfig, GenerationsConfig
 from evoprune.search.config_sections import (
     Range,
@@ -24,6 +27,8 @@ DEFAULT_SPARSITY = 0.25
 DEFAULT_RANGE: Range = (0.1, 0.5)
 DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 """Those that need no more than sums over inputs: gradients and Gram matrices of all matrices are the user's choice."""
+ALLOCATED_BY = "wanda"
+"""The criterion inside, for allocators that read one."""
 StructureSearcher = Literal["evolution"]
 STRUCTURE_SEARCHERS: tuple[str, ...] = get_args(StructureSearcher)
 
@@ -123,7 +128,15 @@ class StructureGenerations(GenerationsConfig):
 
     name: StructureSearcher = Field("evolution", description="who breeds")
     seeds: tuple[str, ...] | None = Field(
-        DEFAULT_SEEDS, description="criteria of units to start from, and to compare with; none takes all"
+        DEFAULT_SEEDS,
+        description="to start from, and to compare with: criteria of units, and allocators, whose sparsities of "
+        "matrices become those of attentions and MLPs; none takes all criteria",
+    )
+    spdy: int = Field(
+        0,
+        ge=0,
+        description="candidates of SPDY, of the evaluations, at most: it searches for weights of the output errors of "
+        "parts whose least sum is a good seed (ZipLM); each is measured on as much text as the last stage has",
     )
 
 
@@ -148,6 +161,8 @@ class StructureSearchConfig(SearchConfig):
             self.searcher.check_stages()
         else:
             self.front.check(self.searcher)
+            if self.searcher.spdy:
+                raise ValueError("SPDY finds a seed at one budget: leave out searcher.spdy, or the front")
         return self
 
     @property
@@ -167,12 +182,26 @@ class StructureSearchConfig(SearchConfig):
 
     @property
     def seeds(self) -> tuple[str, ...]:
-        """Criteria of units to start from, by name."""
+        """Criteria of units and allocators to start from, by name."""
         return tuple(sorted(UNIT_CRITERIA)) if self.searcher.seeds is None else self.searcher.seeds
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria of units among the seeds."""
+        return tuple(name for name in self.seeds if name in UNIT_CRITERIA)
+
+    @property
+    def allocators(self) -> tuple[str, ...]:
+        """The allocators among the seeds."""
+        return tuple(name for name in self.seeds if name not in UNIT_CRITERIA)
 
     def context(self) -> EvaluationContext:
         """What workers have to know."""
-        needs = frozenset[str]().union(*(UNIT_CRITERIA[name].needs for name in self.seeds))
+        inside = CRITERIA[ALLOCATED_BY]
+        needs = frozenset[str]().union(
+            *(UNIT_CRITERIA[name].needs for name in self.criteria),
+            *(statistics_needed(configured(name), inside) for name in self.allocators),
+        )
         return EvaluationContext(
             model=self.model.name,
             revision=self.model.revision,

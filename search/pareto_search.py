@@ -116,7 +116,7 @@ class ParetoSearch(PooledSearch[RangedSpace], Generic[RangedSpace]):
             self._enter([])
             return
         if self._phase == "seeds":
-            self._seeds_measured()
+            self._seeds_measured(self._measured)
         self._population = survivors([*self._population, *measured], self._size)
         self._breed()
 

@@ -194,7 +194,7 @@ class StructureComparison:
         entrants: dict[str, dict[str, Any]] = {"dense": {"shape": None}}
         for name, genome in {"winner": self._best.genome, **self._seeds}.items():
             entrants[name] = {"shape": space.spelled(genome)}
-        for name in self._config.seeds:
+        for name in self._config.criteria:
             if space.costs.quantity != "kv_bytes":
                 entrants[name + ALONE] = choice(self._counted, space.fraction, name, None)
         self._entrants = list(entrants)

@@ -16,20 +16,20 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.metrics.shape import Shape
 from evoprune.metrics.shape_file import to_json
 from evoprune.search.breeders.switches import Switches
-from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.config_structure import ALLOCATED_BY, StructureSearchConfig
 from evoprune.search.costs import ShapeCost
-from evoprune.search.dynamic_program import least_error_genome
+from evoprune.search.dynamic_program import Spdy, least_error_genome
 from evoprune.search.engine.executor import Job
 from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.given import given_shape
 from evoprune.search.kinds.structure import KIND
-from evoprune.search.level_run import GIVEN
+from evoprune.search.level_run import GIVEN, sites_of
 from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun, front_plan, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
-from evoprune.search.spaces.structure import StructureSpace, ladders
+from evoprune.search.spaces.structure import StructureSpace, ladders, part_sparsities
 from evoprune.search.spaces.structure_range import StructureRange
 from evoprune.search.structure_front import StructureFrontComparison
 from evoprune.search.structure_result import (
@@ -49,7 +49,16 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
 
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "block", "choose", "errors", "shape", "units", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = (
+        "costs",
+        "block",
+        "choose",
+        "allocate",
+        "errors",
+        "shape",
+        "units",
+        "heldout",
+    )
     _database = ""
     _costs: UnitCosts
     _counted: UnitCosts
@@ -154,7 +163,7 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
             self.progress.line(f"warning: no seeds at a budget of {fraction:g}: {reason}")
         return found
 
-    def start_genomes(self, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
+    def start_genomes(self, prepared: Summary, payload: dict[str, Any], ask: Ask) -> dict[str, Genome]:
         """Genomes to start from, by name: the same everywhere, what is given, and what others keep at every budget."""
         asked = {"database": self._database}
         (outcome,) = ask([Job(content_hash([self.identity, "errors"]), "errors", asked)], limited=False)
@@ -171,7 +180,7 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
         for suffix, space in spaces:
             errors = errors_of_choices(space, self._errors)
             found[LEAST_ERROR + suffix] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
-        return found | self._by_criteria(spaces, payload, ask)
+        return found | self._by_criteria(spaces, payload, ask) | self._by_allocators(spaces, prepared, ask)
 
     def _checked(self, prepared: Summary) -> Shape | None:
         """What ``seed_from`` names.
@@ -198,11 +207,13 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
         They are compared between blocks here, whatever their authors do: the same fraction everywhere is a seed of its
         own.
         """
+        if not self.config.criteria:
+            return {}
         if self._costs.quantity == "kv_bytes":
             self.progress.line("no seeds by criteria of units: these count neurons, which have no keys and values")
             return {}
         self.phase("asking the criteria of units")
-        entrants = [(name, suffix, space) for name in self.config.seeds for suffix, space in spaces]
+        entrants = [(name, suffix, space) for name in self.config.criteria for suffix, space in spaces]
         jobs = [
             Job(content_hash([self.identity, "choose", asked]), "choose", {**payload, **asked})
             for asked in (choice(self._counted, space.fraction, name, "global") for name, _, space in entrants)
@@ -215,8 +226,39 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
                 kept = [(groups, heads, neurons) for groups, heads, neurons in outcome.values["kept"]]
                 found[name + suffix] = space.near_shape(kept, self._rng(name))
             except EvopruneError as error:
-                self.progress.line(f"warning: no seed by {name}{suffix}: {str(error).strip().splitlines()[-1]}")
+                self._no_seed(name + suffix, error)
         return found
+
+    def _by_allocators(
+        self, spaces: Sequence[tuple[str, StructureSpace]], prepared: Summary, ask: Ask
+    ) -> dict[str, Genome]:
+        """What allocators want of matrices, as shapes: attentions and MLPs lose what theirs would on average."""
+        if not self.config.allocators:
+            return {}
+        self.phase("asking the allocators")
+        sites = sites_of(prepared)
+        entrants = [(name, suffix, space) for name in self.config.allocators for suffix, space in spaces]
+        jobs = []
+        for name, _, space in entrants:
+            payload = {
+                "criterion": {"name": ALLOCATED_BY}, "allocator": name, "target": space.fraction, "repaired": True,
+            }  # fmt: skip
+            key = content_hash([self.identity, "allocate", payload])
+            jobs.append(Job(key, "allocate", {"prepared": prepared.name, **payload}))
+        found = {}
+        for (name, suffix, space), outcome in zip(entrants, ask(jobs, limited=False), strict=True):
+            try:
+                if outcome.status != "ok":
+                    raise failure(outcome)
+                wanted = part_sparsities(sites, outcome.values["sparsities"])
+                found[name + suffix] = space.near(wanted, self._rng(name))
+            except EvopruneError as error:
+                self._no_seed(name + suffix, error)
+        return found
+
+    def _no_seed(self, name: str, error: EvopruneError) -> None:
+        """Say why a seed is missing; the search goes on without it."""
+        self.progress.line(f"warning: no seed by {name}: {str(error).strip().splitlines()[-1]}")
 
     def _even(self, space: StructureSpace) -> Genome:
         """What loses the same everywhere, as near as it can be."""
@@ -251,7 +293,7 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
         config, space = self.config, self.space()
         self._run.add_identity(widths=spelled_widths(self._costs))
         payload = self.job_payload(prepared)
-        self._named = self.start_genomes(payload, ask)
+        self._named = self.start_genomes(prepared, payload, ask)
         return GenerationSearch(
             space,
             by_genome(self._named),
@@ -266,10 +308,13 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
             evaluations=config.evaluations,
             identity=self.identity,
             payload=payload,
+            spdy=Spdy(space, errors_of_choices(space, self._errors), config.seed) if config.searcher.spdy else None,
+            spdy_evaluations=config.searcher.spdy,
         )
 
     def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:
-        comparison = StructureComparison(self.config, self.identity, search, self._named, self._run, self._counted)
+        seeds = {**self._named, **search.found_seeds}
+        comparison = StructureComparison(self.config, self.identity, search, seeds, self._run, self._counted)
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring the winner end to end")
@@ -308,7 +353,7 @@ class StructureFrontRun(ShapesRun[ParetoSearch[StructureRange]]):
         assert config.target.sparsity is not None
         self._run.add_identity(widths=spelled_widths(self._costs))
         payload = self.job_payload(prepared)
-        self._named = self.start_genomes(payload, ask)
+        self._named = self.start_genomes(prepared, payload, ask)
         costs = [ShapeCost(self._costs)]
         if self._table is not None:
             # As measured: what the front says of a member is what its parts took.

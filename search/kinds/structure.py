@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import BoardKind, files_of, generation_facts
 from evoprune.search.trials_generation import StructureTrials
@@ -125,11 +125,16 @@ class StructureKind:
         return page.write_page(run)
 
     def check_names(self, config: StructureSearchConfig) -> None:
+        from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.fitness.unit_criteria import UNIT_CRITERIA
         from evoprune.search.given import given_shape
+        from evoprune.search.structure_result import LEAST_ERROR, UNIFORM
 
-        for name in config.searcher.seeds or ():
-            _ = UNIT_CRITERIA[name]
+        for name in config.allocators:
+            if name in (UNIFORM, LEAST_ERROR):
+                raise InvalidInput(f"{name} is a seed of every structure search: leave it out of searcher.seeds")
+            if name not in ALLOCATORS:
+                raise UnknownName("seed", name, [*UNIT_CRITERIA, *ALLOCATORS])
         given_shape(config.seed_from)
         if config.target.table is not None:
             from evoprune.fitness.latency_table import read_table
