@@ -11,6 +11,7 @@ from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
+from evoprune.search.kinds import kind_of
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
@@ -174,9 +175,9 @@ def finished_front_note(result: Mapping[str, Any], artifacts: Collection[str] = 
             "",
             front_caption(result),
             "",
-            f"{len(result['front'])} allocations {span(result)}, found in {result['evaluations']:,} evaluations, "
-            f"seed {result['seed']}. The one nearest to a sparsity of {result['target']} and the report are among the "
-            "study's artifacts.",
+            f"{len(result['front'])} {kind_of(result['kind']).winner}s {span(result)}, found in "
+            f"{result['evaluations']:,} evaluations, seed {result['seed']}. The one nearest to a sparsity of "
+            f"{result['target']} and the report are among the study's artifacts.",
         ]
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evoprune.fitness.latency_table import LatencyTable, write_table
@@ -16,7 +17,7 @@ from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.generation_search import GenerationSearch
-from evoprune.search.pooled_search import Member
+from evoprune.search.pooled_search import Member, PooledSearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
@@ -45,6 +46,88 @@ def choice(counted: UnitCosts, fraction: float, criterion: str, spread: str | No
 def spelled_widths(costs: UnitCosts) -> list[list[int]]:
     """What the dense blocks have, as [KV groups, query heads in all of them, neurons]."""
     return [[width.groups, width.heads, width.neurons] for width in costs.widths]
+
+
+def heldout_job(identity: str, payload: Mapping[str, Any], entrant: Mapping[str, Any]) -> Job:
+    """Measures an entrant on held-out text.
+
+    Args:
+        identity: hash of everything that this depends on beside the entrant.
+        payload: what every job says.
+        entrant: ``shape`` (None: the dense model), or a `choice`.
+    """
+    return Job(content_hash([identity, "heldout", entrant]), "heldout", {**payload, **entrant})
+
+
+def units_job(identity: str, payload: Mapping[str, Any], spelled: Any) -> Job:
+    """Asks which units stay of a shape; arguments as of `heldout_job`."""
+    units = {"shape": spelled}
+    return Job(content_hash([identity, "units", units]), "units", {**payload, **units})
+
+
+def units_of(outcome: Outcome) -> tuple[BlockShape, ...]:
+    """What `units_job` found.
+
+    Raises:
+        EvopruneError: it failed.
+    """
+    if outcome.status != "ok":
+        raise failure(outcome)
+    return tuple(BlockShape(*(tuple(kept) for kept in block)) for block in outcome.values["blocks"])
+
+
+def run_facts(
+    config: StructureSearchConfig, search: PooledSearch[Any], run: RunDirectory, costs: UnitCosts, evaluations: int
+) -> dict[str, Any]:
+    """What ``result.json`` says of the search as a whole."""
+    return {
+        "run": run.run_id,
+        "kind": "structure",
+        "model": config.model.name,
+        "cost": config.target.cost,
+        "accumulation": config.target.accumulation,
+        "objective": config.objective,
+        "seed": config.seed,
+        "evaluations": evaluations,
+        "births": search.births,
+        "distinct": len({tuple(line["genome"]) for line in run.history()}),
+        "generations": search.last_generation,
+        "reasons": dict(sorted(search.reasons.items())),
+        "final_tokens": config.searcher.windows * config.data.window,
+        "window": config.data.window,
+        "data": config.data.source,
+        "calibration": calibration_facts(config.data),
+        "widths": spelled_widths(costs),
+        "dense_cost": costs.dense,
+        "rest_cost": costs.rest,
+    }
+
+
+def write_whole(
+    blocks: Sequence[BlockShape],
+    config: StructureSearchConfig,
+    run: RunDirectory,
+    costs: UnitCosts,
+    target: Mapping[str, Any],
+    file: Path,
+) -> None:
+    """Write a shape as a file that `prune` takes, and read it back.
+
+    Args:
+        blocks: which units stay.
+        target: what was asked for.
+
+    Raises:
+        EvopruneError: the file does not give it back.
+    """
+    data, identity = calibration_facts(config.data), run.identity
+    weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
+    target = {**target, "cost": config.target.cost, "run": run.run_id}
+    fingerprint = identity["model_fingerprint"]
+    shape = Shape(identity["model_class"], fingerprint, tuple(blocks), costs.widths, weights, dict(target))
+    write_shape(shape, file)
+    if read_shape(file) != shape:
+        raise EvopruneError(f"{file} does not give the shape back")
 
 
 class StructureComparison:
@@ -111,16 +194,12 @@ class StructureComparison:
         entrants: dict[str, dict[str, Any]] = {"dense": {"shape": None}}
         for name, genome in {"winner": self._best.genome, **self._seeds}.items():
             entrants[name] = {"shape": space.spelled(genome)}
-        for name in self._config.seeds:
+        for name in self._config.criteria:
             if space.costs.quantity != "kv_bytes":
                 entrants[name + ALONE] = choice(self._counted, space.fraction, name, None)
         self._entrants = list(entrants)
-        jobs = [
-            Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
-            for entrant in entrants.values()
-        ]
-        units = {"shape": space.spelled(self._best.genome)}
-        return [*jobs, Job(content_hash([self._identity, "units", units]), "units", {**payload, **units})]
+        jobs = [heldout_job(self._identity, payload, entrant) for entrant in entrants.values()]
+        return [*jobs, units_job(self._identity, payload, space.spelled(self._best.genome))]
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         *measured, units = outcomes
@@ -130,37 +209,17 @@ class StructureComparison:
                 losses[name] = outcome.values
             elif name in ("dense", "winner"):
                 raise failure(outcome)
-        if units.status != "ok":
-            raise failure(units)
-        self._blocks = tuple(BlockShape(*(tuple(kept) for kept in block)) for block in units.values["blocks"])
+        self._blocks = units_of(units)
         config, search, best, space = self._config, self._search, self._best, self._search.space
         genomes: dict[str, Genome | None] = {
             **self._seeds,
             **{name: None for name in losses if name.endswith(ALONE)},
         }
         return {
-            "run": run_id,
-            "kind": "structure",
-            "model": config.model.name,
+            **run_facts(config, search, self._run, space.costs, evaluations),
             "target": f"{space.fraction:g}",
-            "cost": config.target.cost,
             **({} if self._table is None else {"speedup": config.target.speedup, "latency": self._times}),
-            "accumulation": config.target.accumulation,
-            "objective": config.objective,
-            "seed": config.seed,
-            "evaluations": evaluations,
-            "births": search.births,
-            "distinct": len({tuple(line["genome"]) for line in self._run.history()}),
-            "generations": search.last_generation,
-            "reasons": dict(sorted(search.reasons.items())),
             "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
-            "final_tokens": config.searcher.windows * config.data.window,
-            "window": config.data.window,
-            "data": config.data.source,
-            "calibration": calibration_facts(config.data),
-            "widths": spelled_widths(space.costs),
-            "dense_cost": space.costs.dense,
-            "rest_cost": space.costs.rest,
             "dense": {"heldout": summary(losses["dense"])},
             "baselines": [
                 {
@@ -195,16 +254,9 @@ class StructureComparison:
         """
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
-        config, widths = self._config, self._search.space.costs.widths
-        data = calibration_facts(config.data)
-        weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
+        config = self._config
         asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
-        given = {name: value for name, value in asked.items() if value is not None}
-        target = {**given, "cost": config.target.cost, "run": result["run"]}
-        identity = run.identity
-        shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)
-        write_shape(shape, folder / "shape.json")
+        target = {name: value for name, value in asked.items() if value is not None}
+        write_whole(self._blocks, config, run, self._search.space.costs, target, folder / "shape.json")
         if self._table is not None:
             write_table(self._table, folder / "latency.json")
-        if read_shape(folder / "shape.json") != shape:
-            raise EvopruneError(f"{folder / 'shape.json'} does not give the shape back")

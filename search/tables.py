@@ -319,6 +319,8 @@ def target_text(result: Mapping[str, Any]) -> str:
     target = result["target"]
     if (front := result.get("pareto")) is not None:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
+        if result["kind"] == "structure":
+            return f"a front from {low}% to {high}% fewer {COUNTED[result['cost']]} in heads and MLPs"
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "structure":

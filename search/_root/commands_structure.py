@@ -49,7 +49,7 @@ def search_structure(
             "--sparsity",
             help="fraction of what heads and MLPs cost that goes, in (0, 1)",
             panel=TARGET,
-            default="0.25",
+            default="0.25; with --pareto the middle of the range",
         ),
     ] = None,
     cost: Annotated[
@@ -79,6 +79,24 @@ def search_structure(
             rich_help_panel=TARGET,
         ),
     ] = False,
+    pareto: Annotated[
+        Literal["parameters", "flops", "kv_bytes", "latency"] | None,
+        option(
+            "--pareto",
+            help="search a front of quality against this cost, by NSGA-II; latency stands beside parameters",
+            panel=TARGET,
+        ),
+    ] = None,
+    sparsity_range: Annotated[
+        tuple[float, float] | None,
+        option(
+            "--sparsity-range",
+            metavar="LOW HIGH",
+            help="of a front; --sparsity then says which of it is exported as the shape",
+            panel=TARGET,
+            default="0.1 0.5",
+        ),
+    ] = None,
     heads: Annotated[
         Literal["whole", "groups", "balanced", "both"] | None,
         option(

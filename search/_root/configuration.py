@@ -81,6 +81,8 @@ STRUCTURE_KEYS = {
     "population": "searcher.offspring",
     "surrogate": "searcher.surrogate",
     **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "drop", "step", "accumulation")},
+    "pareto": "target.pareto",
+    "sparsity_range": "target.sparsity_range",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])

@@ -22,6 +22,8 @@ def search_structure(
     cost: Literal["parameters", "flops", "kv_bytes", "latency"] | None = None,
     speedup: float | None = None,
     decode: bool | None = None,
+    pareto: Literal["parameters", "flops", "kv_bytes", "latency"] | None = None,
+    sparsity_range: tuple[float, float] | None = None,
     heads: Literal["whole", "groups", "balanced", "both"] | None = None,
     drop: Literal["none", "parts"] | None = None,
     step: int | None = None,
@@ -62,6 +64,10 @@ def search_structure(
             the time of a forward pass on the machine of the search (``latency``).
         speedup: how many times faster the whole model gets, in place of `sparsity`; above 1, of the cost ``latency``.
         decode: the time is that of a token more behind a full cache, and not that of reading a sequence.
+        pareto: search a front of quality against this cost, in `Run.front`, in place of one shape; ``latency`` is a
+            third axis beside parameters, and `decode` says of what pass.
+        sparsity_range: of a front, the least and the most that goes of the cost (of the parameters beside latency);
+            `sparsity` then says which of it is exported as the shape. 0.1 and 0.5 unless given.
         heads: what goes of an attention: nothing but all of it (``whole``), KV groups, as many query heads of every
             group (``balanced``), or both.
         drop: whether attentions and MLPs may go as a whole (``parts``).
@@ -84,7 +90,8 @@ def search_structure(
     """
     options = {
         "model": model, "sparsity": sparsity, "cost": cost, "speedup": speedup,
-        "decode": decode, "heads": heads, "drop": drop, "step": step,
+        "decode": decode, "pareto": pareto, "sparsity_range": sparsity_range, "heads": heads, "drop": drop,
+        "step": step,
         "accumulation": accumulation, "evaluations": evaluations, "minutes": minutes, "population": population,
         "surrogate": surrogate, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
