@@ -1,10 +1,10 @@
-"""How a shape says that its output matrices are refitted: by a database that anybody can build again."""
+"""How a shape says that its output matrices are refitted, so that anybody can do it again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -16,19 +16,24 @@ from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape
 
+Method = Literal["database", "path-refit"]
+METHODS: tuple[str, ...] = get_args(Method)
+
 _MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
-class DatabaseRecipe:
-    """What the database of a shape was built from.
+class RefitRecipe:
+    """What the output matrices of a shape were refitted with.
 
     Attributes:
-        accumulation: mode of the build.
+        method: by the structure database, or `evoprune.fitness.path_refit` of this very shape.
+        accumulation: mode of the build of the database, which a path refit has no need of.
         text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
         threads: of torch.
     """
 
+    method: Method
     accumulation: Mode
     text: str
     sequences: int
@@ -39,7 +44,7 @@ class DatabaseRecipe:
     def to_json(self) -> dict[str, Any]:
         """What `read` reads, as ``weights`` of a shape."""
         return {
-            "method": "database",
+            "method": self.method,
             "accumulation": self.accumulation,
             "calibration": {"text": self.text, "sequences": self.sequences, "window": self.window},
             "seed": self.seed,
@@ -47,19 +52,24 @@ class DatabaseRecipe:
         }
 
     @classmethod
-    def read(cls, weights: Mapping[str, Any]) -> DatabaseRecipe:
+    def read(cls, weights: Mapping[str, Any]) -> RefitRecipe:
         """The recipe in a shape.
 
         Raises:
             InvalidInput: it says something else than it should.
         """
+        method = weights["method"]
+        if method not in METHODS:
+            raise InvalidInput(
+                f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
+            )
         calibration = weights.get("calibration")
         mode, text = weights.get("accumulation"), calibration.get("text") if isinstance(calibration, dict) else None
         if mode not in ("dense", "expectation") or not isinstance(calibration, dict) or not isinstance(text, str):
-            raise InvalidInput("the shape's 'weights' do not say how its database was built: search it again")
+            raise InvalidInput("the shape's 'weights' do not say what they were refitted with: search it again")
         given = {**calibration, **weights}
         numbers = [_whole_number(given, name) for name in ("sequences", "window", "seed", "threads")]
-        return cls(mode, text, *numbers)
+        return cls(method, mode, text, *numbers)
 
     def windows(self, language_model: LanguageModel) -> Sequences:
         """Text A.

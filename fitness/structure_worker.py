@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +16,13 @@ from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.latency_table import LatencyTable, place_of
 from evoprune.fitness.model_worker import Handler, heldout_answer
 from evoprune.fitness.prepare import calibration_windows
+from evoprune.fitness.resident_evaluator import finite
+from evoprune.fitness.samples import Sequences, n_tokens
+from evoprune.fitness.short_training import Lesson, Training, build_lesson
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
 from evoprune.fitness.structure_database import PARTS, StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
-from evoprune.fitness.teacher import window_losses
+from evoprune.fitness.teacher import linear_head, window_losses
 from evoprune.fitness.unit_choice import choose_units
 from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA, Compensating, score_units
@@ -48,9 +52,13 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             turn.
         shape: what ``database`` was given and its name, ``shape``, ``parent`` (a shape too), ``first``, ``last``;
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
+        training: a `Training`; returns how many ``tokens`` of text A a candidate is trained on.
+        recovered: what ``database`` was given and its name, ``shape``, ``selection``: its ``method`` is ``path-refit``,
+            or ``training-aware`` with ``training``, a `Training`; returns ``kl`` and ``nll`` of the candidate after it,
+            by window of text B, and ``recovered``, the mean of the first.
         units: what ``database`` was given and its name, ``shape``; returns the units that stay of all ``blocks``.
-        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model), or what ``choose`` was
-            given, for the model as that criterion leaves it; returns losses on text C, by window.
+        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model) and maybe ``selection``, or
+            what ``choose`` was given, for the model as that criterion leaves it; returns losses on text C, by window.
     """
 
     @property
@@ -65,9 +73,20 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             "block": self._block,
             "errors": self._errors,
             "shape": self._shape,
+            "training": self._training,
+            "recovered": self._recovered,
             "units": self._kept_units,
             "heldout": self._heldout,
         }
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._taught: tuple[Training, Lesson] | None = None
+
+    @cached_property
+    def _calibration(self) -> Sequences:
+        """Text A."""
+        return calibration_windows(self.language_model, self.context)
 
     @cached_property
     def _units(self) -> list[BlockUnits]:
@@ -102,14 +121,14 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        windows = calibration_windows(self.language_model, self.context)
-        database = build_structure_database(self.language_model, self._units, windows, mode=payload["accumulation"])
+        mode = payload["accumulation"]
+        database = build_structure_database(self.language_model, self._units, self._calibration, mode=mode)
         return {"database": database.name}
 
     def _block(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        windows = calibration_windows(self.language_model, self.context)
-        return {"parcel": build_structure_block(self.language_model, self._units, windows, payload["block"])}
+        block = payload["block"]
+        return {"parcel": build_structure_block(self.language_model, self._units, self._calibration, block)}
 
     def _errors(self, payload: dict[str, Any]) -> dict[str, Any]:
         database = StructureDatabase.open(payload["database"], self.language_model, self._units)
@@ -130,11 +149,53 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
     def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["shape"])
 
+    def _training(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"tokens": n_tokens(self._lesson(Training.from_json(payload)).windows)}
+
+    def _lesson(self, training: Training) -> Lesson:
+        """What candidates are trained on; kept until another is asked for."""
+        if self._taught is None or self._taught[0] != training:
+            self._restore()
+            context, model = self.context, self.language_model
+            head = linear_head(model.model, self._calibration)
+            source = context.place(context.calibration)
+            window, seed = context.calibration_window, context.seed
+            self._taught = training, build_lesson(model, head, training, source, window=window, seed=seed)
+        return self._taught[1]
+
+    def _recovered(self, payload: dict[str, Any]) -> dict[str, Any]:
+        evaluator = self.evaluator(payload)
+        with self._selected(payload):
+            model, head = self.language_model.model, evaluator.head
+            losses = finite(window_losses(model, head, evaluator.windows, evaluator.teacher))
+        assert losses.kl is not None
+        return {"kl": losses.kl.tolist(), "nll": losses.nll.tolist(), "recovered": losses.kl.mean().item()}
+
+    @contextmanager
+    def _selected(self, payload: dict[str, Any]) -> Iterator[None]:
+        """Inside, the model is a candidate as the last stage measures it."""
+        evaluator, given = self.evaluator(payload), self.candidate(payload["shape"])
+        selection = payload["selection"]
+        if selection["method"] == "path-refit":
+            evaluator.apply_path_refit(given, self._calibration)
+            yield
+            return
+        training = Training.from_json(selection["training"])
+        lesson = self._lesson(training)
+        with evaluator.trained(given, training, lesson):
+            yield
+
     def _kept_units(self, payload: dict[str, Any]) -> dict[str, Any]:
         blocks = self.evaluator(payload).shape(self.candidate(payload["shape"]))
         return {"blocks": [[list(block.groups), list(block.heads), list(block.neurons)] for block in blocks]}
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
+        if payload.get("selection") is not None:
+            windows, teacher = self.prepared(payload["prepared"]).text("heldout")
+            evaluator = self.evaluator(payload)
+            with self._selected(payload):
+                losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
+            return heldout_answer(losses, windows)
         if "criterion" not in payload:
             return self._heldout_of(payload, payload["shape"])
         prepared, shape = self.prepared(payload["prepared"]), self._chosen(payload)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.short_training import Loss, Trainable, Training
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.search.config_allocation import GenerationsConfig
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
@@ -16,6 +17,7 @@ DEFAULT_SPARSITY = 0.25
 DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 """Those that need no more than sums over inputs: gradients and Gram matrices of all matrices are the user's choice."""
 StructureSearcher = Literal["evolution"]
+Selection = Literal["one-shot", "path-refit", "training-aware"]
 STRUCTURE_SEARCHERS: tuple[str, ...] = get_args(StructureSearcher)
 
 
@@ -83,10 +85,37 @@ class StructureTarget(Section):
         return self
 
 
+class TrainingConfig(Section):
+    """The short training of training-aware selection."""
+
+    tokens: int = Field(
+        51_200, ge=1, description="of the calibration's side of the text that each candidate is trained on, at least"
+    )
+    batch_tokens: int = Field(2048, ge=1, description="of one step, at most, but one window at least")
+    trainable: Trainable = Field(
+        "outputs", description="output matrices of attentions and MLPs, and norms, or all but embeddings and head"
+    )
+    loss: Loss = Field("kl", description="KL from the dense model, or the cross entropy of the next token")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="after warm-up; none takes 1e-4 for outputs and 1e-5 for all"
+    )
+
+    def resolved(self) -> Training:
+        """As workers take it."""
+        rate = self.learning_rate or {"outputs": 1e-4, "all": 1e-5}[self.trainable]
+        return Training(self.tokens, self.batch_tokens, self.trainable, self.loss, rate)
+
+
 class StructureGenerations(GenerationsConfig):
     """How a generation is bred and selected."""
 
     name: StructureSearcher = Field("evolution", description="who breeds")
+    selection: Selection = Field(
+        "one-shot",
+        description="how seeds, the last stage and the finals measure: as the database leaves a candidate, after all "
+        "output matrices are refitted to what the candidate itself gives them, or after a short training",
+    )
+    training: TrainingConfig = Field(TrainingConfig(), description="of training-aware selection")
     seeds: tuple[str, ...] | None = Field(
         DEFAULT_SEEDS, description="criteria of units to start from, and to compare with; none takes all"
     )
@@ -122,6 +151,15 @@ class StructureSearchConfig(SearchConfig):
     def seeds(self) -> tuple[str, ...]:
         """Criteria of units to start from, by name."""
         return tuple(sorted(UNIT_CRITERIA)) if self.searcher.seeds is None else self.searcher.seeds
+
+    @property
+    def selection(self) -> dict[str, Any] | None:
+        """As jobs of the kind ``recovered`` say it; None is one-shot."""
+        method = self.searcher.selection
+        if method == "one-shot":
+            return None
+        training = {"training": self.searcher.training.resolved().to_json()} if method == "training-aware" else {}
+        return {"method": method, **training}
 
     def context(self) -> EvaluationContext:
         """What workers have to know."""

@@ -6,11 +6,15 @@ them throughout, so that its hidden states are at hand, and competes in the last
 generation, so that nobody wins by fitting them. A few children bring together what the best children of the last
 parent changed. Seeds are measured on as much text as the last stage has. The last parents and the best seed are then
 compared on one long text, the same for all, and the best of them is the result.
+
+Where a selection is given, seeds, the last stage and the finals measure what becomes of a candidate after a recovery,
+once for each candidate and on all windows; what a pool reads of it are its own windows.
 Source: Sieberling et al. 2025 (EvoPress, arXiv:2410.14649), section 3; layerwise sparsity allocation, section 5.3a.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +22,10 @@ from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.breeders import Breeder
+from evoprune.search.engine.executor import Job
 from evoprune.search.loop import Birth
 from evoprune.search.pooled_search import Member, PooledSearch, Space
+from evoprune.search.result import standard_error
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.surrogate import Surrogate
 
@@ -55,6 +61,8 @@ class GenerationSearch(PooledSearch[Space]):
         offspring: children of a generation.
         crossover: whether some of them bring changes together, where the breeder allows it.
         surrogate: chooses children from more proposals before they are measured, by what generations have shown.
+        selection: what a candidate goes through before seeds, the last stage and the finals measure it, as jobs of the
+            kind ``recovered`` say it; None is nothing.
     """
 
     def __init__(
@@ -73,8 +81,10 @@ class GenerationSearch(PooledSearch[Space]):
         evaluations: int | None,
         identity: str,
         payload: Mapping[str, Any],
+        selection: Mapping[str, Any] | None = None,
     ) -> None:
         self._breeder = breeder
+        self.selection = None if selection is None else dict(selection)
         self._stages = tuple(stages)
         self._windows = windows
         self._final_windows = final_windows
@@ -93,6 +103,33 @@ class GenerationSearch(PooledSearch[Space]):
         if self._phase == "generation":
             return self._stage == 0 and not self._is_parent(member)
         return self._phase == "seeds"
+
+    @property
+    def recovered(self) -> tuple[int | str, ...]:
+        """What the history calls the pools that are measured after a recovery."""
+        return () if self.selection is None else ("seeds", len(self._stages) - 1, "final")
+
+    @property
+    def _recovers(self) -> bool:
+        """Whether the present pool is measured after a recovery."""
+        return self._stage_name() in self.recovered
+
+    def _known_before(self, member: Member, first: int, last: int) -> Member:
+        return member.anew() if self._recovers else super()._known_before(member, first, last)
+
+    def _job(self, genome: Genome, start: Genome, first: int, last: int) -> Job:
+        if not self._recovers:
+            return super()._job(genome, start, first, last)
+        payload = {**self.payload, self.space.job: self.space.spelled(genome), "selection": self.selection}
+        # Neither the pool nor its windows: what a candidate recovers is measured once.
+        key = content_hash([self._identity, "recovered", payload[self.space.job], self.selection])
+        return Job(key, "recovered", payload)
+
+    def _measurement(self, values: Mapping[str, Any], first: int, last: int) -> tuple[float, float]:
+        if "recovered" not in values:
+            return super()._measurement(values, first, last)
+        losses = values["kl"][first:last]
+        return math.fsum(losses) / len(losses), standard_error(losses)
 
     def _is_parent(self, member: Member) -> bool:
         return self._parent is not None and member.genome == self._parent.genome

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evoprune.fitness.latency_table import LatencyTable, write_table
-from evoprune.fitness.structure_weights import DatabaseRecipe
+from evoprune.fitness.structure_weights import Method, RefitRecipe
 from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
@@ -26,6 +26,8 @@ UNIFORM = "uniform"
 """The seed that loses the same fraction everywhere."""
 LEAST_ERROR = "dp"
 """The seed with the least sum of the output errors of all parts."""
+TRAINED = " trained"
+"""Behind a name: the same shape after the training of training-aware selection."""
 ALONE = " alone"
 """Behind a criterion's name: its own choice of units, as its authors make it, without the refit of the database."""
 
@@ -57,6 +59,7 @@ class StructureComparison:
         seeds: genomes to start from, by name; equal ones are one candidate of the search.
         run: what it is a run of.
         counted: costs by which criteria of units choose; those of the space, unless these are times.
+        training_tokens: that a candidate was trained on before it was selected.
 
     Raises:
         InvalidInput: no candidate has a fitness.
@@ -70,6 +73,7 @@ class StructureComparison:
         seeds: Mapping[str, Genome],
         run: RunDirectory,
         counted: UnitCosts,
+        training_tokens: int = 0,
     ) -> None:
         if search.best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
@@ -80,6 +84,7 @@ class StructureComparison:
         self._seeds = seeds
         self._run = run
         self._counted = counted
+        self._training_tokens = training_tokens
         self._table: LatencyTable | None = None
         self._times: dict[str, Any] = {}
         self._blocks: tuple[BlockShape, ...] = ()
@@ -108,12 +113,17 @@ class StructureComparison:
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text, and the winner's units."""
         space, payload = self._search.space, self._search.payload
+        method, selection = self._config.searcher.selection, self._search.selection
+        shapes = {name: space.spelled(genome) for name, genome in {"winner": self._best.genome, **self._seeds}.items()}
+        # A path refit can be done again by whoever has the shape; what a training has made is thrown away.
+        refit = {"selection": selection} if method == "path-refit" else {}
         entrants: dict[str, dict[str, Any]] = {"dense": {"shape": None}}
-        for name, genome in {"winner": self._best.genome, **self._seeds}.items():
-            entrants[name] = {"shape": space.spelled(genome)}
+        entrants |= {name: {"shape": shape, **refit} for name, shape in shapes.items()}
         for name in self._config.seeds:
             if space.costs.quantity != "kv_bytes":
                 entrants[name + ALONE] = choice(self._counted, space.fraction, name, None)
+        if method == "training-aware":
+            entrants |= {name + TRAINED: {"shape": shape, "selection": selection} for name, shape in shapes.items()}
         self._entrants = list(entrants)
         jobs = [
             Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
@@ -146,6 +156,8 @@ class StructureComparison:
             "cost": config.target.cost,
             **({} if self._table is None else {"speedup": config.target.speedup, "latency": self._times}),
             "accumulation": config.target.accumulation,
+            "selection": config.searcher.selection,
+            **({} if search.selection is None else {"recovered": self._recovered()}),
             "objective": config.objective,
             "seed": config.seed,
             "evaluations": evaluations,
@@ -169,6 +181,7 @@ class StructureComparison:
                     "shape": losses[name]["kept"] if genome is None else space.spelled(genome),
                     "cost": space.costs.of(losses[name]["kept"] if genome is None else space.shape(genome)),
                     "heldout": summary(losses[name]),
+                    **_trained(losses, name),
                     "winner_minus_this": paired_difference(losses["winner"], losses[name]),
                 }
                 for name, genome in genomes.items()
@@ -183,9 +196,17 @@ class StructureComparison:
                 "shape": space.spelled(best.genome),
                 "cost": space.costs.of(space.shape(best.genome)),
                 "heldout": summary(losses["winner"]),
+                **_trained(losses, "winner"),
             },
             "front": [],
         }
+
+    def _recovered(self) -> dict[str, int]:
+        """How many candidates went through what selection asks for, and what they were trained on."""
+        lines = (line for line in self._run.history() if line["stage"] in self._search.recovered)
+        count = len({tuple(line["genome"]) for line in lines})
+        tokens = {"tokens_each": self._training_tokens, "tokens": count * self._training_tokens}
+        return {"candidates": count, **(tokens if self._training_tokens else {})}
 
     def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
         """Write the winner as ``shape.json``, and read it back.
@@ -197,14 +218,22 @@ class StructureComparison:
         folder.mkdir(exist_ok=True)
         config, widths = self._config, self._search.space.costs.widths
         data = calibration_facts(config.data)
-        weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
+        method: Method = "path-refit" if config.searcher.selection == "path-refit" else "database"
+        recipe = RefitRecipe(method, config.target.accumulation, **data, seed=config.seed, threads=config.threads)
         asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
         given = {name: value for name, value in asked.items() if value is not None}
         target = {**given, "cost": config.target.cost, "run": result["run"]}
         identity = run.identity
-        shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)
+        shape = Shape(
+            identity["model_class"], identity["model_fingerprint"], self._blocks, widths, recipe.to_json(), target
+        )
         write_shape(shape, folder / "shape.json")
         if self._table is not None:
             write_table(self._table, folder / "latency.json")
         if read_shape(folder / "shape.json") != shape:
             raise EvopruneError(f"{folder / 'shape.json'} does not give the shape back")
+
+
+def _trained(losses: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """What held-out text says of an entrant after training, if it was trained."""
+    return {"trained": summary(losses[name + TRAINED])} if name + TRAINED in losses else {}

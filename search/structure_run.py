@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from evoprune.fitness.latency_table import LatencyTable, read_table
@@ -41,8 +42,11 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("costs", "block", "choose", "errors", "shape", "units", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = (
+        "costs", "block", "choose", "errors", "shape", "recovered", "units", "heldout",
+    )  # fmt: skip
     _database = ""
+    _training_tokens = 0
     _costs: UnitCosts
     _counted: UnitCosts
     _table: LatencyTable | None = None
@@ -64,6 +68,9 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         # What cannot be is refused before the work of hours.
         self._even(self.space())
         self._given = self._checked(prepared)
+        if self.config.searcher.selection == "training-aware":
+            training = self.config.searcher.training.resolved()
+            self._training_tokens = first("training", training.to_json())["tokens"]
         self._build_database(first, ask)
         return prepared
 
@@ -102,7 +109,25 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         return StructureSpace(self._costs, target.sparsity, **options)
 
     def plan(self) -> Plan:
-        return generation_plan(self.config.searcher, self.config.data.window)
+        searcher = self.config.searcher
+        plan = generation_plan(searcher, self.config.data.window)
+        # The parent's recovery is known from when it was a child.
+        recovered = searcher.stages[-2].survivors * self._recovery_tokens / searcher.offspring
+        return replace(plan, per_candidate=plan.per_candidate + recovered)
+
+    @property
+    def _recovery_tokens(self) -> int:
+        """Tokens of forward passes that the recovery of one candidate, and its measurement, cost."""
+        selection, data = self.config.searcher.selection, self.config.data
+        if selection == "one-shot":
+            return 0
+        # Backwards through a pass takes twice as long; a refit goes through each block for its two outputs, and on.
+        refit = data.calibration_sequences * data.calibration_window
+        recovery = 3 * (self._training_tokens if selection == "training-aware" else refit)
+        return recovery + self.config.searcher.windows * data.window
+
+    def tokens_of(self, job: Job) -> int:
+        return self._recovery_tokens if job.kind == "recovered" else super().tokens_of(job)
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
@@ -127,10 +152,13 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             evaluations=config.evaluations,
             identity=self.identity,
             payload=payload,
+            selection=config.selection,
         )
 
     def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:
-        comparison = StructureComparison(self.config, self.identity, search, self._named, self._run, self._counted)
+        comparison = StructureComparison(
+            self.config, self.identity, search, self._named, self._run, self._counted, self._training_tokens
+        )
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring the winner end to end")

@@ -80,6 +80,8 @@ STRUCTURE_KEYS = {
     },
     "population": "searcher.offspring",
     "surrogate": "searcher.surrogate",
+    "selection": "searcher.selection",
+    "training_tokens": "searcher.training.tokens",
     **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "drop", "step", "accumulation")},
 }
 
