@@ -64,6 +64,8 @@ class GenerationTrials(Trials):
         return (line["stage"],) if isinstance(line["stage"], int) and line["origin"] != "parent" else ()
 
     def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        if "recovered" in values:  # its windows are those of the whole text, and those of a line are few of them
+            return (values["recovered"],)
         # Held-out losses, which have no line, stand in the log as well.
         return (values["kl"], values["stderr"]) if "stderr" in values else ()
 

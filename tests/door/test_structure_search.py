@@ -222,7 +222,8 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.35, "cost": "kv_bytes", "heads": "groups",
         "drop": "none", "step": 3, "accumulation": "dense", "population": 24, "evaluations": 11, "minutes": 2.5,
-        "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json",
+        "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json", "selection": "training-aware",
+        "training_tokens": 777,
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
     # What is about latency contradicts another budget.
@@ -244,6 +245,7 @@ def test_the_defaults_in_the_help_are_true(run: Run) -> None:
     text = " ".join(run("search", "structure", "--help").out.replace("│", " ").split())
     plain = StructureSearchConfig()
     for name in ("sparsity", "cost", "heads", "drop", "accumulation", "evaluations", "population", "seed", "window",
+                 "selection", "training_tokens",
                  "threads", "dtype", "device", "calibration_sequences", "calibration_window"):  # fmt: skip
         value: Any = plain
         for part in STRUCTURE_KEYS[name].split("."):
@@ -295,6 +297,13 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)
+    assert "'two-shot' is not one of 'one-shot', 'path-refit', 'training-aware'" in refused(
+        *search, "--selection", "two-shot"
+    )
+    assert "searcher.training.tokens: Input should be greater than" in refused(*search, "--training-tokens", 0)
+    assert "searcher.training.learning_rate: Input should be" in refused(
+        *search, "--set", "searcher.training.learning_rate=0"
+    )
     assert "wants 64 windows, and there are 60" in refused(*search, "--set", "searcher.windows=60")
     assert "searched allocations: a run that searched a structure is needed" in refused(
         *search, "--seed-from", allocated

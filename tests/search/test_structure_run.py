@@ -185,6 +185,104 @@ def wal(run: RunDirectory) -> list[bytes]:
     return (run.path / "evaluations.wal").read_bytes().splitlines()
 
 
+TRAINED = {
+    "searcher.selection": "training-aware",
+    "searcher.training.tokens": 256,
+    "searcher.training.batch_tokens": 64,
+}
+RECOVERIES: dict[str, dict[str, Any]] = {"path-refit": {"searcher.selection": "path-refit"}, "training-aware": TRAINED}
+
+
+@pytest.fixture(scope="module", params=sorted(RECOVERIES))
+def recovering(request: pytest.FixtureRequest, world: Path) -> RunDirectory:
+    """A search whose last stage measures what candidates recover."""
+    changed = config(world, evaluations=20, **FEW, **RECOVERIES[request.param])
+    return start_search(changed, INLINE, run_dir=world / f"run-{request.param}")
+
+
+def test_what_candidates_recover_is_measured_once_and_of_the_last_few_only(recovering: RunDirectory) -> None:
+    lines, result = lines_of(recovering), result_of(recovering)
+    after = [line for line in lines if line["stage"] in ("seeds", len(STAGES) - 1, "final")]
+    assert all(("recovered" in line) == (line in after) for line in lines)
+    assert {line["stage"] for line in lines} == {"seeds", 0, 1, 2, "final"}
+    by_genome: dict[tuple[int, ...], set[float]] = {}
+    for line in after:
+        by_genome.setdefault(tuple(line["genome"]), set()).add(line["recovered"])
+    assert max(map(len, by_genome.values())) == 1
+    log = EvaluationLog(recovering.path / "evaluations.wal")
+    outcomes = [outcome.values for outcome in log.outcomes() if "recovered" in outcome.values]
+    log.close()
+    assert len(outcomes) == len(by_genome) == result["recovered"]["candidates"]
+    # A pool reads its own windows of what is known of all, and the finals read all.
+    known = {values["recovered"]: values["kl"] for values in outcomes}
+    for line in after:
+        first, last = line["windows"]
+        assert line["kl"] == pytest.approx(sum(known[line["recovered"]][first:last]) / (last - first), abs=1e-12)
+    finals = {line["kl"] for line in lines if line["stage"] == "final"}
+    assert result["best"]["fitness"] == min(finals)
+    parents = [line for line in after if line["stage"] == 2 and line["origin"] == "parent"]
+    assert len({tuple(line["windows"]) for line in parents}) > 1
+
+
+def test_recoveries_are_counted_and_said(recovering: RunDirectory) -> None:
+    result = result_of(recovering)
+    assert result["dense"]["heldout"]["kl"] == pytest.approx(0, abs=1e-5)
+    shapes = [entry for entry in (result["best"], *result["baselines"]) if ALONE not in entry.get("name", "")]
+    if result["selection"] == "path-refit":
+        assert set(result["recovered"]) == {"candidates"}
+        assert not any("trained" in entry for entry in shapes)
+        return
+    count = result["recovered"]["candidates"]
+    assert result["recovered"] == {"candidates": count, "tokens_each": 256, "tokens": 256 * count}
+    for entry in shapes:
+        assert set(entry["trained"]) == {"loss", "perplexity", "kl", "stderr", "tokens"}
+        assert entry["trained"]["kl"] != entry["heldout"]["kl"]
+    # What was trained is thrown away: the file has the weights of the database.
+    weights = read_shape(recovering.path / "export" / "shape.json").weights
+    assert weights["method"] == "database"
+
+
+def test_a_search_with_recoveries_that_is_stopped_is_the_same_run(
+    recovering: RunDirectory, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = result_of(recovering)["selection"]
+    path = world / f"stopped-{method}"
+    for after in (1, 22):
+        monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, "searching", after))
+        with pytest.raises(Interrupted):
+            if path.exists():
+                resume_search(RunDirectory.open(path), INLINE)
+            else:
+                start_search(config(world, evaluations=20, **FEW, **RECOVERIES[method]), INLINE, run_dir=path)
+    monkeypatch.undo()
+    run = resume_search(RunDirectory.open(path), INLINE)
+    assert history(run) == history(recovering)
+    assert timeless(run.result) == timeless(recovering.result)
+    rebuild_board(run, None)
+    trials = [study(each).trials for each in (run, recovering)]
+    assert [trial.user_attrs for trial in trials[0]] == [trial.user_attrs for trial in trials[1]]
+    assert all(trial.datetime_start is not None for trial in trials[0])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_gives_the_same_recoveries_with_two_workers(recovering: RunDirectory, world: Path) -> None:
+    method = result_of(recovering)["selection"]
+    changed = config(world, evaluations=20, **FEW, **RECOVERIES[method])
+    run = start_search(changed, Resources(workers=2), run_dir=world / f"ray-{method}")
+    assert history(run) == history(recovering)
+    assert timeless(run.result) == timeless(recovering.result)
+
+
+def test_a_text_too_short_for_the_training_is_refused_before_the_database(world: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(InvalidInput, match="text too short: side A of"):
+        changed = config(world, **FEW, **(RECOVERIES["training-aware"] | {"searcher.training.tokens": 10**8}))
+        start_search(changed, INLINE, run_dir=path)
+    phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
+    assert "building the structured database" not in phases
+
+
 def test_a_fork_with_more_evaluations_does_none_again(
     finished: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,8 +311,9 @@ def test_a_fork_with_more_evaluations_does_none_again(
         {},
         {"target.accumulation": "dense", "target.heads": "balanced", "target.drop": "none"},
         {"target.sparsity": 0.7, "target.cost": "flops", "target.sequence": 32},
+        {"searcher.selection": "path-refit"},
     ],
-    ids=["default", "dense", "flops"],
+    ids=["default", "dense", "flops", "path-refit"],
 )
 @pytest.mark.parametrize("form", ["compact", "masked"])
 def test_the_exported_shape_prunes_to_the_winner(
