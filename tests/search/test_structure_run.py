@@ -27,6 +27,7 @@ from evoprune.search.publishing import rebuild_board
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.structure_result import ALONE
+from evoprune.search.tables_structure import selection_text
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options
@@ -226,6 +227,8 @@ def test_what_candidates_recover_is_measured_once_and_of_the_last_few_only(recov
 
 def test_recoveries_are_counted_and_said(recovering: RunDirectory) -> None:
     result = result_of(recovering)
+    said = selection_text(result)
+    assert f"of {result['recovered']['candidates']} candidates" in said
     assert result["dense"]["heldout"]["kl"] == pytest.approx(0, abs=1e-5)
     shapes = [entry for entry in (result["best"], *result["baselines"]) if ALONE not in entry.get("name", "")]
     if result["selection"] == "path-refit":
@@ -234,6 +237,7 @@ def test_recoveries_are_counted_and_said(recovering: RunDirectory) -> None:
         return
     count = result["recovered"]["candidates"]
     assert result["recovered"] == {"candidates": count, "tokens_each": 256, "tokens": 256 * count}
+    assert f"({256 * count:,} tokens in all)" in said
     for entry in shapes:
         assert set(entry["trained"]) == {"loss", "perplexity", "kl", "stderr", "tokens"}
         assert entry["trained"]["kl"] != entry["heldout"]["kl"]
