@@ -14,7 +14,8 @@ from evoprune.fitness.samples import Sequences
 from evoprune.fitness.structure_database import Mode, PartName
 from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape import BlockShape, BlockWidths
+from evoprune.metrics.shape_file import from_rows, to_rows
 
 Method = Literal["database", "path-refit"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -29,6 +30,7 @@ class RefitRecipe:
     Attributes:
         method: by the structure database, or `evoprune.fitness.path_refit` of this very shape.
         accumulation: mode of the build of the database, which a path refit has no need of.
+        path: what is kept of each block, with the mode ``path`` and with no other.
         text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
         threads: of torch.
     """
@@ -40,6 +42,7 @@ class RefitRecipe:
     window: int
     seed: int
     threads: int
+    path: tuple[BlockShape, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `read` reads, as ``weights`` of a shape."""
@@ -49,11 +52,16 @@ class RefitRecipe:
             "calibration": {"text": self.text, "sequences": self.sequences, "window": self.window},
             "seed": self.seed,
             "threads": self.threads,
+            **({} if self.path is None else {"path": to_rows(self.path)}),
         }
 
     @classmethod
-    def read(cls, weights: Mapping[str, Any]) -> RefitRecipe:
+    def read(cls, weights: Mapping[str, Any], widths: Sequence[BlockWidths]) -> RefitRecipe:
         """The recipe in a shape.
+
+        Args:
+            weights: of the shape.
+            widths: what the dense blocks have.
 
         Raises:
             InvalidInput: it says something else than it should.
@@ -64,12 +72,21 @@ class RefitRecipe:
                 f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
             )
         calibration = weights.get("calibration")
-        mode, text = weights.get("accumulation"), calibration.get("text") if isinstance(calibration, dict) else None
-        if mode not in ("dense", "expectation") or not isinstance(calibration, dict) or not isinstance(text, str):
+        mode: Any = weights.get("accumulation")
+        text = calibration.get("text") if isinstance(calibration, dict) else None
+        if mode not in get_args(Mode) or not isinstance(calibration, dict) or not isinstance(text, str):
             raise InvalidInput("the shape's 'weights' do not say what they were refitted with: search it again")
         given = {**calibration, **weights}
-        numbers = [_whole_number(given, name) for name in ("sequences", "window", "seed", "threads")]
-        return cls(method, mode, text, *numbers)
+        sequences, window, seed, threads = (
+            _whole_number(given, name) for name in ("sequences", "window", "seed", "threads")
+        )
+        path = None
+        if mode == "path":
+            try:
+                path = from_rows(weights.get("path"), widths)
+            except InvalidInput as error:
+                raise InvalidInput(f"the 'path' in the shape's 'weights': {error}") from None
+        return cls(method, mode, text, sequences, window, seed, threads, path)
 
     def windows(self, language_model: LanguageModel) -> Sequences:
         """Text A.

@@ -28,6 +28,7 @@ from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA, Compensating, score_units
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape_file import from_rows, to_rows
 
 
 def build(context: dict[str, Any]) -> StructureWorker:
@@ -44,7 +45,10 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             another run's in place of that, or None); returns a `LatencyTable`.
         whole-latency: ``pass`` (a `Work`), ``shapes`` (None: the dense model); returns ``nanoseconds`` of each, end to
             end.
-        database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
+        database: ``prepared``, ``accumulation``, and for the mode ``path`` a ``path`` as `to_rows` spells it; returns
+            the name of the structured ``database``.
+        rebuilt: what ``database`` was given and its name, ``shape``; returns the name of a ``database`` that is built
+            around the units of this shape, and these as its ``path``.
         choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes, ``spread`` (None: the
             criterion's own); returns what this choice of units ``kept``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
@@ -70,6 +74,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             "whole-latency": self._whole_latency,
             "database": self._database,
             "choose": self._choose,
+            "rebuilt": self._rebuilt,
             "block": self._block,
             "errors": self._errors,
             "shape": self._shape,
@@ -121,9 +126,16 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        mode = payload["accumulation"]
-        database = build_structure_database(self.language_model, self._units, self._calibration, mode=mode)
+        rows = payload.get("path")
+        path = None if rows is None else from_rows(rows, [block.widths for block in self._units])
+        database = build_structure_database(
+            self.language_model, self._units, self._calibration, mode=payload["accumulation"], path=path
+        )
         return {"database": database.name}
+
+    def _rebuilt(self, payload: dict[str, Any]) -> dict[str, Any]:
+        path = to_rows(self.evaluator(payload).shape(self.candidate(payload["shape"])))
+        return {**self._database({"accumulation": "path", "path": path}), "path": path}
 
     def _block(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.short_training import Loss, Trainable, Training
+from evoprune.fitness.structure_database import Mode
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.search.config_allocation import GenerationsConfig
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
@@ -17,6 +18,7 @@ DEFAULT_SPARSITY = 0.25
 DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 """Those that need no more than sums over inputs: gradients and Gram matrices of all matrices are the user's choice."""
 StructureSearcher = Literal["evolution"]
+Accumulation = Literal["dense", "expectation", "path"]
 Selection = Literal["one-shot", "path-refit", "training-aware"]
 STRUCTURE_SEARCHERS: tuple[str, ...] = get_args(StructureSearcher)
 
@@ -60,10 +62,10 @@ class StructureTarget(Section):
     drop: Literal["none", "parts"] = Field(
         "parts", description="whether the attention or the MLP of a block may go as a whole"
     )
-    accumulation: Literal["dense", "expectation"] = Field(
+    accumulation: Accumulation = Field(
         "expectation",
-        description="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
-        "ones",
+        description="what calibration text has gone through when it reaches a block: dense blocks, a mixture of cut "
+        "ones, or this mixture first and then, again and again, blocks cut as the best so far",
     )
 
     @model_validator(mode="before")
@@ -115,6 +117,11 @@ class StructureGenerations(GenerationsConfig):
         description="how seeds, the last stage and the finals measure: as the database leaves a candidate, after all "
         "output matrices are refitted to what the candidate itself gives them, or after a short training",
     )
+    rebuild: int = Field(
+        5,
+        ge=1,
+        description="generations between two builds of the database around the best so far, with path accumulation",
+    )
     training: TrainingConfig = Field(TrainingConfig(), description="of training-aware selection")
     seeds: tuple[str, ...] | None = Field(
         DEFAULT_SEEDS, description="criteria of units to start from, and to compare with; none takes all"
@@ -151,6 +158,12 @@ class StructureSearchConfig(SearchConfig):
     def seeds(self) -> tuple[str, ...]:
         """Criteria of units to start from, by name."""
         return tuple(sorted(UNIT_CRITERIA)) if self.searcher.seeds is None else self.searcher.seeds
+
+    @property
+    def first_accumulation(self) -> Mode:
+        """Of the database that the search begins with."""
+        accumulation = self.target.accumulation
+        return "expectation" if accumulation == "path" else accumulation
 
     @property
     def selection(self) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ class Member:
         seen: the windows of text B that it was measured on: the first, and the one after the last; None before.
         generation: in which it was bred; 0 for seeds.
         parents: births that measured what it was bred from.
+        rebuild: the one after which it is measured, counted from 1; 0 is none.
     """
 
     genome: Genome
@@ -44,6 +45,7 @@ class Member:
     seen: tuple[int, int] | None = None
     generation: int = 0
     parents: tuple[int, ...] = ()
+    rebuild: int = 0
 
     def before(self, first: int, last: int) -> Member:
         """It, with what it knows of the beginning of these windows; nothing, where it was measured on others."""
@@ -196,23 +198,31 @@ class PooledSearch(ABC, Generic[Space]):
             "windows": list(span),
             "new": [first, last],
         }
-        return Birth(number, record, self._job(member.genome, start, first, last), counted)
+        return Birth(number, record, self._job(member, start, first, last), counted)
 
     def _known_before(self, member: Member, first: int, last: int) -> Member:
         """A member of the present pool, with what it knows of the beginning of these windows."""
         return member.before(first, last)
 
-    def _job(self, genome: Genome, start: Genome, first: int, last: int) -> Job:
-        """Measures a genome on these windows; a worker may start from the genome `start`."""
+    def _job(self, member: Member, start: Genome, first: int, last: int) -> Job:
+        """Measures a member on these windows; a worker may start from the genome `start`."""
         payload = {
-            **self.payload,
-            self.space.job: self.space.spelled(genome),
+            **self.payload_of(member),
+            self.space.job: self.space.spelled(member.genome),
             "parent": self.space.spelled(start),
             "first": first,
             "last": last,
         }
         # The parent only says from where a worker may start: it changes no number.
-        return Job(content_hash([self._identity, payload[self.space.job], first, last]), self.space.job, payload)
+        return Job(self._key(member, first, last), self.space.job, payload)
+
+    def payload_of(self, member: Member) -> dict[str, Any]:
+        """What every job about a member says beside its genome and windows."""
+        return self.payload
+
+    def _key(self, member: Member, *asked: Any) -> str:
+        """Names what is asked about a member."""
+        return content_hash([self._identity, self.space.spelled(member.genome), *asked])
 
     def _measurement(self, values: Mapping[str, Any], first: int, last: int) -> tuple[float, float]:
         """KL on these windows and its standard error, from what a job of the present pool returned."""

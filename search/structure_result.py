@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from evoprune.fitness.latency_table import LatencyTable, write_table
@@ -11,7 +12,7 @@ from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.shape import BlockShape, Shape
-from evoprune.metrics.shape_file import read_shape, write_shape
+from evoprune.metrics.shape_file import from_rows, read_shape, write_shape
 from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
@@ -125,11 +126,15 @@ class StructureComparison:
         if method == "training-aware":
             entrants |= {name + TRAINED: {"shape": shape, "selection": selection} for name, shape in shapes.items()}
         self._entrants = list(entrants)
+        # Seeds were measured before anything was rebuilt, and are compared as they were.
+        rebuilt = {"database": self._search.payload_of(self._best)["database"]}
+        for name in entrants.keys() & {"winner", "winner" + TRAINED}:
+            entrants[name] |= rebuilt
         jobs = [
             Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
             for entrant in entrants.values()
         ]
-        units = {"shape": space.spelled(self._best.genome)}
+        units = {"shape": shapes["winner"], **rebuilt}
         return [*jobs, Job(content_hash([self._identity, "units", units]), "units", {**payload, **units})]
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -158,6 +163,7 @@ class StructureComparison:
             "accumulation": config.target.accumulation,
             "selection": config.searcher.selection,
             **({} if search.selection is None else {"recovered": self._recovered()}),
+            **({"rebuilds": len(search.rebuilds)} if config.target.accumulation == "path" else {}),
             "objective": config.objective,
             "seed": config.seed,
             "evaluations": evaluations,
@@ -219,7 +225,10 @@ class StructureComparison:
         config, widths = self._config, self._search.space.costs.widths
         data = calibration_facts(config.data)
         method: Method = "path-refit" if config.searcher.selection == "path-refit" else "database"
-        recipe = RefitRecipe(method, config.target.accumulation, **data, seed=config.seed, threads=config.threads)
+        recipe = RefitRecipe(method, config.first_accumulation, **data, seed=config.seed, threads=config.threads)
+        if self._best.rebuild and method == "database":
+            path = from_rows(self._search.rebuilds[self._best.rebuild - 1]["path"], widths)
+            recipe = replace(recipe, accumulation="path", path=path)
         asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
         given = {name: value for name, value in asked.items() if value is not None}
         target = {**given, "cost": config.target.cost, "run": result["run"]}

@@ -76,7 +76,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
 
     def _build_database(self, first: First, ask: Ask) -> None:
         """Have the database built; by all workers, where blocks do not depend on each other."""
-        accumulation = self.config.target.accumulation
+        accumulation = self.config.first_accumulation
         self.phase("building the structured database", f": {accumulation} accumulation")
         if accumulation == "dense":
             jobs = [
@@ -88,6 +88,10 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
                     raise failure(outcome)
         self._database = first("database", {"accumulation": accumulation})["database"]
         self._hold(database=self._database)
+        if self.config.target.accumulation == "path":
+            # What sessions before this one had built is found where it was, unless the cache was emptied since.
+            for values in [outcome.values for outcome in self._log.outcomes() if "path" in outcome.values]:
+                first("database", {"accumulation": "path", "path": values["path"]})
         # What shapes are worth depends on the bits of the database.
         self.identity = content_hash([self.identity, self._database])
 
@@ -129,12 +133,16 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     def tokens_of(self, job: Job) -> int:
         return self._recovery_tokens if job.kind == "recovered" else super().tokens_of(job)
 
+    def deadline_of(self, job: Job) -> float | None:
+        # Orders of removal take what they take, as before the search.
+        return None if job.kind == "rebuilt" else super().deadline_of(job)
+
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
         self._run.add_identity(widths=spelled_widths(self._costs))
         payload = {
             "prepared": prepared.name,
-            "accumulation": config.target.accumulation,
+            "accumulation": config.first_accumulation,
             "database": self._database,
         }
         self._named = self._seeds(space, payload, ask)
@@ -153,6 +161,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
             identity=self.identity,
             payload=payload,
             selection=config.selection,
+            rebuild_every=config.searcher.rebuild if config.target.accumulation == "path" else None,
         )
 
     def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:

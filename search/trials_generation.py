@@ -41,6 +41,8 @@ class GenerationTrials(Trials):
 
     def take(self, line: Mapping[str, Any], telemetry: Mapping[str, Any] | None = None) -> Sequence[TrialRecord]:
         records: list[TrialRecord] = []
+        if line["stage"] == "rebuild":
+            return records
         if line["generation"] != self._generation or line["stage"] == "final":
             records += [self._record(child) for child in self._children.values()]
             self._children.clear()

@@ -103,11 +103,11 @@ def search_structure(
         ),
     ] = None,
     accumulation: Annotated[
-        Literal["dense", "expectation"] | None,
+        Literal["dense", "expectation", "path"] | None,
         option(
             "--accumulation",
-            help="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
-            "ones",
+            help="what calibration text has gone through when it reaches a block: dense blocks, a mixture of cut ones, "
+            "or after a first round blocks cut as the best so far",
             panel=TARGET,
             default="expectation",
         ),

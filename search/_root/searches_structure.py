@@ -25,7 +25,7 @@ def search_structure(
     heads: Literal["whole", "groups", "balanced", "both"] | None = None,
     drop: Literal["none", "parts"] | None = None,
     step: int | None = None,
-    accumulation: Literal["dense", "expectation"] | None = None,
+    accumulation: Literal["dense", "expectation", "path"] | None = None,
     evaluations: int | None = None,
     minutes: float | None = None,
     population: int | None = None,
@@ -68,8 +68,9 @@ def search_structure(
             group (``balanced``), or both.
         drop: whether attentions and MLPs may go as a whole (``parts``).
         step: neurons that an MLP loses or gains at a time.
-        accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks, or the
-            ``expectation`` over cut ones.
+        accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks, the
+            ``expectation`` over cut ones, or this first and then, every few generations, blocks along the ``path`` that
+            the best so far has cut.
         evaluations: candidates with a forward pass, at most.
         minutes: time for the search, at most; how far it gets then depends on the machine.
         population: children of a generation.

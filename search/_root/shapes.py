@@ -92,7 +92,7 @@ def _outputs(
     """The output projections of what stays, where they are not those of the dense model."""
     if shape.weights["method"] == "none":
         return {}
-    recipe = RefitRecipe.read(shape.weights)
+    recipe = RefitRecipe.read(shape.weights, shape.widths)
     device, dtype = language_model.device, language_model.model.dtype
     with torch_threads(recipe.threads):
         windows = recipe.windows(language_model)
@@ -105,6 +105,7 @@ def _outputs(
             units,
             windows,
             mode=recipe.accumulation,
+            path=recipe.path,
             progress=lambda done, total: progress("building the structured database", done, total),
         )
         return refitted_outputs(

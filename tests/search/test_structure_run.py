@@ -13,12 +13,16 @@ import optuna
 import pytest
 
 import evoprune
+from evoprune.fitness.prepare import Prepared, calibration_windows
+from evoprune.fitness.structure_build import build_structure_database
 from evoprune.fitness.structure_evaluator import StructureEvaluator
+from evoprune.fitness.structure_worker import StructureWorker
 from evoprune.fitness.unit_costs import Kept
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import Interrupted, InvalidCandidate, InvalidInput
-from evoprune.metrics.shape_file import read_shape
+from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape_file import read_shape, to_rows
 from evoprune.search.config import resolve_as
 from evoprune.search.config_structure import DEFAULT_SEEDS, StructureSearchConfig
 from evoprune.search.engine.inline import InlineExecutor
@@ -38,6 +42,7 @@ STAGES = [{"windows": 2, "survivors": 3}, {"windows": 4, "survivors": 2}, {"wind
 INLINE = Resources(executor="inline")
 # Asking one criterion is enough where what they keep is not the point.
 FEW = {"searcher.seeds": ["flap"]}
+PATH = {"target.accumulation": "path", "searcher.rebuild": 1}
 # Of the tiny Llama, by hand: a query head has 8 rows and 8 columns of 32, a KV head 8 rows twice, a neuron three
 # vectors of 32, and a norm of 32 goes with a part.
 HEAD, GROUP, NEURON, NORM = 2 * 8 * 32, 2 * 8 * 32, 3 * 32, 32
@@ -268,6 +273,94 @@ def test_a_search_with_recoveries_that_is_stopped_is_the_same_run(
     assert all(trial.datetime_start is not None for trial in trials[0])
 
 
+@pytest.fixture(scope="module")
+def rebuilding(world: Path) -> RunDirectory:
+    """A search that rebuilds its database after every generation."""
+    return start_search(config(world, evaluations=24, **FEW, **PATH), INLINE, run_dir=world / "run-rebuilding")
+
+
+def test_the_parent_is_measured_again_on_the_database_around_it(rebuilding: RunDirectory, world: Path) -> None:
+    lines = lines_of(rebuilding)
+    rebuilds = [at for at, line in enumerate(lines) if line["stage"] == "rebuild"]
+    assert len(rebuilds) == result_of(rebuilding)["rebuilds"] == result_of(rebuilding)["generations"] - 1 >= 2
+    language_model = evoprune.load_model(str(world / "model"))
+    units = find_units(language_model)
+    state = rebuilding.peek()
+    assert state is not None
+    windows = calibration_windows(language_model, config(world).context())
+    database = build_structure_database(language_model, units, windows)
+    for at in rebuilds:
+        rebuild, (last, again) = lines[at], (lines[at - 1], lines[at + 1])
+        assert (rebuild["kl"], rebuild["counted"], rebuild["reason"]) == (None, False, None)
+        assert (last["generation"], again["generation"]) == (rebuild["generation"], rebuild["generation"] + 1)
+        assert (again["origin"], again["stage"], again["genome"]) == ("parent", 0, rebuild["genome"])
+        # Around the units that the last database kept of it, and measured on what this gives.
+        kept = [tuple(rebuild["genome"][place : place + 3]) for place in range(0, len(rebuild["genome"]), 3)]
+        path = [
+            BlockShape(*database.kept_heads(block, groups, each), database.kept_neurons(block, neurons))
+            for block, (groups, each, neurons) in enumerate(kept)
+        ]
+        database = build_structure_database(language_model, units, windows, mode="path", path=path)
+        assert state["search"]["rebuilds"][rebuilds.index(at)] == {"database": database.name, "path": to_rows(path)}
+        text, teacher = Prepared.open(rebuilding.identity["files"]).text("search")
+        evaluator = StructureEvaluator(language_model, units, database, text, teacher)
+        losses = evaluator.evaluate(kept, *again["windows"])
+        evaluator.restore()
+        assert losses.kl is not None and losses.kl.mean().item() == pytest.approx(again["kl"], rel=1e-5)
+
+
+def test_a_search_that_rebuilds_is_the_same_run_however_it_is_stopped(
+    rebuilding: RunDirectory, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what it had built, too: that is built again."""
+    path = world / "stopped-rebuilding"
+    for after in (30, 20):
+        monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, "searching", after))
+        with pytest.raises(Interrupted):
+            if path.exists():
+                resume_search(RunDirectory.open(path), INLINE)
+            else:
+                start_search(config(world, evaluations=24, **FEW, **PATH), INLINE, run_dir=path)
+    monkeypatch.undo()
+    state = RunDirectory.open(path).peek()
+    assert state is not None and state["search"]["rebuilds"]
+    names = [rebuild["database"] for rebuild in state["search"]["rebuilds"]]
+    built = list((world / "cache").rglob("structure-*"))
+    assert set(names) <= {folder.name for folder in built}
+    for folder in built:
+        shutil.rmtree(folder)
+    run = resume_search(RunDirectory.open(path), INLINE)
+    assert history(run) == history(rebuilding)
+    assert timeless(run.result) == timeless(rebuilding.result)
+    rebuild_board(run, None)
+    assert [trial.value for trial in study(run).trials] == [trial.value for trial in study(rebuilding).trials]
+
+
+def test_a_database_that_cannot_be_rebuilt_stays_as_it_is(
+    rebuilding: RunDirectory, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: StructureWorker, payload: dict[str, Any]) -> dict[str, Any]:
+        raise InvalidInput("no such luck")
+
+    monkeypatch.setattr(StructureWorker, "_rebuilt", broken)
+    run = start_search(config(world, evaluations=24, **FEW, **PATH), INLINE, run_dir=tmp_path / "run")
+    result, lines = result_of(run), lines_of(run)
+    assert (result["rebuilds"], result["reasons"]) == (0, {"ERROR": result["generations"] - 1})
+    assert {line["reason"] for line in lines if line["stage"] == "rebuild"} == {"ERROR"}
+    first = next(at for at, line in enumerate(lines) if line["stage"] == "rebuild")
+    assert lines[:first] == lines_of(rebuilding)[:first]
+    assert read_shape(run.path / "export" / "shape.json").weights["accumulation"] == "expectation"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_rebuilds_the_same_with_two_workers(rebuilding: RunDirectory, world: Path) -> None:
+    changed = config(world, evaluations=24, **FEW, **PATH)
+    run = start_search(changed, Resources(workers=2), run_dir=world / "ray-rebuilding")
+    assert history(run) == history(rebuilding)
+    assert timeless(run.result) == timeless(rebuilding.result)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ray_gives_the_same_recoveries_with_two_workers(recovering: RunDirectory, world: Path) -> None:
@@ -316,8 +409,9 @@ def test_a_fork_with_more_evaluations_does_none_again(
         {"target.accumulation": "dense", "target.heads": "balanced", "target.drop": "none"},
         {"target.sparsity": 0.7, "target.cost": "flops", "target.sequence": 32},
         {"searcher.selection": "path-refit"},
+        {**PATH, "evaluations": 24},
     ],
-    ids=["default", "dense", "flops", "path-refit"],
+    ids=["default", "dense", "flops", "path-refit", "path"],
 )
 @pytest.mark.parametrize("form", ["compact", "masked"])
 def test_the_exported_shape_prunes_to_the_winner(
@@ -327,13 +421,15 @@ def test_the_exported_shape_prunes_to_the_winner(
     run, name = finished, "-".join(map(str, options.values()))
     if options:
         path = world / f"run-{name}"
-        changed = config(world, evaluations=14, **FEW, **options)
+        changed = config(world, **{"evaluations": 14, **FEW, **options})
         run = RunDirectory(path) if path.exists() else start_search(changed, INLINE, run_dir=path)
     best = result_of(run)["best"]
     dense = evoprune.load_model(str(world / "model"))
     shape = read_shape(run.path / "export" / "shape.json")
     kept = [[len(block.groups), block.heads_per_group, len(block.neurons)] for block in shape.blocks]
     assert kept == best["shape"] != [[2, 2, 48]] * 2
+    # The winner was found after something was rebuilt, or this would say nothing of it.
+    assert options.get("target.accumulation") != "path" or shape.weights["path"]
     small = evoprune.prune_shape(dense, shape, form=form)
     if form == "compact":
         assert small.parameters == dense_parameters(dense) - DENSE + parameters(best["shape"])
