@@ -210,7 +210,8 @@ class StructureComparison:
     def _recovered(self) -> dict[str, int]:
         """How many candidates went through what selection asks for, and what they were trained on."""
         lines = (line for line in self._run.history() if line["stage"] in self._search.recovered)
-        count = len({tuple(line["genome"]) for line in lines})
+        # The same shape on another database is another candidate.
+        count = len({(tuple(line["genome"]), line.get("recovered")) for line in lines})
         tokens = {"tokens_each": self._training_tokens, "tokens": count * self._training_tokens}
         return {"candidates": count, **(tokens if self._training_tokens else {})}
 

@@ -301,6 +301,7 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
         *search, "--selection", "two-shot"
     )
     assert "searcher.training.tokens: Input should be greater than" in refused(*search, "--training-tokens", 0)
+    assert "add --selection training-aware, or leave them out" in refused(*search, "--training-tokens", 5000)
     assert "searcher.training.learning_rate: Input should be" in refused(
         *search, "--set", "searcher.training.learning_rate=0"
     )
