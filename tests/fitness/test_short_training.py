@@ -31,13 +31,15 @@ OUTPUTS = {
 class Pupil:
     """A tiny model cut to a shape, and what it is trained on."""
 
-    def __init__(self, family: str = "llama", shape: Sequence[BlockShape] = SHAPE, loss: str = "kl") -> None:
+    def __init__(
+        self, family: str = "llama", shape: Sequence[BlockShape] = SHAPE, loss: str = "kl", rows: int = ROWS
+    ) -> None:
         self.model = tiny_language_model(family)
         self.units = find_units(self.model)
         self.dense = deepcopy(self.model.model)
         self.head = linear_head(self.model.model, WINDOWS)
         teacher = build_teacher(self.model.model, self.head, WINDOWS) if loss == "kl" else None
-        self.lesson = Lesson(WINDOWS, teacher, ROWS)
+        self.lesson = Lesson(WINDOWS, teacher, rows)
         self.surgeon = Surgeon(self.model, self.units)
         self.surgeon.apply(ALONE if family == "gpt2" else shape)
 
@@ -54,15 +56,17 @@ class Pupil:
             return {name: value.detach().clone() for name, value in self.model.model.named_parameters()}
 
 
-def by_hand(cut: PreTrainedModel, dense: PreTrainedModel, loss: str, names: Sequence[str], rate: float) -> None:
+def by_hand(
+    cut: PreTrainedModel, dense: PreTrainedModel, loss: str, names: Sequence[str], rate: float, rows: int
+) -> None:
     chosen = [value for name, value in cut.named_parameters() if any(word in name for word in names)]
     for parameter in chosen:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.95), weight_decay=0)
-    steps = len(WINDOWS) // ROWS
-    assert round(0.05 * steps) == 1  # so that the rate is constant
+    steps = len(WINDOWS) // rows
     for step in range(steps):
-        ids = WINDOWS[step * ROWS : (step + 1) * ROWS]
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / (0.05 * steps), 1)
+        ids = WINDOWS[step * rows : (step + 1) * rows]
         log_q = cut(input_ids=ids).logits.log_softmax(-1)[:, :-1]
         if loss == "kl":
             log_p = dense(input_ids=ids).logits.log_softmax(-1)[:, :-1]
@@ -75,12 +79,15 @@ def by_hand(cut: PreTrainedModel, dense: PreTrainedModel, loss: str, names: Sequ
         optimizer.step()
 
 
-@pytest.mark.parametrize(("family", "loss"), [("llama", "kl"), ("llama", "ce"), ("gpt2", "kl")])
-def test_the_weights_are_those_of_a_loop_written_out(family: str, loss: str) -> None:
-    pupil = Pupil(family, loss=loss)
+@pytest.mark.parametrize(
+    ("family", "loss", "rows"), [("llama", "kl", 3), ("llama", "kl", 1), ("llama", "ce", 3), ("gpt2", "kl", 3)]
+)
+def test_the_weights_are_those_of_a_loop_written_out(family: str, loss: str, rows: int) -> None:
+    """With a window a step the learning rate grows for three steps."""
+    pupil = Pupil(family, loss=loss, rows=rows)
     expected = deepcopy(pupil.model.model)
     before = {name: value.clone() for name, value in expected.named_parameters()}
-    by_hand(expected, pupil.dense, loss, OUTPUTS[family], 1e-3)
+    by_hand(expected, pupil.dense, loss, OUTPUTS[family], 1e-3, rows)
     found = pupil.after(pupil.training(loss))
     names = {name for name in found if any(word in name for word in OUTPUTS[family])}
     for name, value in expected.named_parameters():
