@@ -30,9 +30,9 @@ class RefitRecipe:
     Attributes:
         method: by the structure database, or `evoprune.fitness.path_refit` of this very shape.
         accumulation: mode of the build of the database, which a path refit has no need of.
-        path: what is kept of each block, with the mode ``path`` and with no other.
         text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
         threads: of torch.
+        path: what is kept of each block, with the mode ``path`` and with no other.
     """
 
     method: Method

@@ -65,6 +65,10 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             what ``choose`` was given, for the model as that criterion leaves it; returns losses on text C, by window.
     """
 
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._taught: tuple[Training, Lesson] | None = None
+
     @property
     def jobs(self) -> Mapping[str, Handler]:
         return {
@@ -83,10 +87,6 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             "units": self._kept_units,
             "heldout": self._heldout,
         }
-
-    def __init__(self, context: EvaluationContext) -> None:
-        super().__init__(context)
-        self._taught: tuple[Training, Lesson] | None = None
 
     @cached_property
     def _calibration(self) -> Sequences:

@@ -133,6 +133,9 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
     def tokens_of(self, job: Job) -> int:
         return self._recovery_tokens if job.kind == "recovered" else super().tokens_of(job)
 
+    def tokens_asked(self, job: Job) -> int:
+        return super().tokens_asked(job) + (self._recovery_tokens if "selection" in job.payload else 0)
+
     def deadline_of(self, job: Job) -> float | None:
         # Orders of removal take what they take, as before the search.
         return None if job.kind == "rebuilt" else super().deadline_of(job)

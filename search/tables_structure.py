@@ -44,11 +44,13 @@ def selection_text(result: Mapping[str, Any]) -> str:
     recovered, best = result["recovered"], result["best"]
     if "tokens" not in recovered:
         return f"fitness is after a path refit, of {recovered['candidates']:,} candidates; so are the held-out rows"
-    return (
+    told = (
         f"fitness is after training on {recovered['tokens_each']:,} tokens, of {recovered['candidates']:,} candidates "
-        f"({recovered['tokens']:,} tokens in all); the held-out rows are without it, and with it the winner's KL is "
-        f"{best['trained']['kl']:.4f} and not {best['heldout']['kl']:.4f}"
+        f"({recovered['tokens']:,} tokens in all); the held-out rows are without it"
     )
+    if "trained" not in best:
+        return told
+    return f"{told}, and with it the winner's KL is {best['trained']['kl']:.4f} and not {best['heldout']['kl']:.4f}"
 
 
 def latency_text(latency: Mapping[str, Any]) -> str:

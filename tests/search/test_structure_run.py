@@ -42,7 +42,6 @@ STAGES = [{"windows": 2, "survivors": 3}, {"windows": 4, "survivors": 2}, {"wind
 INLINE = Resources(executor="inline")
 # Asking one criterion is enough where what they keep is not the point.
 FEW = {"searcher.seeds": ["flap"]}
-PATH = {"target.accumulation": "path", "searcher.rebuild": 1}
 # Of the tiny Llama, by hand: a query head has 8 rows and 8 columns of 32, a KV head 8 rows twice, a neuron three
 # vectors of 32, and a norm of 32 goes with a part.
 HEAD, GROUP, NEURON, NORM = 2 * 8 * 32, 2 * 8 * 32, 3 * 32, 32
@@ -199,10 +198,10 @@ TRAINED = {
 RECOVERIES: dict[str, dict[str, Any]] = {"path-refit": {"searcher.selection": "path-refit"}, "training-aware": TRAINED}
 
 
-@pytest.fixture(scope="module", params=sorted(RECOVERIES))
+@pytest.fixture(scope="module", params=["training-aware", pytest.param("path-refit", marks=pytest.mark.slow)])
 def recovering(request: pytest.FixtureRequest, world: Path) -> RunDirectory:
     """A search whose last stage measures what candidates recover."""
-    changed = config(world, evaluations=20, **FEW, **RECOVERIES[request.param])
+    changed = config(world, evaluations=16, **FEW, **RECOVERIES[request.param])
     return start_search(changed, INLINE, run_dir=world / f"run-{request.param}")
 
 
@@ -251,6 +250,7 @@ def test_recoveries_are_counted_and_said(recovering: RunDirectory) -> None:
     assert weights["method"] == "database"
 
 
+@pytest.mark.slow
 def test_a_search_with_recoveries_that_is_stopped_is_the_same_run(
     recovering: RunDirectory, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +262,7 @@ def test_a_search_with_recoveries_that_is_stopped_is_the_same_run(
             if path.exists():
                 resume_search(RunDirectory.open(path), INLINE)
             else:
-                start_search(config(world, evaluations=20, **FEW, **RECOVERIES[method]), INLINE, run_dir=path)
+                start_search(config(world, evaluations=16, **FEW, **RECOVERIES[method]), INLINE, run_dir=path)
     monkeypatch.undo()
     run = resume_search(RunDirectory.open(path), INLINE)
     assert history(run) == history(recovering)
@@ -273,10 +273,15 @@ def test_a_search_with_recoveries_that_is_stopped_is_the_same_run(
     assert all(trial.datetime_start is not None for trial in trials[0])
 
 
+REBUILDING = {
+    "target.accumulation": "path", "searcher.rebuild": 1, "evaluations": 26, **FEW, **RECOVERIES["training-aware"],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def rebuilding(world: Path) -> RunDirectory:
-    """A search that rebuilds its database after every generation."""
-    return start_search(config(world, evaluations=24, **FEW, **PATH), INLINE, run_dir=world / "run-rebuilding")
+    """A search that rebuilds its database after every generation, and trains who is in the last stage."""
+    return start_search(config(world, **REBUILDING), INLINE, run_dir=world / "run-rebuilding")
 
 
 def test_the_parent_is_measured_again_on_the_database_around_it(rebuilding: RunDirectory, world: Path) -> None:
@@ -314,13 +319,9 @@ def test_a_search_that_rebuilds_is_the_same_run_however_it_is_stopped(
 ) -> None:
     """Without what it had built, too: that is built again."""
     path = world / "stopped-rebuilding"
-    for after in (30, 20):
-        monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, "searching", after))
-        with pytest.raises(Interrupted):
-            if path.exists():
-                resume_search(RunDirectory.open(path), INLINE)
-            else:
-                start_search(config(world, evaluations=24, **FEW, **PATH), INLINE, run_dir=path)
+    monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, "searching", 45))
+    with pytest.raises(Interrupted):
+        start_search(config(world, **REBUILDING), INLINE, run_dir=path)
     monkeypatch.undo()
     state = RunDirectory.open(path).peek()
     assert state is not None and state["search"]["rebuilds"]
@@ -336,6 +337,7 @@ def test_a_search_that_rebuilds_is_the_same_run_however_it_is_stopped(
     assert [trial.value for trial in study(run).trials] == [trial.value for trial in study(rebuilding).trials]
 
 
+@pytest.mark.slow
 def test_a_database_that_cannot_be_rebuilt_stays_as_it_is(
     rebuilding: RunDirectory, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +345,7 @@ def test_a_database_that_cannot_be_rebuilt_stays_as_it_is(
         raise InvalidInput("no such luck")
 
     monkeypatch.setattr(StructureWorker, "_rebuilt", broken)
-    run = start_search(config(world, evaluations=24, **FEW, **PATH), INLINE, run_dir=tmp_path / "run")
+    run = start_search(config(world, **REBUILDING), INLINE, run_dir=tmp_path / "run")
     result, lines = result_of(run), lines_of(run)
     assert (result["rebuilds"], result["reasons"]) == (0, {"ERROR": result["generations"] - 1})
     assert {line["reason"] for line in lines if line["stage"] == "rebuild"} == {"ERROR"}
@@ -355,8 +357,7 @@ def test_a_database_that_cannot_be_rebuilt_stays_as_it_is(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ray_rebuilds_the_same_with_two_workers(rebuilding: RunDirectory, world: Path) -> None:
-    changed = config(world, evaluations=24, **FEW, **PATH)
-    run = start_search(changed, Resources(workers=2), run_dir=world / "ray-rebuilding")
+    run = start_search(config(world, **REBUILDING), Resources(workers=2), run_dir=world / "ray-rebuilding")
     assert history(run) == history(rebuilding)
     assert timeless(run.result) == timeless(rebuilding.result)
 
@@ -365,7 +366,7 @@ def test_ray_rebuilds_the_same_with_two_workers(rebuilding: RunDirectory, world:
 @pytest.mark.slow
 def test_ray_gives_the_same_recoveries_with_two_workers(recovering: RunDirectory, world: Path) -> None:
     method = result_of(recovering)["selection"]
-    changed = config(world, evaluations=20, **FEW, **RECOVERIES[method])
+    changed = config(world, evaluations=16, **FEW, **RECOVERIES[method])
     run = start_search(changed, Resources(workers=2), run_dir=world / f"ray-{method}")
     assert history(run) == history(recovering)
     assert timeless(run.result) == timeless(recovering.result)
@@ -408,10 +409,8 @@ def test_a_fork_with_more_evaluations_does_none_again(
         {},
         {"target.accumulation": "dense", "target.heads": "balanced", "target.drop": "none"},
         {"target.sparsity": 0.7, "target.cost": "flops", "target.sequence": 32},
-        {"searcher.selection": "path-refit"},
-        {**PATH, "evaluations": 24},
     ],
-    ids=["default", "dense", "flops", "path-refit", "path"],
+    ids=["default", "dense", "flops"],
 )
 @pytest.mark.parametrize("form", ["compact", "masked"])
 def test_the_exported_shape_prunes_to_the_winner(
@@ -421,15 +420,32 @@ def test_the_exported_shape_prunes_to_the_winner(
     run, name = finished, "-".join(map(str, options.values()))
     if options:
         path = world / f"run-{name}"
-        changed = config(world, **{"evaluations": 14, **FEW, **options})
+        changed = config(world, evaluations=14, **FEW, **options)
         run = RunDirectory(path) if path.exists() else start_search(changed, INLINE, run_dir=path)
+    check_export(run, world, form)
+
+
+@pytest.mark.parametrize("form", ["compact", pytest.param("masked", marks=pytest.mark.slow)])
+def test_exported_shapes_say_along_which_path_they_were_refitted(
+    form: str, rebuilding: RunDirectory, world: Path
+) -> None:
+    """The database of the last round, and in another run a path refit, are made again from what the files say."""
+    assert read_shape(rebuilding.path / "export" / "shape.json").weights["path"]
+    check_export(rebuilding, world, form)
+    path = world / "run-refitted"
+    changed = config(world, evaluations=3, **FEW, **RECOVERIES["path-refit"])
+    run = RunDirectory(path) if path.exists() else start_search(changed, INLINE, run_dir=path)
+    assert read_shape(path / "export" / "shape.json").weights["method"] == "path-refit"
+    check_export(run, world, form)
+
+
+def check_export(run: RunDirectory, world: Path, form: str) -> None:
+    """Its shape, cut in this form, loses on held-out text what the search measured."""
     best = result_of(run)["best"]
     dense = evoprune.load_model(str(world / "model"))
     shape = read_shape(run.path / "export" / "shape.json")
     kept = [[len(block.groups), block.heads_per_group, len(block.neurons)] for block in shape.blocks]
     assert kept == best["shape"] != [[2, 2, 48]] * 2
-    # The winner was found after something was rebuilt, or this would say nothing of it.
-    assert options.get("target.accumulation") != "path" or shape.weights["path"]
     small = evoprune.prune_shape(dense, shape, form=form)
     if form == "compact":
         assert small.parameters == dense_parameters(dense) - DENSE + parameters(best["shape"])
