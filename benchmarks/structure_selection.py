@@ -80,8 +80,8 @@ class Bench:
         rng = random.Random(0)
         self.starts = [self.space.near(self.space.even(), rng), least_error_genome(self.space, errors, rng)]
 
-    def teach(self, training: Training) -> None:
-        """Have the teacher ready, which all candidates of a stage share."""
+    def prepare(self, training: Training) -> None:
+        """Have the teacher ready, which all shapes share, so that no measurement has its time."""
         self._worker.handle("training", training.to_json())
 
     def measured(self, genome: Genome, selection: dict[str, Any] | None) -> tuple[float, float]:
@@ -109,27 +109,30 @@ def main() -> None:
         name: {"method": "training-aware", "training": training.to_json()} for name, training in trainings.items()
     }
     genomes = walks(bench.space, bench.starts, options.shapes)
-    kl: dict[str, list[float]] = {}
-    seconds: dict[str, float] = {}
-    for name, selection in selections.items():
-        if name in trainings:
-            bench.teach(trainings[name])
-        found = [bench.measured(genome, selection) for genome in genomes]
-        kl[name] = [value for value, _ in found]
-        seconds[name] = statistics.mean(spent for _, spent in found)
     # Who is in the last stage is alike: the half that one-shot prefers.
-    half = sorted(range(len(genomes)), key=lambda at: kl["one-shot"][at])[: len(genomes) // 2]
+    half: list[int] = []
     record: dict[str, Any] = {
         "shapes": [bench.space.spelled(genome) for genome in genomes], "recovery tokens": options.recovery_tokens,
-        "windows": WINDOWS, "kl": kl, "seconds": seconds,
+        "windows": WINDOWS, "kl": {}, "seconds": {}, "spearman": {},
     }  # fmt: skip
-    print(f"{'':20}{'all':>8}{'better half':>13}{'mean KL':>10}{'seconds':>9}")
-    for name, values in kl.items():
-        rho = spearman(values, kl["recovery"])
-        within = spearman([values[at] for at in half], [kl["recovery"][at] for at in half])
-        record[name] = {"spearman": rho, "spearman of the better half": within}
-        print(f"{name:20}{rho:8.2f}{within:13.2f}{statistics.mean(values):10.4f}{seconds[name]:9.1f}", flush=True)
-    (OUT / "structure_selection.json").write_text(json.dumps(record, indent=1) + "\n")
+    kl, seconds = record["kl"], record["seconds"]
+    # The recovery comes first, as all others are compared with it.
+    for name in ("recovery", *(name for name in selections if name != "recovery")):
+        if name in trainings:
+            bench.prepare(trainings[name])
+        found = [bench.measured(genome, selections[name]) for genome in genomes]
+        kl[name] = [value for value, _ in found]
+        seconds[name] = statistics.mean(spent for _, spent in found)
+        if name == "one-shot":
+            half = sorted(range(len(genomes)), key=lambda at: kl["one-shot"][at])[: len(genomes) // 2]
+        told = f"{name}: mean KL {statistics.mean(kl[name]):.4f}, {seconds[name]:.1f} s each"
+        if half:
+            better = spearman(*([values[at] for at in half] for values in (kl[name], kl["recovery"])))
+            record["spearman"][name] = {"all": spearman(kl[name], kl["recovery"]), "better half": better}
+            told += "; Spearman {all:.2f}, {better half:.2f} in the better half".format(**record["spearman"][name])
+        print(told, flush=True)
+        # What there is can be read while the rest runs.
+        (OUT / "structure_selection.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

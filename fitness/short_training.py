@@ -62,7 +62,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingText:
     """What candidates are trained on, each from the first batch to the last.
 
     Attributes:
@@ -76,9 +76,9 @@ class Lesson:
     rows: int
 
 
-def build_lesson(
+def build_training_text(
     language_model: LanguageModel, head: nn.Linear | None, training: Training, source: str, *, window: int, seed: int
-) -> Lesson:
+) -> TrainingText:
     """Read the text, and run the dense model over it once.
 
     Args:
@@ -95,7 +95,7 @@ def build_lesson(
     count = -(-training.tokens // window)
     windows = read_side(language_model, source, "A", window=window, count=count, seed=seed)
     teacher = build_teacher(language_model.model, head, windows) if training.loss == "kl" else None
-    return Lesson(windows, teacher, max(training.batch_tokens // window, 1))
+    return TrainingText(windows, teacher, max(training.batch_tokens // window, 1))
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def trained(
     units: Sequence[BlockUnits],
     head: nn.Linear | None,
     training: Training,
-    lesson: Lesson,
+    text: TrainingText,
 ) -> Iterator[list[nn.Parameter]]:
     """Inside, the model has been trained; behind, it has its own parameters again.
 
@@ -116,7 +116,7 @@ def trained(
         units: of the dense model.
         head: what `linear_head` found; neither it nor the embeddings are trained, so the teacher stays that of the
             model.
-        training, lesson: how, and on what.
+        training, text: how, and on what.
 
     Yields:
         What has been trained, in the order of the model.
@@ -127,7 +127,7 @@ def trained(
     _put(places, live)
     try:
         with torch.enable_grad():
-            _train(language_model, head, training, lesson, live)
+            _train(language_model, head, training, text, live)
         for parameter in live:
             parameter.requires_grad_(False)
         yield live
@@ -166,18 +166,18 @@ def _train(
     language_model: LanguageModel,
     head: nn.Linear | None,
     training: Training,
-    lesson: Lesson,
+    text: TrainingText,
     live: Sequence[nn.Parameter],
 ) -> None:
     if not live:
         return
     masters: list[Tensor] = [parameter.detach().float().clone() for parameter in live]
     optimizer = torch.optim.AdamW(masters, lr=training.learning_rate, betas=BETAS, weight_decay=0.0)
-    batches = list(forward_batches(lesson.windows, lesson.rows, language_model.device))
+    batches = list(forward_batches(text.windows, text.rows, language_model.device))
     warm, first = max(round(WARM_UP * len(batches)), 1), 0
     with _repeatable(language_model.device):
         for step, batch in enumerate(batches, 1):
-            teacher = None if lesson.teacher is None else lesson.teacher[slice(first, first + batch.rows)]
+            teacher = None if text.teacher is None else text.teacher[slice(first, first + batch.rows)]
             first += batch.rows
             loss = batch_loss(language_model.model, head, batch, teacher)
             gradients = torch.autograd.grad(loss, live, allow_unused=True, materialize_grads=True)

@@ -13,7 +13,7 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
 from evoprune.fitness.samples import Sequences
-from evoprune.fitness.short_training import Lesson, Training, trained
+from evoprune.fitness.short_training import Training, TrainingText, trained
 from evoprune.fitness.structure_database import PartName, StructureDatabase
 from evoprune.fitness.structure_weights import refitted_outputs
 from evoprune.fitness.surgeon import Surgeon
@@ -100,18 +100,18 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
         )
 
     @contextmanager
-    def trained(self, given: Sequence[Kept], training: Training, lesson: Lesson) -> Iterator[None]:
+    def trained(self, given: Sequence[Kept], training: Training, text: TrainingText) -> Iterator[None]:
         """Inside, the model is the candidate after a short training, with which it ends.
 
         Args:
             given: the candidate.
-            training, lesson: see `evoprune.fitness.short_training.trained`.
+            training, text: see `evoprune.fitness.short_training.trained`.
 
         Raises:
             InvalidInput: see `complete`.
         """
         self.apply(given)
-        with trained(self.language_model, self._units, self.head, training, lesson):
+        with trained(self.language_model, self._units, self.head, training, text):
             yield
 
     @contextmanager

@@ -18,7 +18,7 @@ from evoprune.fitness.model_worker import Handler, heldout_answer
 from evoprune.fitness.prepare import calibration_windows
 from evoprune.fitness.resident_evaluator import finite
 from evoprune.fitness.samples import Sequences, n_tokens
-from evoprune.fitness.short_training import Lesson, Training, build_lesson
+from evoprune.fitness.short_training import Training, TrainingText, build_training_text
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
 from evoprune.fitness.structure_database import PARTS, StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
@@ -67,7 +67,7 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
 
     def __init__(self, context: EvaluationContext) -> None:
         super().__init__(context)
-        self._taught: tuple[Training, Lesson] | None = None
+        self._trained_on: tuple[Training, TrainingText] | None = None
 
     @property
     def jobs(self) -> Mapping[str, Handler]:
@@ -162,18 +162,18 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
         return self._measured(payload, payload["shape"])
 
     def _training(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return {"tokens": n_tokens(self._lesson(Training.from_json(payload)).windows)}
+        return {"tokens": n_tokens(self._training_text(Training.from_json(payload)).windows)}
 
-    def _lesson(self, training: Training) -> Lesson:
+    def _training_text(self, training: Training) -> TrainingText:
         """What candidates are trained on; kept until another is asked for."""
-        if self._taught is None or self._taught[0] != training:
+        if self._trained_on is None or self._trained_on[0] != training:
             self._restore()
             context, model = self.context, self.language_model
             head = linear_head(model.model, self._calibration)
             source = context.place(context.calibration)
             window, seed = context.calibration_window, context.seed
-            self._taught = training, build_lesson(model, head, training, source, window=window, seed=seed)
-        return self._taught[1]
+            self._trained_on = training, build_training_text(model, head, training, source, window=window, seed=seed)
+        return self._trained_on[1]
 
     def _recovered(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload)
@@ -193,8 +193,8 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             yield
             return
         training = Training.from_json(selection["training"])
-        lesson = self._lesson(training)
-        with evaluator.trained(given, training, lesson):
+        text = self._training_text(training)
+        with evaluator.trained(given, training, text):
             yield
 
     def _kept_units(self, payload: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class StructureRun(SearchRun[StructureSearchConfig, GenerationSearch[StructureSp
         self._given = self._checked(prepared)
         if self.config.searcher.selection == "training-aware":
             training = self.config.searcher.training.resolved()
+            self.phase("running the dense model over the text to train on", f": {training.tokens:,} tokens")
             self._training_tokens = first("training", training.to_json())["tokens"]
         self._build_database(first, ask)
         return prepared

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from evoprune.fitness.short_training import Lesson, Trainable, Training, trainable_places, trained
+from evoprune.fitness.short_training import Trainable, Training, TrainingText, trainable_places, trained
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.teacher import build_teacher, linear_head
 from evoprune.fitness.units import find_units
@@ -39,7 +39,7 @@ class Pupil:
         self.dense = deepcopy(self.model.model)
         self.head = linear_head(self.model.model, WINDOWS)
         teacher = build_teacher(self.model.model, self.head, WINDOWS) if loss == "kl" else None
-        self.lesson = Lesson(WINDOWS, teacher, rows)
+        self.text = TrainingText(WINDOWS, teacher, rows)
         self.surgeon = Surgeon(self.model, self.units)
         self.surgeon.apply(ALONE if family == "gpt2" else shape)
 
@@ -52,7 +52,7 @@ class Pupil:
         )  # fmt: skip
 
     def after(self, training: Training) -> dict[str, Tensor]:
-        with trained(self.model, self.units, self.head, training, self.lesson):
+        with trained(self.model, self.units, self.head, training, self.text):
             return {name: value.detach().clone() for name, value in self.model.model.named_parameters()}
 
 
@@ -133,7 +133,7 @@ def test_candidates_recover_and_do_so_again_to_the_bit() -> None:
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
     before, training = kl(pupil.model.model), pupil.training()
-    with trained(pupil.model, pupil.units, pupil.head, training, pupil.lesson):
+    with trained(pupil.model, pupil.units, pupil.head, training, pupil.text):
         assert kl(pupil.model.model) < 0.9 * before
     assert kl(pupil.model.model) == before
     first = pupil.after(training)
