@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from evoprune.fitness.allocating import statistics_needed
 from evoprune.fitness.allocators import configured
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.short_training import Loss, Trainable, Training
+from evoprune.fitness.structure_database import Mode
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA
 from evoprune.search.config_allocation import FrontConfig, GenerationsConfig
@@ -30,6 +32,8 @@ DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 ALLOCATED_BY = "wanda"
 """The criterion inside, for allocators that read one."""
 StructureSearcher = Literal["evolution"]
+Accumulation = Literal["dense", "expectation", "path"]
+Selection = Literal["one-shot", "path-refit", "training-aware"]
 STRUCTURE_SEARCHERS: tuple[str, ...] = get_args(StructureSearcher)
 
 
@@ -83,10 +87,10 @@ class StructureTarget(Section):
     drop: Literal["none", "parts"] = Field(
         "parts", description="whether the attention or the MLP of a block may go as a whole"
     )
-    accumulation: Literal["dense", "expectation"] = Field(
+    accumulation: Accumulation = Field(
         "expectation",
-        description="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
-        "ones",
+        description="what calibration text has gone through when it reaches a block: dense blocks, a mixture of cut "
+        "ones, or this mixture first and then, again and again, blocks cut as the best so far",
     )
 
     @model_validator(mode="before")
@@ -123,10 +127,42 @@ class StructureTarget(Section):
         return "latency" in (self.cost, self.pareto)
 
 
+class TrainingConfig(Section):
+    """The short training of training-aware selection."""
+
+    tokens: int = Field(
+        51_200, ge=1, description="of the calibration's side of the text that each candidate is trained on, at least"
+    )
+    batch_tokens: int = Field(2048, ge=1, description="of one step, at most, but one window at least")
+    trainable: Trainable = Field(
+        "outputs", description="output matrices of attentions and MLPs, and norms, or all but embeddings and head"
+    )
+    loss: Loss = Field("kl", description="KL from the dense model, or the cross entropy of the next token")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="after warm-up; none takes 1e-4 for outputs and 1e-5 for all"
+    )
+
+    def resolved(self) -> Training:
+        """As workers take it."""
+        rate = self.learning_rate or {"outputs": 1e-4, "all": 1e-5}[self.trainable]
+        return Training(self.tokens, self.batch_tokens, self.trainable, self.loss, rate)
+
+
 class StructureGenerations(GenerationsConfig):
     """How a generation is bred and selected."""
 
     name: StructureSearcher = Field("evolution", description="who breeds")
+    selection: Selection = Field(
+        "one-shot",
+        description="how seeds, the last stage and the finals measure: as the database leaves a candidate, after all "
+        "output matrices are refitted to what the candidate itself gives them, or after a short training",
+    )
+    rebuild: int = Field(
+        5,
+        ge=1,
+        description="generations between two builds of the database around the best so far, with path accumulation",
+    )
+    training: TrainingConfig = Field(TrainingConfig(), description="of training-aware selection")
     seeds: tuple[str, ...] | None = Field(
         DEFAULT_SEEDS,
         description="to start from, and to compare with: criteria of units, and allocators, whose sparsities of "
@@ -163,6 +199,12 @@ class StructureSearchConfig(SearchConfig):
             self.front.check(self.searcher)
             if self.searcher.spdy:
                 raise ValueError("SPDY finds a seed at one budget: leave out searcher.spdy, or the front")
+            if self.searcher.selection != "one-shot":
+                raise ValueError(
+                    f"a front has no last stage: leave out {self.searcher.selection} selection, or the front"
+                )
+            if self.target.accumulation == "path":
+                raise ValueError("a front has no parent to rebuild around: give dense or expectation accumulation")
         return self
 
     @property
@@ -194,6 +236,21 @@ class StructureSearchConfig(SearchConfig):
     def allocators(self) -> tuple[str, ...]:
         """The allocators among the seeds."""
         return tuple(name for name in self.seeds if name not in UNIT_CRITERIA)
+
+    @property
+    def first_accumulation(self) -> Mode:
+        """Of the database that the search begins with."""
+        accumulation = self.target.accumulation
+        return "expectation" if accumulation == "path" else accumulation
+
+    @property
+    def selection(self) -> dict[str, Any] | None:
+        """As jobs of the kind ``recovered`` say it; None is one-shot."""
+        method = self.searcher.selection
+        if method == "one-shot":
+            return None
+        training = {"training": self.searcher.training.resolved().to_json()} if method == "training-aware" else {}
+        return {"method": method, **training}
 
     def context(self) -> EvaluationContext:
         """What workers have to know."""

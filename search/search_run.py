@@ -186,7 +186,7 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             self._log,
             self._run,
             window=self.config.window,
-            deadline=lambda job: self._deadline.seconds(self.tokens_of(job)),
+            deadline=self.deadline_of,
             on_applied=self._applied,
             on_poll=self._polled,
         )
@@ -198,8 +198,12 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
         """How many tokens of text B a job of the search reads at most; all steps, unless each is a job of its own."""
         return self.context.rungs[-1] * self.context.window
 
+    def deadline_of(self, job: Job) -> float | None:
+        """Seconds after which a job of the search is given up, or None."""
+        return self._deadline.seconds(self.tokens_of(job))
+
     def _applied(self, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None) -> None:
-        if outcome is not None and birth.job is not None:
+        if outcome is not None and birth.job is not None and birth.job.kind != "rebuilt":
             self._deadline.observe(outcome, self.tokens_of(birth.job))
         self._watch.applied(line, outcome)
 

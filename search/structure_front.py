@@ -17,7 +17,15 @@ from evoprune.search.result import member_name
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.structure_range import StructureRange
-from evoprune.search.structure_result import UNIFORM, heldout_job, run_facts, units_job, units_of, write_whole
+from evoprune.search.structure_result import (
+    UNIFORM,
+    heldout_job,
+    refit_recipe,
+    run_facts,
+    units_job,
+    units_of,
+    write_whole,
+)
 
 
 class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureRange]):
@@ -64,7 +72,7 @@ class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureR
         """Every entrant on held-out text, and the units of every member."""
         spelled, payload = self._search.space.spelled, self._search.payload
         shapes = [spelled(point.member.genome) for point in self._search.front]
-        return [*super().jobs(), *(units_job(self._identity, payload, shape) for shape in shapes)]
+        return [*super().jobs(), *(units_job(self._identity, payload, {"shape": shape}) for shape in shapes)]
 
     def described(self, genome: Genome) -> dict[str, Any]:
         return {"shape": self._search.space.spelled(genome)}
@@ -96,11 +104,12 @@ class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureR
         """
         folder = run.path / "export"
         (folder / "front").mkdir(parents=True, exist_ok=True)
+        recipe, widths = refit_recipe(self._config), self._search.space.costs.widths
         for row, blocks in zip(result["front"], self._blocks, strict=True):
             files = [folder / "front" / f"{member_name(row)}.json"]
             if row == result["best"]:
                 files.append(folder / "shape.json")
             for file in files:
-                write_whole(blocks, self._config, run, self._search.space.costs, {"sparsity": row["sparsity"]}, file)
+                write_whole(blocks, recipe, self._config, run, widths, {"sparsity": row["sparsity"]}, file)
         if self._table is not None:
             write_table(self._table, folder / "latency.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 from evoprune.fitness.latency_table import LatencyTable, read_table
@@ -50,16 +51,10 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
     kind = KIND
     worker_factory = "evoprune.fitness.structure_worker:build"
     pure_jobs: ClassVar[tuple[str, ...]] = (
-        "costs",
-        "block",
-        "choose",
-        "allocate",
-        "errors",
-        "shape",
-        "units",
-        "heldout",
-    )
+        "costs", "block", "choose", "allocate", "errors", "shape", "recovered", "units", "heldout",
+    )  # fmt: skip
     _database = ""
+    _training_tokens = 0
     _costs: UnitCosts
     _counted: UnitCosts
     _table: LatencyTable | None = None
@@ -85,12 +80,16 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
         # What cannot be is refused before the work of hours.
         self._spaces = self._possible()
         self._given = self._checked(prepared)
+        if self.config.searcher.selection == "training-aware":
+            training = self.config.searcher.training.resolved()
+            self.phase("running the dense model over the text to train on", f": {training.tokens:,} tokens")
+            self._training_tokens = first("training", training.to_json())["tokens"]
         self._build_database(first, ask)
         return prepared
 
     def _build_database(self, first: First, ask: Ask) -> None:
         """Have the database built; by all workers, where blocks do not depend on each other."""
-        accumulation = self.config.target.accumulation
+        accumulation = self.config.first_accumulation
         self.phase("building the structured database", f": {accumulation} accumulation")
         if accumulation == "dense":
             jobs = [
@@ -102,6 +101,10 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
                     raise failure(outcome)
         self._database = first("database", {"accumulation": accumulation})["database"]
         self._hold(database=self._database)
+        if self.config.target.accumulation == "path":
+            # What sessions before this one had built is found where it was, unless the cache was emptied since.
+            for values in [outcome.values for outcome in self._log.outcomes() if "path" in outcome.values]:
+                first("database", {"accumulation": "path", "path": values["path"]})
         # What shapes are worth depends on the bits of the database.
         self.identity = content_hash([self.identity, self._database])
 
@@ -125,8 +128,11 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
 
     def job_payload(self, prepared: Summary) -> dict[str, Any]:
         """What every measurement of a shape has to know."""
-        accumulation = self.config.target.accumulation
-        return {"prepared": prepared.name, "accumulation": accumulation, "database": self._database}
+        return {
+            "prepared": prepared.name,
+            "accumulation": self.config.first_accumulation,
+            "database": self._database,
+        }
 
     def _measured(self, ask: Ask) -> LatencyTable:
         """The table that the configuration names, or one that is measured once; an interrupted run keeps it."""
@@ -287,7 +293,32 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
         return StructureSpace(self._costs, target.sparsity, **self.options)
 
     def plan(self) -> Plan:
-        return generation_plan(self.config.searcher, self.config.data.window)
+        searcher = self.config.searcher
+        plan = generation_plan(searcher, self.config.data.window)
+        # The parent's recovery is known from when it was a child.
+        recovered = searcher.stages[-2].survivors * self._recovery_tokens / searcher.offspring
+        return replace(plan, per_candidate=plan.per_candidate + recovered)
+
+    @property
+    def _recovery_tokens(self) -> int:
+        """Tokens of forward passes that the recovery of one candidate, and its measurement, cost."""
+        selection, data = self.config.searcher.selection, self.config.data
+        if selection == "one-shot":
+            return 0
+        # Backwards through a pass takes twice as long; a refit goes through each block for its two outputs, and on.
+        refit = data.calibration_sequences * data.calibration_window
+        recovery = 3 * (self._training_tokens if selection == "training-aware" else refit)
+        return recovery + self.config.searcher.windows * data.window
+
+    def tokens_of(self, job: Job) -> int:
+        return self._recovery_tokens if job.kind == "recovered" else super().tokens_of(job)
+
+    def tokens_asked(self, job: Job) -> int:
+        return super().tokens_asked(job) + (self._recovery_tokens if "selection" in job.payload else 0)
+
+    def deadline_of(self, job: Job) -> float | None:
+        # Orders of removal take what they take, as before the search.
+        return None if job.kind == "rebuilt" else super().deadline_of(job)
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
@@ -310,11 +341,15 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
             payload=payload,
             spdy=Spdy(space, errors_of_choices(space, self._errors), config.seed) if config.searcher.spdy else None,
             spdy_evaluations=config.searcher.spdy,
+            selection=config.selection,
+            rebuild_every=config.searcher.rebuild if config.target.accumulation == "path" else None,
         )
 
     def comparison(self, prepared: Summary, search: GenerationSearch[StructureSpace], ask: Ask) -> StructureComparison:
         seeds = {**self._named, **search.found_seeds}
-        comparison = StructureComparison(self.config, self.identity, search, seeds, self._run, self._counted)
+        comparison = StructureComparison(
+            self.config, self.identity, search, seeds, self._run, self._counted, self._training_tokens
+        )
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring the winner end to end")

@@ -31,11 +31,26 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             **({"latency": latency_text(result["latency"])} if "latency" in result else {}),
             "found": f"generation {best['generation']} of {result['generations']} ({best['origin']})",
             "search": f"{result['evaluations']} evaluations, seed {result['seed']}",
+            **({"selection": selection_text(result)} if "recovered" in result else {}),
             **numerics,
         }
     )
     blocks = Padding(blocks_table(result), (0, 0, 1, 0))
     return [Padding(heldout_table(result), (1, 0, 1, 0)), blocks, facts, Text(), *ways_on(result, run)]
+
+
+def selection_text(result: Mapping[str, Any]) -> str:
+    """What candidates went through before the last stage measured them, and how many did."""
+    recovered, best = result["recovered"], result["best"]
+    if "tokens" not in recovered:
+        return f"fitness is after a path refit, of {recovered['candidates']:,} candidates; so are the held-out rows"
+    told = (
+        f"fitness is after training on {recovered['tokens_each']:,} tokens, of {recovered['candidates']:,} candidates "
+        f"({recovered['tokens']:,} tokens in all); the held-out rows are without it"
+    )
+    if "trained" not in best:
+        return told
+    return f"{told}, and with it the winner's KL is {best['trained']['kl']:.4f} and not {best['heldout']['kl']:.4f}"
 
 
 def latency_text(latency: Mapping[str, Any]) -> str:

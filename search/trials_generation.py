@@ -46,6 +46,8 @@ class GenerationTrials(Trials):
 
     def take(self, line: Mapping[str, Any], telemetry: Mapping[str, Any] | None = None) -> Sequence[TrialRecord]:
         records: list[TrialRecord] = []
+        if line["stage"] == "rebuild":
+            return records
         if line["generation"] != self._generation or line["stage"] == "final":
             records += [self._record(child) for child in self._children.values()]
             self._children.clear()
@@ -69,6 +71,8 @@ class GenerationTrials(Trials):
         return (line["stage"],) if isinstance(line["stage"], int) and line["origin"] != "parent" else ()
 
     def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        if "recovered" in values:  # its windows are those of the whole text, and those of a line are few of them
+            return (values["recovered"],)
         # Held-out losses, which have no line, stand in the log as well.
         return (values["kl"], values["stderr"]) if "stderr" in values else ()
 

@@ -207,10 +207,11 @@ class WorkerSession(ABC, Generic[Config]):
         self, executor: Executor, stopping: Callable[[], bool], jobs: Sequence[Job], *, limited: bool = True
     ) -> list[Outcome]:
         """See `Ask`."""
-        tokens = self._facts["heldout_windows"] * self.config.data.window
-        deadline = self._deadline.seconds(tokens) if limited else None
         missing = {job.key: job for job in jobs if job.key not in self._log}
-        executor.submit(replace(job, deadline=deadline) for job in missing.values())
+        executor.submit(
+            replace(job, deadline=self._deadline.seconds(self.tokens_asked(job)) if limited else None)
+            for job in missing.values()
+        )
         waiting = set(missing)
         while waiting:
             if stopping():
@@ -220,6 +221,10 @@ class WorkerSession(ABC, Generic[Config]):
             waiting = {key for key in waiting if key not in self._log}
             self._watch.tick()
         return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
+
+    def tokens_asked(self, job: Job) -> int:
+        """How many tokens of text a job outside of the search reads at most: the held-out text, unless more is said."""
+        return self._facts["heldout_windows"] * self.config.data.window
 
     def _polled(self) -> None:
         if self._stopping():

@@ -121,11 +121,11 @@ def search_structure(
         ),
     ] = None,
     accumulation: Annotated[
-        Literal["dense", "expectation"] | None,
+        Literal["dense", "expectation", "path"] | None,
         option(
             "--accumulation",
-            help="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
-            "ones",
+            help="what calibration text has gone through when it reaches a block: dense blocks, a mixture of cut ones, "
+            "or after a first round blocks cut as the best so far",
             panel=TARGET,
             default="expectation",
         ),
@@ -153,6 +153,26 @@ def search_structure(
             rich_help_panel=SEARCH,
         ),
     ] = False,
+    selection: Annotated[
+        Literal["one-shot", "path-refit", "training-aware"] | None,
+        option(
+            "--selection",
+            help="how the last stage measures: as the database leaves a candidate, after a refit along its own path, "
+            "or after a short training",
+            panel=SEARCH,
+            default="one-shot",
+        ),
+    ] = None,
+    training_tokens: Annotated[
+        int | None,
+        option(
+            "--training-tokens",
+            metavar="N",
+            help="that training-aware selection trains each candidate on",
+            panel=SEARCH,
+            default=51_200,
+        ),
+    ] = None,
     seed_from: Annotated[
         str | None,
         option(

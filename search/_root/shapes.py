@@ -19,9 +19,10 @@ from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.latency_table import processor_name
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.numerics import torch_threads
+from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database
-from evoprune.fitness.structure_weights import DatabaseRecipe, refitted_outputs
+from evoprune.fitness.structure_weights import RefitRecipe, refitted_outputs
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
@@ -128,24 +129,24 @@ def _outputs(
     shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress
 ) -> Mapping[str, Tensor]:
     """The output projections of what stays, where they are not those of the dense model."""
-    method = shape.weights["method"]
-    if method == "none":
+    if shape.weights["method"] == "none":
         return {}
-    if method != "database":
-        raise InvalidInput(
-            f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
-        )
-    recipe = DatabaseRecipe.read(shape.weights)
+    recipe = RefitRecipe.read(shape.weights, shape.widths)
+    device, dtype = language_model.device, language_model.model.dtype
     with torch_threads(recipe.threads):
         windows = recipe.windows(language_model)
+        if recipe.method == "path-refit":
+            progress("refitting output matrices", 0, 1)
+            refits = path_refits(language_model, units, windows, shape.blocks)
+            return refitted_outputs(units, shape.blocks, lambda block, part, kept: refits[block][part].to(dtype))
         database = build_structure_database(
             language_model,
             units,
             windows,
             mode=recipe.accumulation,
+            path=recipe.path,
             progress=lambda done, total: progress("building the structured database", done, total),
         )
-        device, dtype = language_model.device, language_model.model.dtype
         return refitted_outputs(
             units, shape.blocks, lambda block, part, kept: database.output(block, part, kept, device).to(dtype)
         )
