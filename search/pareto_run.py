@@ -33,6 +33,10 @@ class ParetoRun(LevelRun[ParetoSearch[RangeSpace]]):
             sites, target.sparsity_range, target.granularity, target.drop, only=target.drop_only, stored=target.stored
         )
 
+    @property
+    def measures_time(self) -> bool:
+        return self.config.target.pareto == "latency"
+
     def plan(self) -> Plan:
         return front_plan(self.config, (self.config.budgets[0], self.config.budgets[-1]))
 

@@ -241,6 +241,7 @@ class StructureComparison:
                 "stderr": best.stderr,
                 "shape": space.spelled(best.genome),
                 "cost": space.costs.of(space.shape(best.genome)),
+                "removed": space.removed(best.genome),
                 "heldout": summary(losses["winner"]),
             },
             "front": [],

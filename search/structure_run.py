@@ -39,9 +39,14 @@ from evoprune.search.structure_result import (
     choice,
     spelled_widths,
 )
+from evoprune.search.tables import COUNTED
 from evoprune.search.worker_session import Ask, First
 
 Search = TypeVar("Search", bound=PooledSearch[Any])
+
+
+COARSE = 0.01
+"""By how much of all costs more may go than was asked for before that is worth a word."""
 
 
 class ShapesRun(SearchRun[StructureSearchConfig, Search]):
@@ -108,6 +113,10 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
     @property
     def counted_by_loop(self) -> bool:
         return False
+
+    @property
+    def measures_time(self) -> bool:
+        return self.config.target.timed
 
     @abstractmethod
     def spaces(self) -> list[tuple[str, StructureSpace]]:
@@ -291,6 +300,12 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
+        removed = space.removed(self._even(space))
+        if removed - space.budget > space.costs.dense * COARSE:
+            self.progress.line(
+                f"warning: steps are coarse here: {removed / space.costs.dense:.4g} of the "
+                f"{COUNTED[config.target.cost]} of heads and MLPs goes, where {space.fraction:.4g} was asked for"
+            )
         self._run.add_identity(widths=spelled_widths(self._costs))
         payload = self.job_payload(prepared)
         self._named = self.start_genomes(prepared, payload, ask)

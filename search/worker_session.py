@@ -124,11 +124,17 @@ class WorkerSession(ABC, Generic[Config]):
         self._deadline = Deadline(None, 0.0)
         self._facts: dict[str, Any] = {}
         known = run.identity
-        self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
+        mixed = known.get("bit_reproducible") is False
+        self._admission = Admission(config.numerics, known.get("numerics"), mixed, self.measures_time)
 
     @abstractmethod
     def seeds_identity(self) -> Any:
         """What the search starts from, as JSON values."""
+
+    @property
+    def measures_time(self) -> bool:
+        """Whether times are part of what is searched, so that all workers must be of one kind of device."""
+        return False
 
     def given_facts(self) -> dict[str, str]:
         """What else must not change between the run's sessions and is known without workers: hashes by name."""
