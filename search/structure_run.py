@@ -147,7 +147,9 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
             "table": given,
         }
         self.phase("measuring how long parts take")
-        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        (outcome,) = ask(
+            [Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False, alone=True
+        )
         if outcome.status != "ok":
             raise failure(outcome)
         self._hold(latencies=content_hash(outcome.values["costs"]))
@@ -333,7 +335,7 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring the winner end to end")
-            (outcome,) = ask([comparison.timing_job(self._table)], limited=False)
+            (outcome,) = ask([comparison.timing_job(self._table)], limited=False, alone=True)
             if outcome.status != "ok":
                 raise failure(outcome)
             comparison.take_times(self._table, outcome.values["nanoseconds"])
@@ -394,7 +396,7 @@ class StructureFrontRun(ShapesRun[ParetoSearch[StructureRange]]):
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring members end to end")
-            (outcome,) = ask([comparison.timing_job()], limited=False)
+            (outcome,) = ask([comparison.timing_job()], limited=False, alone=True)
             if outcome.status != "ok":
                 raise failure(outcome)
             comparison.take_times(outcome.values["nanoseconds"])

@@ -181,13 +181,17 @@ def test_two_ray_workers_share_one_table(world: Path, monkeypatch: pytest.Monkey
     assert [outcome.values for outcome in log.outcomes() if "costs" in outcome.values] == [table.to_json()]
     log.close()
     events = list(run.read_events())
+    known = [event.get("phase", event["event"]) for event in events if event["event"] in ("phase", "worker_ready")]
+    assert known.index("building the structured database") > max(
+        at for at, name in enumerate(known) if name == "worker_ready"
+    )
     assert len({event["worker"] for event in events if event["event"] == "worker_ready"}) == 2
     phases = [event["phase"] for event in events if event["event"] == "phase"]
     assert phases.index("measuring how long parts take") < phases.index("building the structured database")
     result = result_of(run)["pareto"]
     assert result["device"] == table.place["device"] and result["measured"]["dense"] > 0
-    known = {**options, "target.table": str(run.path / "export" / "latency.json")}
-    again = start_search(config(world, **known), INLINE, run_dir=world / "again-timed")
+    tabled = {**options, "target.table": str(run.path / "export" / "latency.json")}
+    again = start_search(config(world, **tabled), INLINE, run_dir=world / "again-timed")
     assert history(again) == history(run)
 
 
