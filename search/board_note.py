@@ -15,6 +15,7 @@ from evoprune.search.kinds import kind_of
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
+from evoprune.search.tables_structure import removed_text
 
 
 def searching_note(
@@ -143,8 +144,8 @@ def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str
             "",
             *_heldout(result),
             f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
-            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). The shape and the report are among "
-            "the study's artifacts.",
+            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). Gone is {removed_text(result)}. The "
+            "shape and the report are among the study's artifacts.",
             "",
             *_picture("shape.svg", "what every block keeps", artifacts),
             *_table(("block", "KV groups", "query heads", "neurons"), rows),

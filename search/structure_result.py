@@ -268,6 +268,7 @@ class StructureComparison:
                 "stderr": best.stderr,
                 "shape": space.spelled(best.genome),
                 "cost": space.costs.of(space.shape(best.genome)),
+                "removed": space.removed(best.genome),
                 "heldout": summary(losses["winner"]),
                 **_trained(losses, "winner"),
             },

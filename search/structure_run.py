@@ -40,9 +40,14 @@ from evoprune.search.structure_result import (
     choice,
     spelled_widths,
 )
+from evoprune.search.tables import COUNTED
 from evoprune.search.worker_session import Ask, First
 
 Search = TypeVar("Search", bound=PooledSearch[Any])
+
+
+COARSE = 0.01
+"""By how much of all costs more may go than was asked for before that is worth a word."""
 
 
 class ShapesRun(SearchRun[StructureSearchConfig, Search]):
@@ -112,6 +117,10 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
     def counted_by_loop(self) -> bool:
         return False
 
+    @property
+    def measures_time(self) -> bool:
+        return self.config.target.timed
+
     @abstractmethod
     def spaces(self) -> list[tuple[str, StructureSpace]]:
         """The budgets that seeds are made for: what stands behind a seed's name, and the shapes of that budget.
@@ -144,7 +153,9 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
             "table": given,
         }
         self.phase("measuring how long parts take")
-        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        (outcome,) = ask(
+            [Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False, alone=True
+        )
         if outcome.status != "ok":
             raise failure(outcome)
         self._hold(latencies=content_hash(outcome.values["costs"]))
@@ -322,6 +333,12 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
 
     def build_search(self, prepared: Summary, ask: Ask) -> GenerationSearch[StructureSpace]:
         config, space = self.config, self.space()
+        removed = space.removed(self._even(space))
+        if removed - space.budget > space.costs.dense * COARSE:
+            self.progress.line(
+                f"warning: steps are coarse here: {removed / space.costs.dense:.4g} of the "
+                f"{COUNTED[config.target.cost]} of heads and MLPs goes, where {space.fraction:.4g} was asked for"
+            )
         self._run.add_identity(widths=spelled_widths(self._costs))
         payload = self.job_payload(prepared)
         self._named = self.start_genomes(prepared, payload, ask)
@@ -353,7 +370,7 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring the winner end to end")
-            (outcome,) = ask([comparison.timing_job(self._table)], limited=False)
+            (outcome,) = ask([comparison.timing_job(self._table)], limited=False, alone=True)
             if outcome.status != "ok":
                 raise failure(outcome)
             comparison.take_times(self._table, outcome.values["nanoseconds"])
@@ -414,7 +431,7 @@ class StructureFrontRun(ShapesRun[ParetoSearch[StructureRange]]):
         if self._table is not None:
             # While nothing else runs, as the parts were.
             self.phase("measuring members end to end")
-            (outcome,) = ask([comparison.timing_job()], limited=False)
+            (outcome,) = ask([comparison.timing_job()], limited=False, alone=True)
             if outcome.status != "ok":
                 raise failure(outcome)
             comparison.take_times(outcome.values["nanoseconds"])

@@ -16,9 +16,8 @@ from evoprune.fitness.card import Cut, PassTimes
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.forms import cut_model, form_of, running_shapes
 from evoprune.fitness.latency_passes import Work, shape_latencies
-from evoprune.fitness.latency_table import processor_name
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.numerics import torch_threads
+from evoprune.fitness.numerics import processor_name, torch_threads
 from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database

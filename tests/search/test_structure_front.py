@@ -14,10 +14,12 @@ import pytest
 import evoprune
 from evoprune.cli import main
 from evoprune.fitness import structure_worker
+from evoprune.fitness.latency_table import place_of, read_table
 from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.shape_file import read_shape
 from evoprune.search.config import resolve_as
 from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
@@ -164,6 +166,33 @@ def test_a_run_stopped_again_and_again_is_the_same_run(
     run = resume_search(RunDirectory.open(path), INLINE)
     assert history(run) == history(finished)
     assert timeless(run.result) == timeless(finished.result)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_ray_workers_share_one_table(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured for real, by one of them, before any candidate; whoever searches again by the table gets the same."""
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(world / "cache-of-two"))
+    options = {"target.pareto": "latency", "target.sequence": 16, "evaluations": 12}
+    run = start_search(config(world, **options), Resources(workers=2), run_dir=world / "ray-timed")
+    table = read_table(run.path / "export" / "latency.json")
+    assert table.place == place_of(evoprune.load_model(str(world / "model")), table.work)
+    log = EvaluationLog(run.path / "evaluations.wal")
+    assert [outcome.values for outcome in log.outcomes() if "costs" in outcome.values] == [table.to_json()]
+    log.close()
+    events = list(run.read_events())
+    known = [event.get("phase", event["event"]) for event in events if event["event"] in ("phase", "worker_ready")]
+    assert known.index("building the structured database") > max(
+        at for at, name in enumerate(known) if name == "worker_ready"
+    )
+    assert len({event["worker"] for event in events if event["event"] == "worker_ready"}) == 2
+    phases = [event["phase"] for event in events if event["event"] == "phase"]
+    assert phases.index("measuring how long parts take") < phases.index("building the structured database")
+    result = result_of(run)["pareto"]
+    assert result["device"] == table.place["device"] and result["measured"]["dense"] > 0
+    tabled = {**options, "target.table": str(run.path / "export" / "latency.json")}
+    again = start_search(config(world, **tabled), INLINE, run_dir=world / "again-timed")
+    assert history(again) == history(run)
 
 
 def front_study(run: RunDirectory) -> optuna.Study:

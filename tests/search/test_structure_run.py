@@ -33,7 +33,7 @@ from evoprune.search.publishing import rebuild_board
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.structure_result import ALONE
-from evoprune.search.tables_structure import selection_text
+from evoprune.search.tables_structure import removed_text, selection_text
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options
@@ -484,8 +484,8 @@ def test_a_shape_of_another_budget_is_moved_to_this_one(finished: RunDirectory, 
 def test_keys_and_values_have_a_budget_of_their_own(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of the KV groups go, and whatever else costs nothing stays."""
-    options = {"target.cost": "kv_bytes", "target.sparsity": 0.5, "evaluations": 6}
+    """Where 40 % are asked for, half of the four KV groups go, which is said; whatever else costs nothing stays."""
+    options = {"target.cost": "kv_bytes", "target.sparsity": 0.4, "evaluations": 6}
     run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
     result = result_of(run)
     assert [row["name"] for row in result["baselines"]] == ["uniform", "dp"]
@@ -494,7 +494,13 @@ def test_keys_and_values_have_a_budget_of_their_own(
     for entry in (result["best"], *result["baselines"]):
         assert sum(groups for groups, _, _ in entry["shape"]) == 2
         assert {neurons for _, _, neurons in entry["shape"]} == {48}
-    assert "no seeds by criteria of units" in capsys.readouterr().err
+    assert result["best"]["removed"] == result["dense_cost"] // 2
+    said = capsys.readouterr().err
+    assert "no seeds by criteria of units" in said
+    assert "warning: steps are coarse here: 0.5 of the bytes of keys and values" in said
+    assert removed_text(result) == (
+        "50.000% of the bytes of keys and values of heads and MLPs, where 40.000% was asked for"
+    )
 
 
 def test_a_criterion_that_fails_is_left_out(
