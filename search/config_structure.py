@@ -27,6 +27,8 @@ from evoprune.search.spaces.part_genes import Heads
 
 DEFAULT_SPARSITY = 0.25
 DEFAULT_RANGE: Range = (0.1, 0.5)
+SERVING_MULTIPLE = 256
+"""Neurons at a time, where a shape is to be served; layerwise sparsity allocation, section 6.3."""
 DEFAULT_SEEDS = ("flap", "magnitude", "wanda-sp")
 """Those that need no more than sums over inputs: gradients and Gram matrices of all matrices are the user's choice."""
 ALLOCATED_BY = "wanda"
@@ -84,6 +86,11 @@ class StructureTarget(Section):
     step: int | None = Field(
         None, ge=1, description="neurons that an MLP loses or gains at a time; none takes a thirty-second of them"
     )
+    serving_safe: bool = Field(
+        False,
+        description="only shapes that serving software with a width for each MLP can take: numbers of neurons are "
+        "multiples of 256, attentions stay whole or go",
+    )
     drop: Literal["none", "parts"] = Field(
         "parts", description="whether the attention or the MLP of a block may go as a whole"
     )
@@ -99,6 +106,8 @@ class StructureTarget(Section):
         """What follows from a speedup or a front is written out: a resolved configuration says what is searched."""
         if not isinstance(values, dict):
             return values
+        if values.get("serving_safe"):
+            values = {"heads": "whole", **values}
         if (pareto := values.get("pareto")) is not None:
             counted = "parameters" if pareto == "latency" else pareto
             return with_range({"cost": counted, **values}, DEFAULT_RANGE)
@@ -118,8 +127,15 @@ class StructureTarget(Section):
             raise ValueError(f"the cost of a front is that of --pareto: leave out --cost, or give --pareto {self.cost}")
         if not self.timed and (self.decode or self.table is not None):
             raise ValueError(f"decode and table are about latency, and the cost is {self.cost}: add --cost latency")
+        if self.serving_safe and self.heads != "whole":
+            raise ValueError(f"what serves keeps attentions whole: leave out --heads {self.heads}, or serving_safe")
         check_front(self.pareto, self.sparsity_range, self.sparsity or 0.0, "shape")
         return self
+
+    @property
+    def multiple(self) -> int:
+        """What numbers of neurons are multiples of."""
+        return SERVING_MULTIPLE if self.serving_safe else 1
 
     @property
     def timed(self) -> bool:

@@ -133,7 +133,8 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
     def options(self) -> dict[str, Any]:
         """What every space of this run is told beside costs and budget."""
         target = self.config.target
-        return {"heads": target.heads, "drop": target.drop, "step": target.step}
+        served = {"multiple": target.multiple, "residual": False} if target.serving_safe else {}
+        return {"heads": target.heads, "drop": target.drop, "step": target.step, **served}
 
     def job_payload(self, prepared: Summary) -> dict[str, Any]:
         """What every measurement of a shape has to know."""
@@ -149,7 +150,7 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
         given = None if target.table is None else read_table(target.table).to_json()
         payload = {
             **{name: getattr(target, name) for name in ("batch", "sequence", "decode")},
-            "neurons": ladders(self._counted, target.step),
+            "neurons": ladders(self._counted, target.step, target.multiple),
             "table": given,
         }
         self.phase("measuring how long parts take")

@@ -106,6 +106,14 @@ def search_structure(
             default="both",
         ),
     ] = None,
+    serving_safe: Annotated[
+        bool,
+        typer.Option(
+            "--serving-safe",
+            help="neurons in multiples of 256, attentions whole or gone, as serving software takes them",
+            rich_help_panel=TARGET,
+        ),
+    ] = False,
     drop: Annotated[
         Literal["none", "parts"] | None,
         option("--drop", help="whether attentions and MLPs may go as a whole", panel=TARGET, default="parts"),
@@ -218,6 +226,7 @@ def search_structure(
             "trust_remote_code": trust_remote_code or None,
             "surrogate": surrogate or None,
             "decode": decode or None,
+            "serving_safe": serving_safe or None,
         }
         resolved = structure_config(options, files=config or (), assignments=settings or ())
         if dry_run:

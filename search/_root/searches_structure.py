@@ -25,6 +25,7 @@ def search_structure(
     pareto: Literal["parameters", "flops", "kv_bytes", "latency"] | None = None,
     sparsity_range: tuple[float, float] | None = None,
     heads: Literal["whole", "groups", "balanced", "both"] | None = None,
+    serving_safe: bool | None = None,
     drop: Literal["none", "parts"] | None = None,
     step: int | None = None,
     accumulation: Literal["dense", "expectation", "path"] | None = None,
@@ -72,6 +73,8 @@ def search_structure(
             `sparsity` then says which of it is exported as the shape. 0.1 and 0.5 unless given.
         heads: what goes of an attention: nothing but all of it (``whole``), KV groups, as many query heads of every
             group (``balanced``), or both.
+        serving_safe: only shapes that serving software with a width for each MLP can take: numbers of neurons are
+            multiples of 256, attentions stay whole or go.
         drop: whether attentions and MLPs may go as a whole (``parts``).
         step: neurons that an MLP loses or gains at a time.
         accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks, the
@@ -98,7 +101,8 @@ def search_structure(
     """
     options = {
         "model": model, "sparsity": sparsity, "cost": cost, "speedup": speedup,
-        "decode": decode, "pareto": pareto, "sparsity_range": sparsity_range, "heads": heads, "drop": drop,
+        "decode": decode, "pareto": pareto, "sparsity_range": sparsity_range, "heads": heads,
+        "serving_safe": serving_safe, "drop": drop,
         "step": step,
         "accumulation": accumulation, "evaluations": evaluations, "minutes": minutes, "population": population,
         "surrogate": surrogate, "selection": selection, "training_tokens": training_tokens,
