@@ -254,6 +254,19 @@ def test_the_report_of_a_front(timed: RunDirectory) -> None:
     assert "Write a smaller model" in page.text
 
 
+def test_a_front_of_keys_and_values_is_as_long_as_there_are_groups(world: Path, tmp_path: Path) -> None:
+    """Four KV groups in all, of which a quarter to half may go; heads and neurons that cost nothing stay."""
+    options = {"target.pareto": "kv_bytes", "target.sparsity_range": (0.25, 0.5), "target.heads": "groups"}
+    changed = config(world, evaluations=8, **options, **{"front.budgets": 2, "target.drop": "none"})
+    run = start_search(changed, INLINE, run_dir=tmp_path / "run")
+    result = result_of(run)
+    kept = [sum(groups for groups, _, _ in row["shape"]) for row in result["front"]]
+    assert kept == sorted(set(kept), reverse=True) and set(kept) <= {3, 2}
+    assert [row["saved"] for row in result["front"]] == [100 - 25 * count for count in kept]
+    assert {neurons for row in result["front"] for _, _, neurons in row["shape"]} == {48}
+    assert result["pareto"]["unit"] == "bytes" and {row["name"] for row in result["baselines"]} == {"uniform", "dp"}
+
+
 def test_a_search_may_start_from_a_member(finished: RunDirectory, world: Path, tmp_path: Path) -> None:
     row = result_of(finished)["front"][0]
     file = finished.path / "export" / "front" / f"{row['saved']}.json"
