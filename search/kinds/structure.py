@@ -134,7 +134,7 @@ class StructureKind:
             if name in (UNIFORM, LEAST_ERROR):
                 raise InvalidInput(f"{name} is a seed of every structure search: leave it out of searcher.seeds")
             if name not in ALLOCATORS:
-                raise UnknownName("seed", name, [*UNIT_CRITERIA, *ALLOCATORS])
+                raise UnknownName("unit criterion or allocator", name, [*UNIT_CRITERIA, *ALLOCATORS])
         given_shape(config.seed_from)
         if config.target.table is not None:
             from evoprune.fitness.latency_table import read_table

@@ -209,7 +209,7 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document == yaml.safe_load(first.out)
     assert document["target"] == {
         "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None,
-        "table": None,
+        "table": None, "pareto": None, "sparsity_range": None,
         "heads": "both", "step": None, "drop": "parts", "accumulation": "expectation",
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
@@ -225,18 +225,24 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json",
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
-    # What is about latency contradicts another budget.
-    assert given.keys() | flags.keys() | {"model", "speedup", "decode"} == STRUCTURE_KEYS.keys()
+    # What is about latency, or a front, contradicts another budget.
+    others = {"model", "speedup", "decode", "pareto", "sparsity_range"}
+    assert given.keys() | flags.keys() | others == STRUCTURE_KEYS.keys()
+    front = run("search", "structure", "--pareto", "flops", "--sparsity-range", 0.2, 0.4, "--dry-run", "--json").json
+    found = front["target"]
+    assert (found["pareto"], found["sparsity_range"], found["cost"], found["sparsity"]) == (
+        "flops", [0.2, 0.4], "flops", 0.3,
+    )  # fmt: skip
     timed = run("search", "structure", "--speedup", 2, "--decode", "--dry-run", "--json").json["target"]
     assert (timed["speedup"], timed["decode"], timed["cost"], timed["sparsity"]) == (2.0, True, "latency", None)
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += ["--trust-remote-code", "--surrogate"]
     plain = run("search", "structure", "some/model", *words, "--dry-run", "--json").json
     for name, value in (given | flags | {"model": "some/model"}).items():
-        found: Any = plain
+        resolved: Any = plain
         for part in STRUCTURE_KEYS[name].split("."):
-            found = found[part]
-        assert found == value, name
+            resolved = resolved[part]
+        assert resolved == value, name
     assert STRUCTURE_KEYS.keys() <= signature(evoprune.search_structure).parameters.keys()
 
 
@@ -291,7 +297,9 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
     search = ("search", "structure", tiny)
     assert "is not between 0 and 1" in refused(*search, "--sparsity", 1.5)
     assert "no model 'no/such-model'" in refused("search", "structure", "no/such-model")
-    assert "no unit criterion 'flop'; did you mean 'flap'" in refused(*search, "--set", "searcher.seeds=[flop]")
+    assert "no unit criterion or allocator 'flop'; did you mean 'flap'" in refused(
+        *search, "--set", "searcher.seeds=[flop]"
+    )
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)
