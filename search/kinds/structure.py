@@ -30,9 +30,13 @@ class StructureKind:
     descriptors: Mapping[str, Range] = StructureTrials.ranges
 
     def session(self, config: StructureSearchConfig) -> type[Session]:
-        from evoprune.search.structure_run import StructureFrontRun, StructureRun
+        if config.target.pareto is not None:
+            from evoprune.search.structure_front_run import StructureFrontRun
 
-        return StructureRun if config.target.pareto is None else StructureFrontRun
+            return StructureFrontRun
+        from evoprune.search.structure_run import StructureRun
+
+        return StructureRun
 
     def steps(self, run: RunDirectory) -> list[RunDirectory]:
         return []

@@ -276,7 +276,9 @@ def test_a_search_may_start_from_a_member(finished: RunDirectory, world: Path, t
     file = finished.path / "export" / "front" / f"{row['saved']}.json"
     changed = config(world, evaluations=5, seed_from=str(file), **{"front.budgets": 2})
     run = start_search(changed, INLINE, run_dir=tmp_path / "run")
-    origins = [line["origin"] for line in lines_of(run)[:4]]
+    lines = lines_of(run)[:4]
+    origins = [line["origin"] for line in lines]
+    assert lines[2]["genome"] == [count for block in row["shape"] for count in block]  # at its own budget
     assert origins == ["seed:uniform@0.2", "seed:uniform@0.7", "seed:given", "seed:dp@0.2"]
 
 
