@@ -13,12 +13,14 @@ from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.front_result import FrontComparison
 from evoprune.search.pareto_search import ParetoSearch
-from evoprune.search.result import member_name
+from evoprune.search.result import member_name, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.structure_range import StructureRange
 from evoprune.search.structure_result import (
+    ALONE,
     UNIFORM,
+    choice,
     heldout_job,
     refit_recipe,
     run_facts,
@@ -29,7 +31,7 @@ from evoprune.search.structure_result import (
 
 
 class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureRange]):
-    """The front of a search beside the seeds that it started from, and beside uniform shapes of its members' costs.
+    """The front of a search beside its seeds, criteria of units alone, and uniform shapes of its members' costs.
 
     Args:
         config, identity, search, seeds: see `FrontComparison`.
@@ -55,6 +57,11 @@ class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureR
         self._run = run
         self._table = table
         self._blocks: list[tuple[BlockShape, ...]] = []  # of every member
+        assert config.target.sparsity_range is not None
+        budgets = config.front.spread(config.target.sparsity_range)
+        # Criteria count neurons, which have no keys and values.
+        names = config.criteria if search.space.costs.quantity != "kv_bytes" else ()
+        self._alone = [(name, fraction) for name in names for fraction in budgets]
 
     def timing_job(self) -> Job:
         assert self._table is not None
@@ -69,10 +76,15 @@ class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureR
         return [heldout_job(self._identity, payload, entrant) for entrant in entrants]
 
     def jobs(self) -> list[Job]:
-        """Every entrant on held-out text, and the units of every member."""
-        spelled, payload = self._search.space.spelled, self._search.payload
-        shapes = [spelled(point.member.genome) for point in self._search.front]
-        return [*super().jobs(), *(units_job(self._identity, payload, {"shape": shape}) for shape in shapes)]
+        """Every entrant on held-out text, criteria alone there too, and the units of every member."""
+        space, payload = self._search.space, self._search.payload
+        choices = [choice(space.costs, fraction, name, None) for name, fraction in self._alone]
+        shapes = [space.spelled(point.member.genome) for point in self._search.front]
+        return [
+            *super().jobs(),
+            *(heldout_job(self._identity, payload, asked) for asked in choices),
+            *(units_job(self._identity, payload, {"shape": shape}) for shape in shapes),
+        ]
 
     def described(self, genome: Genome) -> dict[str, Any]:
         return {"shape": self._search.space.spelled(genome)}
@@ -84,17 +96,34 @@ class StructureFrontComparison(FrontComparison[StructureSearchConfig, StructureR
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """The content of ``result.json``, from the outcomes of `jobs`; see `FrontComparison.rows`."""
         config, search = self._config, self._search
-        measured = len(outcomes) - len(search.front)
-        self._blocks = [units_of(outcome) for outcome in outcomes[measured:]]
+        units = len(outcomes) - len(search.front)
+        measured = units - len(self._alone)
+        self._blocks = [units_of(outcome) for outcome in outcomes[units:]]
         found = {
             **run_facts(config, search, self._run, search.space.costs, evaluations),
             "target": f"{config.target.sparsity:g}",
             "stage_tokens": [config.front.windows * config.data.window],
             **self.rows(outcomes[:measured]),
         }
+        alone = zip(self._alone, outcomes[measured:units], strict=True)
+        found["baselines"] += [self._by_itself(name, outcome) for (name, _), outcome in alone if outcome.status == "ok"]
         if self._table is not None:
             found["pareto"] |= {**self._table.work.to_json(), "device": self._table.place["device"]}
         return found
+
+    def _by_itself(self, name: str, outcome: Outcome) -> dict[str, Any]:
+        """The row of a criterion's own choice of units, with the weights that it leaves them."""
+        kept = outcome.values["kept"]
+        first, *others = self._search.costs
+        return {
+            "name": name + ALONE,
+            "sparsity": (first.dense - first.of(kept)) / first.dense,
+            "cost": first.of(kept),
+            **{cost.name: cost.of(kept) for cost in others},
+            "fitness": None,
+            "shape": kept,
+            "heldout": summary(outcome.values),
+        }
 
     def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
         """Write every member as ``front/SAVED.json`` and the best as ``shape.json``, and read them back.

@@ -1,4 +1,4 @@
-"""Structure searches from configuration to result: for one shape, and for a front of shapes."""
+"""A structure search from configuration to result, and what all searches over shapes share."""
 
 from __future__ import annotations
 
@@ -18,21 +18,17 @@ from evoprune.metrics.shape import Shape
 from evoprune.metrics.shape_file import to_json
 from evoprune.search.breeders.switches import Switches
 from evoprune.search.config_structure import ALLOCATED_BY, StructureSearchConfig
-from evoprune.search.costs import ShapeCost
 from evoprune.search.dynamic_program import Spdy, least_error_genome
 from evoprune.search.engine.executor import Job
 from evoprune.search.generation_search import GenerationSearch, Stage
 from evoprune.search.given import given_shape
 from evoprune.search.kinds.structure import KIND
 from evoprune.search.level_run import GIVEN, sites_of
-from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.result import failure
-from evoprune.search.search_run import Plan, SearchRun, front_plan, generation_plan
+from evoprune.search.search_run import Plan, SearchRun, generation_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.structure import StructureSpace, ladders, part_sparsities
-from evoprune.search.spaces.structure_range import StructureRange
-from evoprune.search.structure_front import StructureFrontComparison
 from evoprune.search.structure_result import (
     LEAST_ERROR,
     UNIFORM,
@@ -129,6 +125,10 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
             InvalidInput: a budget is out of reach.
         """
 
+    @abstractmethod
+    def space_at(self, fraction: float) -> StructureSpace:
+        """The shapes of the budget that is nearest to this one."""
+
     @property
     def options(self) -> dict[str, Any]:
         """What every space of this run is told beside costs and budget."""
@@ -193,8 +193,7 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
         if self._given is not None:
             shape = [kept_by(block) for block in self._given.blocks]
             removed = 1 - self._costs.of(shape) / self._costs.dense
-            nearest = min((space for _, space in spaces), key=lambda space: abs(space.fraction - removed))
-            found[GIVEN] = nearest.near_shape(shape, self._rng(GIVEN))
+            found[GIVEN] = self.space_at(removed).near_shape(shape, self._rng(GIVEN))
         for suffix, space in spaces:
             errors = errors_of_choices(space, self._errors)
             found[LEAST_ERROR + suffix] = least_error_genome(space, errors, self._rng(LEAST_ERROR))
@@ -292,6 +291,9 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
     def spaces(self) -> list[tuple[str, StructureSpace]]:
         return [("", self.space())]
 
+    def space_at(self, fraction: float) -> StructureSpace:
+        return self.space()
+
     def space(self) -> StructureSpace:
         """The shapes that the configuration allows.
 
@@ -375,67 +377,6 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
             if outcome.status != "ok":
                 raise failure(outcome)
             comparison.take_times(self._table, outcome.values["nanoseconds"])
-        return comparison
-
-
-class StructureFrontRun(ShapesRun[ParetoSearch[StructureRange]]):
-    """One session of a search for a front of shapes."""
-
-    def spaces(self) -> list[tuple[str, StructureSpace]]:
-        space, ends = self.space(), self.config.target.sparsity_range
-        assert ends is not None
-        return [(f"@{fraction:g}", space.at(fraction)) for fraction in self.config.front.spread(ends)]
-
-    def space(self) -> StructureRange:
-        """The shapes of all budgets.
-
-        Raises:
-            InvalidInput: the highest is out of reach.
-        """
-        ends = self.config.target.sparsity_range
-        assert ends is not None
-        return StructureRange(self._costs, ends, **self.options)
-
-    def plan(self) -> Plan:
-        ends = self.config.target.sparsity_range
-        assert ends is not None
-        return front_plan(self.config, ends)
-
-    def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch[StructureRange]:
-        config = self.config
-        assert config.target.sparsity is not None
-        self._run.add_identity(widths=spelled_widths(self._costs))
-        payload = self.job_payload(prepared)
-        self._named = self.start_genomes(prepared, payload, ask)
-        costs = [ShapeCost(self._costs)]
-        if self._table is not None:
-            # As measured: what the front says of a member is what its parts took.
-            costs.append(ShapeCost(self._table.costs))
-        return ParetoSearch(
-            self.space(),
-            costs,
-            by_genome(self._named),
-            target=config.target.sparsity,
-            windows=config.front.windows,
-            final_windows=config.searcher.windows,
-            population=config.searcher.offspring,
-            crossover=config.front.crossover,
-            seed=config.seed,
-            evaluations=config.evaluations,
-            identity=self.identity,
-            payload=payload,
-        )
-
-    def comparison(self, prepared: Summary, search: ParetoSearch[StructureRange], ask: Ask) -> StructureFrontComparison:
-        seeds = [(name.partition("@")[0], genome) for name, genome in self._named.items()]
-        comparison = StructureFrontComparison(self.config, self.identity, search, seeds, self._run, self._table)
-        if self._table is not None:
-            # While nothing else runs, as the parts were.
-            self.phase("measuring members end to end")
-            (outcome,) = ask([comparison.timing_job()], limited=False, alone=True)
-            if outcome.status != "ok":
-                raise failure(outcome)
-            comparison.take_times(outcome.values["nanoseconds"])
         return comparison
 
 

@@ -30,9 +30,13 @@ class StructureKind:
     descriptors: Mapping[str, Range] = StructureTrials.ranges
 
     def session(self, config: StructureSearchConfig) -> type[Session]:
-        from evoprune.search.structure_run import StructureFrontRun, StructureRun
+        if config.target.pareto is not None:
+            from evoprune.search.structure_front_run import StructureFrontRun
 
-        return StructureRun if config.target.pareto is None else StructureFrontRun
+            return StructureFrontRun
+        from evoprune.search.structure_run import StructureRun
+
+        return StructureRun
 
     def steps(self, run: RunDirectory) -> list[RunDirectory]:
         return []
@@ -134,7 +138,7 @@ class StructureKind:
             if name in (UNIFORM, LEAST_ERROR):
                 raise InvalidInput(f"{name} is a seed of every structure search: leave it out of searcher.seeds")
             if name not in ALLOCATORS:
-                raise UnknownName("seed", name, [*UNIT_CRITERIA, *ALLOCATORS])
+                raise UnknownName("unit criterion or allocator", name, [*UNIT_CRITERIA, *ALLOCATORS])
         given_shape(config.seed_from)
         if config.target.table is not None:
             from evoprune.fitness.latency_table import read_table

@@ -226,23 +226,26 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "training_tokens": 777,
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
-    # What is about latency, or about a front, contradicts another budget.
-    others = {"speedup", "decode", "pareto", "sparsity_range", "serving_safe"}
-    assert given.keys() | flags.keys() | {"model"} | others == STRUCTURE_KEYS.keys()
+    # What is about latency, or a front, contradicts another budget.
+    others = {"model", "speedup", "decode", "pareto", "sparsity_range", "serving_safe"}
+    assert given.keys() | flags.keys() | others == STRUCTURE_KEYS.keys()
+    front = run("search", "structure", "--pareto", "flops", "--sparsity-range", 0.2, 0.4, "--dry-run", "--json").json
+    found = front["target"]
+    assert (found["pareto"], found["sparsity_range"], found["cost"], found["sparsity"]) == (
+        "flops", [0.2, 0.4], "flops", 0.3,
+    )  # fmt: skip
     timed = run("search", "structure", "--speedup", 2, "--decode", "--dry-run", "--json").json["target"]
     assert (timed["speedup"], timed["decode"], timed["cost"], timed["sparsity"]) == (2.0, True, "latency", None)
     served = run("search", "structure", "--serving-safe", "--dry-run", "--json").json["target"]
     assert (served["serving_safe"], served["heads"]) == (True, "whole")
-    front = run("search", "structure", "--pareto", "flops", "--sparsity-range", 0.2, 0.4, "--dry-run", "--json").json
-    assert (front["target"]["pareto"], front["target"]["sparsity_range"]) == ("flops", [0.2, 0.4])
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += ["--trust-remote-code", "--surrogate"]
     plain = run("search", "structure", "some/model", *words, "--dry-run", "--json").json
     for name, value in (given | flags | {"model": "some/model"}).items():
-        found: Any = plain
+        resolved: Any = plain
         for part in STRUCTURE_KEYS[name].split("."):
-            found = found[part]
-        assert found == value, name
+            resolved = resolved[part]
+        assert resolved == value, name
     assert STRUCTURE_KEYS.keys() <= signature(evoprune.search_structure).parameters.keys()
 
 
@@ -300,7 +303,9 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
     assert "no model 'no/such-model'" in refused("search", "structure", "no/such-model")
     both = refused(*search, "--serving-safe", "--heads", "groups")
     assert "what serves keeps attentions whole: leave out --heads groups, or serving_safe" in both
-    assert "no seed 'flop'; did you mean 'flap'" in refused(*search, "--set", "searcher.seeds=[flop]")
+    assert "no unit criterion or allocator 'flop'; did you mean 'flap'" in refused(
+        *search, "--set", "searcher.seeds=[flop]"
+    )
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)

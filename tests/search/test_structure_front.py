@@ -20,7 +20,8 @@ from evoprune.metrics.shape_file import read_shape
 from evoprune.search.config import resolve_as
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.journal import EvaluationLog
-from evoprune.search.report import write_report
+from evoprune.search.report import figures_front, write_report
+from evoprune.search.report.front_data import StructureFrontData
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.spaces.structure_range import StructureRange
@@ -34,7 +35,7 @@ from tests.search.test_structure_space import parameters as costs_of
 from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options
 
 INLINE = Resources(executor="inline")
-EVALUATIONS = 24
+EVALUATIONS = 18
 
 
 def config(world: Path, **changes: Any) -> StructureSearchConfig:
@@ -65,7 +66,7 @@ def timed(world: Path) -> RunDirectory:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structure_worker, "latency_table", planted_table)
         return start_search(
-            config(world, evaluations=16, **{"target.pareto": "latency"}), INLINE, run_dir=world / "timed"
+            config(world, evaluations=14, **{"target.pareto": "latency"}), INLINE, run_dir=world / "timed"
         )
 
 
@@ -120,7 +121,10 @@ def test_the_result_has_the_front(finished: RunDirectory) -> None:
     assert any(row["uniform"] is not None for row in measured)
     distances = [abs(row["sparsity"] - 0.45) for row in front]
     assert result["best"] == front[distances.index(min(distances))]
-    assert sorted(row["name"] for row in result["baselines"]) == ["dp"] * 3 + ["flap"] * 3 + ["uniform"] * 3
+    names = ["dp"] * 3 + ["flap"] * 3 + ["flap alone"] * 3 + ["uniform"] * 3
+    assert sorted(row["name"] for row in result["baselines"]) == names
+    for row in result["baselines"]:
+        assert row["cost"] == parameters(row["shape"]) and row["sparsity"] == (DENSE - row["cost"]) / DENSE
     shared = json.dumps({name: result[name] for name in ("best", "front", "baselines", "dense")})
     assert "/" not in shared and "seconds" not in shared
 
@@ -160,8 +164,8 @@ def test_a_run_stopped_again_and_again_is_the_same_run(
             else:
                 start_search(config(world), INLINE, run_dir=path)
         if phase == "searching":
-            page = Page(write_report(RunDirectory.open(path)).read_text())
-            assert "not finished" in page.text and "Not beaten so far" in page.text
+            data = StructureFrontData(RunDirectory.open(path))
+            assert data.best is not None and data.archive and not data.rows and figures_front.front(data) is None
     monkeypatch.undo()
     run = resume_search(RunDirectory.open(path), INLINE)
     assert history(run) == history(finished)
@@ -254,12 +258,27 @@ def test_the_report_of_a_front(timed: RunDirectory) -> None:
     assert "Write a smaller model" in page.text
 
 
+def test_a_front_of_keys_and_values_is_as_long_as_there_are_groups(world: Path, tmp_path: Path) -> None:
+    """Four KV groups in all, of which a quarter to half may go; heads and neurons that cost nothing stay."""
+    options = {"target.pareto": "kv_bytes", "target.sparsity_range": (0.25, 0.5), "target.heads": "groups"}
+    changed = config(world, evaluations=8, **options, **{"front.budgets": 2, "target.drop": "none"})
+    run = start_search(changed, INLINE, run_dir=tmp_path / "run")
+    result = result_of(run)
+    kept = [sum(groups for groups, _, _ in row["shape"]) for row in result["front"]]
+    assert kept == sorted(set(kept), reverse=True) and set(kept) <= {3, 2}
+    assert [row["saved"] for row in result["front"]] == [100 - 25 * count for count in kept]
+    assert {neurons for row in result["front"] for _, _, neurons in row["shape"]} == {48}
+    assert result["pareto"]["unit"] == "bytes" and {row["name"] for row in result["baselines"]} == {"uniform", "dp"}
+
+
 def test_a_search_may_start_from_a_member(finished: RunDirectory, world: Path, tmp_path: Path) -> None:
     row = result_of(finished)["front"][0]
     file = finished.path / "export" / "front" / f"{row['saved']}.json"
     changed = config(world, evaluations=5, seed_from=str(file), **{"front.budgets": 2})
     run = start_search(changed, INLINE, run_dir=tmp_path / "run")
-    origins = [line["origin"] for line in lines_of(run)[:4]]
+    lines = lines_of(run)[:4]
+    origins = [line["origin"] for line in lines]
+    assert lines[2]["genome"] == [count for block in row["shape"] for count in block]  # at its own budget
     assert origins == ["seed:uniform@0.2", "seed:uniform@0.7", "seed:given", "seed:dp@0.2"]
 
 

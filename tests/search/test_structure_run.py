@@ -616,6 +616,9 @@ def test_allocators_are_seeds_as_well(world: Path, tmp_path: Path, monkeypatch: 
     assert all((groups, each) == (2, 2) for groups, each, _ in rows["owl"]["shape"])
     assert sum(neurons for _, _, neurons in rows["owl"]["shape"]) == 15
     assert rows["atp"]["fitness"] is not None
-    for names, said in ((["nobody"], "no seed 'nobody'"), (["dp"], "dp is a seed of every structure search")):
+    for names, said in (
+        (["nobody"], "no unit criterion or allocator 'nobody'"),
+        (["dp"], "dp is a seed of every structure search"),
+    ):
         with pytest.raises(InvalidInput, match=said):
             check_names(config(world, **{"searcher.seeds": names}))
