@@ -127,7 +127,8 @@ class StructureComparison:
             entrants |= {name + TRAINED: {"shape": shape, "selection": selection} for name, shape in shapes.items()}
         self._entrants = list(entrants)
         # Seeds were measured before anything was rebuilt, and are compared as they were.
-        rebuilt = {"database": self._search.payload_of(self._best)["database"]}
+        made = self._search.payload_of(self._best)
+        rebuilt = {name: value for name, value in made.items() if payload[name] != value}
         for name in entrants.keys() & {"winner", "winner" + TRAINED}:
             entrants[name] |= rebuilt
         jobs = [
