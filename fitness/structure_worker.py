@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
+from evoprune.fitness.allocator_worker import AllocatorWorker
+from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency_measure import latency_table
 from evoprune.fitness.latency_passes import Work, shape_latencies
@@ -36,7 +37,7 @@ def build(context: dict[str, Any]) -> StructureWorker:
     return StructureWorker(EvaluationContext.from_json(context))
 
 
-class StructureWorker(CandidateWorker[StructureEvaluator]):
+class StructureWorker(AllocatorWorker[StructureEvaluator]):
     """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons].
 
     Jobs (kind and payload):

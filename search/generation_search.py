@@ -4,8 +4,8 @@ A generation is a number of children of one parent. Each stage measures them on 
 best few for the next stage, which reads on where this one ended: nothing is measured twice. The parent is measured with
 them throughout, so that its hidden states are at hand, and competes in the last stage. Windows are drawn anew for every
 generation, so that nobody wins by fitting them. A few children bring together what the best children of the last
-parent changed. Seeds are measured on as much text as the last stage has. The last parents and the best seed are then
-compared on one long text, the same for all, and the best of them is the result.
+parent changed. Seeds are measured on as much text as the last stage has; SPDY, if asked, finds one more there. The last
+parents and the best seed are then compared on one long text, the same for all, and the best of them is the result.
 
 Where a selection is given, seeds, the last stage and the finals measure what becomes of a candidate after a recovery,
 once for each candidate and on all windows; what a pool reads of it are its own windows.
@@ -26,6 +26,7 @@ from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.breeders import Breeder
+from evoprune.search.dynamic_program import Spdy
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.loop import Birth
 from evoprune.search.pooled_search import Member, PooledSearch, Space
@@ -36,6 +37,8 @@ from evoprune.search.surrogate import Surrogate
 FINALISTS = 8
 MATES = 3
 """Others of the last stage whose changes may be added to the parent's."""
+SPDY = "spdy"
+"""Name of the seed that SPDY finds."""
 PROPOSALS = 4
 """Proposals for each child where a surrogate chooses; every fourth child is none of its choice."""
 
@@ -65,6 +68,8 @@ class GenerationSearch(PooledSearch[Space]):
         offspring: children of a generation.
         crossover: whether some of them bring changes together, where the breeder allows it.
         surrogate: chooses children from more proposals before they are measured, by what generations have shown.
+        spdy: finds one more seed after all others, in batches of `offspring`; what others have measured it is told.
+        spdy_evaluations: how many of the evaluations its candidates may take.
         selection: what a candidate goes through before seeds, the last stage and the finals measure it, as jobs of the
             kind ``recovered`` say it; None is nothing.
         rebuild_every: generations between two rebuilds of the database around the parent; None is never.
@@ -90,9 +95,15 @@ class GenerationSearch(PooledSearch[Space]):
         evaluations: int | None,
         identity: str,
         payload: Mapping[str, Any],
+        spdy: Spdy | None = None,
+        spdy_evaluations: int = 0,
         selection: Mapping[str, Any] | None = None,
         rebuild_every: int | None = None,
     ) -> None:
+        self._spdy = spdy
+        self._spdy_left = spdy_evaluations
+        self._proposed: list[Genome] = []
+        self._started: list[Member] = []
         self._breeder = breeder
         self._rebuild_every = rebuild_every
         self.rebuilds: list[dict[str, Any]] = []
@@ -110,6 +121,11 @@ class GenerationSearch(PooledSearch[Space]):
         self._parents: list[Member] = []
         self.finals: list[Member] = []
         super().__init__(space, seeds, seed=seed, evaluations=evaluations, identity=identity, payload=payload)
+
+    @property
+    def found_seeds(self) -> dict[str, Genome]:
+        """Seeds that were found by searching, by name."""
+        return {} if self._spdy is None or self._spdy.best is None else {SPDY: self._spdy.best}
 
     def _counts(self, member: Member) -> bool:
         if self._phase == "generation":
@@ -205,8 +221,12 @@ class GenerationSearch(PooledSearch[Space]):
     def _advance(self) -> None:
         ranked = self._ranked(self._measured)
         if self._phase == "seeds":
-            self._seeds_measured()
-            self._follow(ranked)
+            self._started += self._measured
+            if self._ask_spdy():
+                return
+            self._seeds_measured(self._started)
+            self.seeds |= self._named_late()
+            self._follow(self._ranked(self._started))
         elif self._phase == "final":
             self.best = ranked[0] if ranked else None
             self.finals = ranked
@@ -225,6 +245,30 @@ class GenerationSearch(PooledSearch[Space]):
                 survivors = children[: self._stages[self._stage].survivors]
                 self._stage += 1
                 self._enter([*parent, *survivors])
+
+    def _ask_spdy(self) -> bool:
+        """Have the next candidates of SPDY measured; False where it has no more, or no more evaluations."""
+        if self._spdy is None:
+            return False
+        known = {member.genome: member.kl for member in self._started}
+        while True:
+            self._spdy.tell([known.get(genome) for genome in self._proposed])
+            left = min(
+                self._spdy_left, self._spdy_left if self._evaluations is None else self._evaluations - self._counted
+            )
+            count = 0 if self._concluded else min(left, self._offspring)
+            self._proposed = self._spdy.propose(count) if count else []
+            if not self._proposed:
+                return False
+            new = [genome for genome in self._proposed if genome not in known]
+            self._spdy_left -= len(new)
+            if new:
+                self._enter([Member(genome, f"seed:{SPDY}") for genome in new])
+                return True
+
+    def _named_late(self) -> dict[str, Genome]:
+        """The `found_seeds` that are no other seed's genome."""
+        return {name: genome for name, genome in self.found_seeds.items() if genome not in self.seeds.values()}
 
     def _follow(self, ranked: Sequence[Member]) -> None:
         """The best of a generation is the parent of the next; without one, nothing can go on."""
@@ -340,6 +384,8 @@ class GenerationSearch(PooledSearch[Space]):
             midway = self._phase == "generation" and self._stage + 1 < len(self._stages)
             if midway and self._break_off():
                 self._finish()
+            elif self._proposed and self._break_off():
+                self._advance()
         return True
 
     def state(self) -> dict[str, Any]:
@@ -354,6 +400,10 @@ class GenerationSearch(PooledSearch[Space]):
             "rebuilds": self.rebuilds,
             "breeder": self._breeder.state(),
             "surrogate": None if self._surrogate is None else self._surrogate.state(),
+            "spdy": None if self._spdy is None else self._spdy.state(),
+            "spdy_left": self._spdy_left,
+            "proposed": [list(genome) for genome in self._proposed],
+            "started": [member.to_json() for member in self._started],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -368,6 +418,12 @@ class GenerationSearch(PooledSearch[Space]):
         self._breeder.restore(state["breeder"])
         if self._surrogate is not None:
             self._surrogate.restore(state["surrogate"])
+        if self._spdy is not None:
+            self._spdy.restore(state["spdy"])
+            self.seeds |= self._named_late() if self._phase != "seeds" else {}
+        self._spdy_left = state["spdy_left"]
+        self._proposed = [tuple(genome) for genome in state["proposed"]]
+        self._started = [Member.from_json(values) for values in state["started"]]
 
 
 def _made(member: Member) -> tuple[Genome, int]:

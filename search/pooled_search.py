@@ -270,13 +270,11 @@ class PooledSearch(ABC, Generic[Space]):
             key=lambda member: (member.kl, -self.space.removed(member.genome), content_hash(list(member.genome))),
         )
 
-    def _seeds_measured(self) -> None:
-        """Note what the seeds are worth."""
-        self.seed_fitness = {
-            member.origin.removeprefix("seed:"): member.kl
-            for member in self._ranked(self._measured)
-            if member.kl is not None
-        }
+    def _seeds_measured(self, seeds: Sequence[Member]) -> None:
+        """Note what the seeds are worth, of several candidates for one name the best."""
+        for member in self._ranked(seeds):
+            if member.kl is not None:
+                self.seed_fitness.setdefault(member.origin.removeprefix("seed:"), member.kl)
 
     def _enter(self, pool: Sequence[Member]) -> None:
         self._pool = list(pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.statistics_passes import gradient_sum_bytes
-from evoprune.search.config_allocation import GenerationsConfig
+from evoprune.search.config_allocation import AllocationSearchConfig, GenerationsConfig
+from evoprune.search.config_sections import Range
+from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
@@ -58,6 +61,24 @@ def generation_plan(searcher: GenerationsConfig, window: int) -> Plan:
         searcher.offspring,
         lambda workers: (
             f"{searcher.offspring} offspring: some will wait; --population {2 * workers} keeps them busy (it is part "
+            "of the run's identity)"
+        ),
+    )
+
+
+def front_plan(config: AllocationSearchConfig | StructureSearchConfig, ends: Range) -> Plan:
+    """What a search for a front over a range of sparsities asks of its workers."""
+    window, offspring = config.data.window, config.searcher.offspring
+    tokens, (low, high) = config.front.windows * window, ends
+    # The archive at the end, one for each hundredth, is a good part of the work.
+    finals = 100 * (high - low) * config.searcher.windows * window / (config.evaluations or math.inf)
+    return Plan(
+        [tokens],
+        "stage",
+        tokens + finals,
+        offspring,
+        lambda workers: (
+            f"{offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy (it is part "
             "of the run's identity)"
         ),
     )

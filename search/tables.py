@@ -229,7 +229,8 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
     if "form" in document:
         total += f"; {document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
-        return Group(table, Text(total))
+        times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
+        return Group(table, Text("\n".join([total, *times])))
     inside = None if document["compressor"] == "mask" else document["compressor"]
     by = " and ".join(name for name in (document["criterion"], inside) if name is not None)
     total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
@@ -318,6 +319,8 @@ def target_text(result: Mapping[str, Any]) -> str:
     target = result["target"]
     if (front := result.get("pareto")) is not None:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
+        if result["kind"] == "structure":
+            return f"a front from {low}% to {high}% fewer {COUNTED[result['cost']]} in heads and MLPs"
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "structure":

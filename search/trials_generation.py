@@ -24,6 +24,10 @@ class _Candidate:
 class GenerationTrials(Trials):
     """One trial for each candidate: a seed at once, a child once its generation is over.
 
+    Args:
+        steps: stages of a generation.
+        beside: what lines of the history call the costs of a front beside the first.
+
     Attributes:
         genome: what the board calls the numbers of a genome.
     """
@@ -34,8 +38,9 @@ class GenerationTrials(Trials):
     def descriptors(self, genome: Sequence[int]) -> dict[str, Any]:
         """What the dashboard may correlate with the fitness, beside the generation."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, beside: Sequence[str] = ()) -> None:
         super().__init__(steps)
+        self._beside = tuple(beside)
         self._children: dict[tuple[int, ...], _Candidate] = {}
         self._generation = 0
 
@@ -85,10 +90,11 @@ class GenerationTrials(Trials):
                 "parents": line["parents"],
                 "generation": line["generation"],
                 "reason": line["reason"],
-                **({"cost": line["cost"]} if "cost" in line else {}),
+                **{name: line[name] for name in ("cost", *self._beside) if name in line},
             },
             descriptors={"generation": line["generation"], **self.descriptors(line["genome"])},
             front=finished and bool(line.get("front")),
+            beside=[line[name] for name in self._beside],
             started=candidate.telemetry.get("started"),
             finished=candidate.telemetry.get("finished"),
         )

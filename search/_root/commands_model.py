@@ -122,6 +122,14 @@ def prune(
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency/--no-latency",
+            help="of what is cut to a --shape: measure how fast it is, for the model card",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = True,
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
@@ -153,7 +161,7 @@ def prune(
                 "--calibration-sequences": calibration_sequences,
                 "--calibration-window": calibration_window,
             }
-            _prune_shape(output, model, shape, form, out, beside, loading)
+            _prune_shape(output, model, shape, beside, {"form": form, "out": out, "latency": latency, **loading})
             return
         if form not in ("auto", "plain"):
             raise InvalidInput(f"--form {form} goes with --shape: a mask keeps every width, so give --form plain")
@@ -214,26 +222,29 @@ def _prune_shape(
     output: Output,
     model: str,
     shape: Path,
-    form: str,
-    out: Path,
     beside: dict[str, Any],
-    loading: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Cut a model to the shape in a file; what was given beside it is refused.
+
+    Args:
+        output, model, shape: as given.
+        beside: values of options that say something else than a shape.
+        options: further arguments of `prune_shape`, `out` among them.
 
     Raises:
         InvalidInput: a shape and something else say what goes, or `prune_shape` refuses.
     """
     if given := [name for name, value in beside.items() if value not in (None, [])]:
         raise InvalidInput(f"--shape says by itself what goes: leave out {given[0]}")
-    check_writable(out)
+    check_writable(options["out"])
     from evoprune.fitness.pipelines import is_pipeline
     from evoprune.search.tables import layers_table
     from evoprune.shapes import prune_shape
 
     if is_pipeline(model):
         raise InvalidInput("a pipeline cannot be cut to a shape: give --sparsity")
-    done = prune_shape(model, shape, form=form, out=out, progress=output.step, **loading)
+    done = prune_shape(model, shape, progress=output.step, **options)
     if done.foreign:
         output.tell("the shape was found on other weights of this class")
     document = done.to_json()

@@ -82,7 +82,10 @@ STRUCTURE_KEYS = {
     "surrogate": "searcher.surrogate",
     "selection": "searcher.selection",
     "training_tokens": "searcher.training.tokens",
-    **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "drop", "step", "accumulation")},
+    **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "serving_safe")},
+    **{name: f"target.{name}" for name in ("drop", "step", "accumulation")},
+    "pareto": "target.pareto",
+    "sparsity_range": "target.sparsity_range",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])

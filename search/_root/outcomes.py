@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.card import PassTimes
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pipelines import Pipeline
@@ -121,6 +122,7 @@ class CutModel(Smaller):
         form: of the checkpoint.
         parameters: of the whole model, as it is now.
         dense_parameters: of the whole model before.
+        times: of forward passes, before and now; taken where a checkpoint is written and something got smaller.
         foreign: whether the shape was found on other weights of this class.
     """
 
@@ -130,6 +132,7 @@ class CutModel(Smaller):
     parameters: int
     dense_parameters: int
     foreign: bool
+    times: tuple[PassTimes, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --shape --json` prints."""
@@ -137,6 +140,7 @@ class CutModel(Smaller):
             "form": self.form,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
+            "milliseconds": [{"pass": row.words, "dense": row.dense / 1e6, "cut": row.cut / 1e6} for row in self.times],
         }
 
 

@@ -22,7 +22,10 @@ def search_structure(
     cost: Literal["parameters", "flops", "kv_bytes", "latency"] | None = None,
     speedup: float | None = None,
     decode: bool | None = None,
+    pareto: Literal["parameters", "flops", "kv_bytes", "latency"] | None = None,
+    sparsity_range: tuple[float, float] | None = None,
     heads: Literal["whole", "groups", "balanced", "both"] | None = None,
+    serving_safe: bool | None = None,
     drop: Literal["none", "parts"] | None = None,
     step: int | None = None,
     accumulation: Literal["dense", "expectation", "path"] | None = None,
@@ -64,8 +67,14 @@ def search_structure(
             the time of a forward pass on the machine of the search (``latency``).
         speedup: how many times faster the whole model gets, in place of `sparsity`; above 1, of the cost ``latency``.
         decode: the time is that of a token more behind a full cache, and not that of reading a sequence.
+        pareto: search a front of quality against this cost, in `Run.front`, in place of one shape; ``latency`` is a
+            third axis beside parameters, and `decode` says of what pass.
+        sparsity_range: of a front, the least and the most that goes of the cost (of the parameters beside latency);
+            `sparsity` then says which of it is exported as the shape. 0.1 and 0.5 unless given.
         heads: what goes of an attention: nothing but all of it (``whole``), KV groups, as many query heads of every
             group (``balanced``), or both.
+        serving_safe: only shapes that serving software with a width for each MLP can take: numbers of neurons are
+            multiples of 256, attentions stay whole or go.
         drop: whether attentions and MLPs may go as a whole (``parts``).
         step: neurons that an MLP loses or gains at a time.
         accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks, the
@@ -92,7 +101,9 @@ def search_structure(
     """
     options = {
         "model": model, "sparsity": sparsity, "cost": cost, "speedup": speedup,
-        "decode": decode, "heads": heads, "drop": drop, "step": step,
+        "decode": decode, "pareto": pareto, "sparsity_range": sparsity_range, "heads": heads,
+        "serving_safe": serving_safe, "drop": drop,
+        "step": step,
         "accumulation": accumulation, "evaluations": evaluations, "minutes": minutes, "population": population,
         "surrogate": surrogate, "selection": selection, "training_tokens": training_tokens,
         "seed": seed, "data": data, "calibration": calibration,

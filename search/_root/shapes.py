@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evoprune.api import own_copy
 from evoprune.calibration import Progress, loaded, silent
-from evoprune.fitness.card import Cut
+from evoprune.fitness.card import Cut, PassTimes
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.forms import cut_model
+from evoprune.fitness.forms import cut_model, form_of, running_shapes
+from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.numerics import torch_threads
+from evoprune.fitness.numerics import processor_name, torch_threads
 from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database
@@ -27,6 +29,9 @@ from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, to_json
 from evoprune.outcomes import CutModel
 
+TIMING_SECONDS = 15.0
+"""For the time of a pass, about: of a large model on a slow device fewer turns are taken."""
+
 
 def prune_shape(
     model: str | LanguageModel = "reference",
@@ -34,6 +39,7 @@ def prune_shape(
     *,
     form: str = "auto",
     out: str | Path | None = None,
+    latency: bool = True,
     progress: Progress = silent,
     **loading: Any,
 ) -> CutModel:
@@ -47,6 +53,8 @@ def prune_shape(
             as small as it is; evoprune loads it, transformers with ``trust_remote_code=True``), ``masked`` (zeros,
             nothing smaller); ``auto`` is plain if the shape allows it, else compact.
         out: a new or empty folder; None writes nothing.
+        latency: measure, where a checkpoint is written, how long the dense model and what stays of it take for prefill
+            and for one more token, for the model card; on a CPU with one thread.
         progress: told what runs.
         loading: further arguments of `load_model`, where `model` is a name.
 
@@ -63,7 +71,11 @@ def prune_shape(
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, given.blocks)
-    fitted, chosen = cut_model(language_model, given.blocks, _outputs(given, language_model, units, progress), form)
+    chosen = form_of(language_model, units, given.blocks, form)
+    cut = Cut(chosen, dense)
+    if out is not None and latency and chosen != "masked":
+        cut = replace(cut, times=_times(language_model, units, given, chosen, progress), place=_place(language_model))
+    fitted, _ = cut_model(language_model, given.blocks, _outputs(given, language_model, units, progress), chosen)
     done = CutModel(
         language_model=fitted,
         shape=given,
@@ -71,19 +83,45 @@ def prune_shape(
         layers=layers,
         parameters=_parameters(fitted.model),
         dense_parameters=dense,
+        times=cut.times,
         foreign=given.fingerprint != language_model.fingerprint,
     )
     recipe = {"shape": to_json(given), "form": chosen}
     if out is not None:
         progress("writing the checkpoint", 0, 1)
-        kept = ("removed", "prunable", "parameters", "dense_parameters", "layers")
+        kept = ("removed", "prunable", "parameters", "dense_parameters", "milliseconds", "layers")
         report = {name: value for name, value in done.to_json().items() if name in kept}
-        folder = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=Cut(chosen, dense))
+        folder = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut)
         done = replace(done, out=folder)
         progress("writing the checkpoint", 1, 1)
     # Statistics are cached by fingerprint, and the dense model's are not those of this one.
     fingerprint = content_hash([language_model.fingerprint, recipe])
     return replace(done, language_model=replace(fitted, fingerprint=fingerprint))
+
+
+def _times(
+    language_model: LanguageModel, units: list[BlockUnits], shape: Shape, form: str, progress: Progress
+) -> tuple[PassTimes, ...]:
+    """Prefill, and a token more, of the dense model and of what stays of it in this form."""
+    shapes = [[block.widths.whole for block in units], running_shapes(language_model, units, shape.blocks, form)]
+    found = []
+    for done, decode in enumerate((False, True)):
+        progress("measuring how fast it is", done, 2)
+        work = Work.of(language_model, 1, None, decode=decode)
+        # Of one thread it counts when it is at work, so that nothing else on the machine is measured.
+        with torch_threads(1):
+            dense, cut = shape_latencies(language_model, units, shapes, work, seconds=TIMING_SECONDS)
+        found.append(PassTimes(work.words, dense, cut))
+    progress("measuring how fast it is", 2, 2)
+    return tuple(found)
+
+
+def _place(language_model: LanguageModel) -> str:
+    """The device of a model, for people."""
+    device = language_model.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"one thread of {processor_name()}"
 
 
 def _outputs(

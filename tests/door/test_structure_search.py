@@ -209,8 +209,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document == yaml.safe_load(first.out)
     assert document["target"] == {
         "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None,
-        "table": None,
-        "heads": "both", "step": None, "drop": "parts", "accumulation": "expectation",
+        "table": None, "pareto": None, "sparsity_range": None,
+        "heads": "both", "serving_safe": False, "step": None, "drop": "parts", "accumulation": "expectation",
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
@@ -226,10 +226,15 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "training_tokens": 777,
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
-    # What is about latency contradicts another budget.
-    assert given.keys() | flags.keys() | {"model", "speedup", "decode"} == STRUCTURE_KEYS.keys()
+    # What is about latency, or about a front, contradicts another budget.
+    others = {"speedup", "decode", "pareto", "sparsity_range", "serving_safe"}
+    assert given.keys() | flags.keys() | {"model"} | others == STRUCTURE_KEYS.keys()
     timed = run("search", "structure", "--speedup", 2, "--decode", "--dry-run", "--json").json["target"]
     assert (timed["speedup"], timed["decode"], timed["cost"], timed["sparsity"]) == (2.0, True, "latency", None)
+    served = run("search", "structure", "--serving-safe", "--dry-run", "--json").json["target"]
+    assert (served["serving_safe"], served["heads"]) == (True, "whole")
+    front = run("search", "structure", "--pareto", "flops", "--sparsity-range", 0.2, 0.4, "--dry-run", "--json").json
+    assert (front["target"]["pareto"], front["target"]["sparsity_range"]) == ("flops", [0.2, 0.4])
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += ["--trust-remote-code", "--surrogate"]
     plain = run("search", "structure", "some/model", *words, "--dry-run", "--json").json
@@ -293,7 +298,9 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
     search = ("search", "structure", tiny)
     assert "is not between 0 and 1" in refused(*search, "--sparsity", 1.5)
     assert "no model 'no/such-model'" in refused("search", "structure", "no/such-model")
-    assert "no unit criterion 'flop'; did you mean 'flap'" in refused(*search, "--set", "searcher.seeds=[flop]")
+    both = refused(*search, "--serving-safe", "--heads", "groups")
+    assert "what serves keeps attentions whole: leave out --heads groups, or serving_safe" in both
+    assert "no seed 'flop'; did you mean 'flap'" in refused(*search, "--set", "searcher.seeds=[flop]")
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)

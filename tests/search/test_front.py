@@ -10,7 +10,7 @@ from evoprune.search.pooled_search import Member
 
 
 def point(kl: float, cost: int, name: int = 0) -> Point:
-    return Point(Member((name,), "seed:x", birth=name, kl=kl), cost)
+    return Point(Member((name,), "seed:x", birth=name, kl=kl), (cost,))
 
 
 def cloud(count: int, seed: int = 0) -> list[Point]:
@@ -59,7 +59,7 @@ def test_mates_are_the_better_of_two_and_leave_the_global_generator_alone() -> N
 
 
 def test_the_archive_keeps_the_best_of_each_hundredth() -> None:
-    archive = Buckets(1000)
+    archive = Buckets([1000])
     assert archive.add(point(1.0, 600, 1))
     assert not archive.add(point(1.1, 601, 2))  # the same bucket, worse
     assert archive.add(point(0.9, 604, 3))  # the same, better
@@ -67,7 +67,7 @@ def test_the_archive_keeps_the_best_of_each_hundredth() -> None:
     assert not archive.add(point(0.95, 620, 5))  # another bucket, but dearer than a better one
     assert [one.cost for one in archive.points] == [620, 606, 604]
     random_points = cloud(200)
-    filled, reverse = Buckets(100), Buckets(100)
+    filled, reverse = Buckets([100]), Buckets([100])
     for one in random_points:
         filled.add(one)
     for one in reversed(random_points):

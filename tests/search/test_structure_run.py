@@ -13,6 +13,8 @@ import optuna
 import pytest
 
 import evoprune
+from evoprune.configuration import check_names
+from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.prepare import Prepared, calibration_windows
 from evoprune.fitness.structure_build import build_structure_database
 from evoprune.fitness.structure_evaluator import StructureEvaluator
@@ -31,7 +33,7 @@ from evoprune.search.publishing import rebuild_board
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search
 from evoprune.search.structure_result import ALONE
-from evoprune.search.tables_structure import selection_text
+from evoprune.search.tables_structure import removed_text, selection_text
 from evoprune.search.worker_session import Resources
 from tests.models import save_tiny
 from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options
@@ -482,8 +484,8 @@ def test_a_shape_of_another_budget_is_moved_to_this_one(finished: RunDirectory, 
 def test_keys_and_values_have_a_budget_of_their_own(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of the KV groups go, and whatever else costs nothing stays."""
-    options = {"target.cost": "kv_bytes", "target.sparsity": 0.5, "evaluations": 6}
+    """Where 40 % are asked for, half of the four KV groups go, which is said; whatever else costs nothing stays."""
+    options = {"target.cost": "kv_bytes", "target.sparsity": 0.4, "evaluations": 6}
     run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
     result = result_of(run)
     assert [row["name"] for row in result["baselines"]] == ["uniform", "dp"]
@@ -492,7 +494,13 @@ def test_keys_and_values_have_a_budget_of_their_own(
     for entry in (result["best"], *result["baselines"]):
         assert sum(groups for groups, _, _ in entry["shape"]) == 2
         assert {neurons for _, _, neurons in entry["shape"]} == {48}
-    assert "no seeds by criteria of units" in capsys.readouterr().err
+    assert result["best"]["removed"] == result["dense_cost"] // 2
+    said = capsys.readouterr().err
+    assert "no seeds by criteria of units" in said
+    assert "warning: steps are coarse here: 0.5 of the bytes of keys and values" in said
+    assert removed_text(result) == (
+        "50.000% of the bytes of keys and values of heads and MLPs, where 40.000% was asked for"
+    )
 
 
 def test_a_criterion_that_fails_is_left_out(
@@ -559,3 +567,55 @@ def test_a_shape_of_other_weights_is_taken_with_a_warning(
         options = {"model.name": str(model), "seed_from": str(finished.path), "evaluations": 2, **FEW}
         start_search(config(world, **options), INLINE, run_dir=tmp_path / f"run-{warned}")
         assert ("warning: the shape was found on other weights" in capsys.readouterr().err) == warned
+
+
+def test_spdy_is_a_seed_within_the_budget(
+    finished: RunDirectory, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its candidates count, none is measured twice, its best has a row, and a stopped run goes on alike."""
+    options = {"searcher.spdy": 11, "evaluations": 20, **FEW}
+    run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
+    result, lines = result_of(run), lines_of(run)
+    assert result["evaluations"] == 20 == sum(line["counted"] for line in lines)
+    asked = [line for line in lines if line["origin"] == "seed:spdy" and line["stage"] == "seeds"]
+    assert len(asked) == 11 and all(line["counted"] and line["windows"] == [0, 8] for line in asked)
+    assert [line["birth"] for line in asked] == list(range(3, 14))  # after uniform, dp and flap
+    genomes = [tuple(line["genome"]) for line in lines if line["stage"] == "seeds"]
+    assert len(set(genomes)) == len(genomes)
+    rows = {row["name"]: row for row in result["baselines"]}
+    known = {tuple(line["genome"]): line["kl"] for line in lines if line["stage"] == "seeds"}
+    best = tuple(count for block in rows["spdy"]["shape"] for count in block)
+    assert rows["spdy"]["fitness"] == known[best]
+    mine = min(line["kl"] for line in asked)
+    assert rows["spdy"]["fitness"] <= min(mine, rows["dp"]["fitness"])
+    first = next(line for line in lines if line["stage"] == 0)
+    by_birth = {line["birth"]: line for line in lines}
+    assert by_birth[first["parents"][0]]["kl"] == min(known.values())
+    path = tmp_path / "stopped"
+    monkeypatch.setattr("evoprune.search.session.stop_on_signals", stopping_in(path, "searching", 7))
+    with pytest.raises(Interrupted):
+        start_search(config(world, **options), INLINE, run_dir=path)
+    assert 3 < len(lines_of(RunDirectory.open(path))) < 14
+    monkeypatch.undo()
+    again = resume_search(RunDirectory.open(path), INLINE)
+    assert history(again) == history(run) and timeless(again.result) == timeless(run.result)
+
+
+def test_allocators_are_seeds_as_well(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants MLPs to lose all that goes has all heads, and by hand 15 of 96 neurons; nobody stands alone."""
+
+    def mlps_only(self: Any, evidence: Any) -> list[float]:
+        return [0.9 * ("mlp" in site.kind) for site in evidence.sites]
+
+    monkeypatch.setattr(type(ALLOCATORS["owl"]), "request", mlps_only)
+    options = {"searcher.seeds": ["flap", "atp", "owl"], "evaluations": 5}
+    run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
+    result = result_of(run)
+    assert [row["name"] for row in result["baselines"]] == ["uniform", "dp", "flap", "atp", "owl", "flap alone"]
+    rows = {row["name"]: row for row in result["baselines"]}
+    assert all((groups, each) == (2, 2) for groups, each, _ in rows["owl"]["shape"])
+    assert sum(neurons for _, _, neurons in rows["owl"]["shape"]) == 15
+    assert rows["atp"]["fitness"] is not None
+    for names, said in ((["nobody"], "no seed 'nobody'"), (["dp"], "dp is a seed of every structure search")):
+        with pytest.raises(InvalidInput, match=said):
+            check_names(config(world, **{"searcher.seeds": names}))
