@@ -124,8 +124,9 @@ class _Block:
         )
         self._mlp = Part(model, mlp.inputs, mlp.output, [], _dropped_mlp(units))
         paths = units.gone_norms(BlockShape((), (), ()))
-        # Those inside the attention go when it goes.
-        own = [path for path in paths if not path.startswith(f"{attention.name}.")]
+        # Those inside the attention or the MLP go when it goes.
+        parts = tuple(f"{part.name}." for part in (attention, mlp) if part.name != units.name)
+        own = [path for path in paths if not path.startswith(parts)]
         self._norms = {path: model.get_submodule(path) for path in own}
         self._gone: tuple[str, ...] = ()
         # What the parts were cut to last; None is whole.

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,10 @@ TOLERANCE = 1e-4
 ROUNDINGS = 16
 """In half precision: so many times the spacing of its numbers, since sums of fewer terms round otherwise."""
 
-_HOLD: WeakSet[nn.Module] = WeakSet()
-
 
 @torch.no_grad()
 def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
-    """Refuse units that cannot be cut as they were found, unless the same model was found to hold before.
+    """Refuse units that cannot be cut as they were found.
 
     KV groups, query heads of each group, neurons, parts and the first block are cut in turn, and the logits compared
     with those of the whole model in which the columns of the same units read zeros. Weights on the meta device give no
@@ -46,7 +43,7 @@ def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
     """
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
-    if model in _HOLD or any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):
         return
     family, surgeon = model.config.model_type, Surgeon(language_model, units)
     try:
@@ -71,7 +68,6 @@ def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
                 )
     finally:
         surgeon.restore()
-    _HOLD.add(model)
 
 
 def _cuts(units: Sequence[BlockUnits]) -> dict[str, list[BlockShape]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +22,9 @@ from evoprune.fitness.layouts import layout_of
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
 from evoprune.metrics.shape import BlockShape, BlockWidths
+
+# Models whose units were looked up, and hold.
+_CHECKED: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +199,12 @@ def find_units(language_model: Prunable) -> list[BlockUnits]:
         )
         for index, name in enumerate(blocks)
     ]
-    if layout.traced:
+    if layout.traced and model not in _CHECKED:
         # The surgeon, with which it is checked, cuts what is found here.
         from evoprune.fitness.unit_check import check_units
 
         check_units(language_model, units)
+        _CHECKED.add(model)
     return units
 
 
@@ -218,8 +223,7 @@ def _attention(
         raise InvalidInput(f"{name} has {query} query and {key} key rows for heads of {head_dim}: it cannot be cut")
     cut = {site.module for site in (*inputs, output)}
     _refuse_per_head(name, module, head_dim, cut)
-    inner = [path for path, norm in module.named_modules() if norm not in cut and list(norm.parameters(recurse=False))]
-    norms = (*(f"{block}.{path}" for path in layout.norms), *(f"{name}.{path}" for path in inner))
+    norms = (*(f"{block}.{path}" for path in layout.norms), *_inner(name, module, cut))
     return AttentionUnits(name, inputs, output, norms, groups, heads, head_dim)
 
 
@@ -242,8 +246,16 @@ def _mlp(model: PreTrainedModel, block: str, layout: MlpLayout, bound: dict[str,
     name = f"{block}.{layout.module}" if layout.module else block
     inputs = tuple(bound[f"{block}.{path}"] for path in layout.inputs)
     output = bound[f"{block}.{layout.output}"]
-    norms = tuple(f"{block}.{path}" for path in layout.norms)
-    return MlpUnits(name, inputs, output, norms, output.site.in_features)
+    norms = [f"{block}.{path}" for path in layout.norms]
+    if layout.module:
+        norms += _inner(name, model.get_submodule(name), {site.module for site in (*inputs, output)})
+    return MlpUnits(name, inputs, output, tuple(norms), output.site.in_features)
+
+
+def _inner(name: str, module: nn.Module, cut: set[nn.Module]) -> list[str]:
+    """What else has parameters inside an attention or an MLP, such as norms and activations: it goes with it."""
+    modules = module.named_modules()
+    return [f"{name}.{path}" for path, inner in modules if inner not in cut and list(inner.parameters(recurse=False))]
 
 
 def _runs(indices: Sequence[int], length: int) -> list[int]:

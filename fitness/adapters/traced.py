@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evoprune.fitness.adapters import auto_class
 from evoprune.fitness.adapters.base import (
     USUAL_WIDTH,
     AttentionLayout,
@@ -31,7 +33,7 @@ from evoprune.fitness.adapters.base import (
     is_linear,
 )
 from evoprune.fitness.block_hooks import hidden_argument, input_replaced
-from evoprune.fitness.hub import one_line
+from evoprune.fitness.hub import one_line, silence
 from evoprune.metrics.errors import InvalidInput
 
 TOKENS = 4
@@ -233,11 +235,11 @@ def _layout(model: PreTrainedModel, adapter: ModelAdapter, block: nn.Module, flo
         if nodes and not path.startswith(f"{place}."):
             whose = _owner(flow, nodes, (set(inputs), output), (set(mlp_inputs), written))
             own.setdefault(whose, []).append(path)
-    neurons = _size(block, written)[1]
+    width = _width_name(model, f"{adapter.blocks}.0.{written}", _size(block, written)[1])
     return replace(
         adapter,
         attention=AttentionLayout(place, inputs, output, tuple(own["attention"])),
-        mlp=MlpLayout(mlp_place, mlp_inputs, written, tuple(own["mlp"]), _width_name(model, neurons)),
+        mlp=MlpLayout(mlp_place, mlp_inputs, written, tuple(own["mlp"]), width),
         shared_norms=tuple(own["shared"]),
     )
 
@@ -329,10 +331,20 @@ def _size(block: nn.Module, path: str) -> tuple[int, int]:
     return out, columns
 
 
-def _width_name(model: PreTrainedModel, neurons: int) -> str:
-    """The config's field for the number of neurons: the usual one, or else the only one that has the value."""
-    values = model.config.get_text_config().to_dict()
+def _width_name(model: PreTrainedModel, output: str, neurons: int) -> str:
+    """The config's field for the number of neurons: what has its value, and makes `output` wider when it is more."""
+    config = model.config
+    values = config.get_text_config().to_dict()
     fields = [name for name, value in values.items() if type(value) is int and value == neurons]
-    if USUAL_WIDTH in fields:
-        return USUAL_WIDTH
-    return fields[0] if len(fields) == 1 else ""
+    # Configs keep whatever they are given, so that even the usual name need not mean anything.
+    for name in sorted(fields, key=lambda field: field != USUAL_WIDTH):
+        wider = deepcopy(config)
+        setattr(wider.get_text_config(), name, 2 * neurons)
+        try:
+            with silence(), torch.device("meta"):
+                built = auto_class(wider).from_config(wider)
+        except Exception:  # each family refuses in its own words what it cannot build; another field may be the one
+            continue
+        if 2 * neurons in built.get_submodule(output).get_parameter("weight").shape:
+            return name
+    return ""
