@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from evoprune.fitness.adapters import Prunable, SiteModule
 from evoprune.fitness.hub import one_line
 from evoprune.fitness.surgeon import Surgeon
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.units import AttentionUnits, BlockUnits
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape, BlockWidths
 
@@ -31,7 +31,8 @@ def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
     """Refuse units that cannot be cut as they were found.
 
     KV groups, query heads of each group, neurons, parts and the first block are cut in turn, and the logits compared
-    with those of the whole model in which the columns of the same units read zeros. Weights on the meta device give no
+    with those of the whole model in which the columns of the same units read zeros, and with those of the cut model
+    that has a cache. Weights on the meta device give no
     logits, so nothing is compared there.
 
     Args:
@@ -46,6 +47,12 @@ def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
     if any(parameter.is_meta for parameter in model.parameters()):
         return
     family, surgeon = model.config.model_type, Surgeon(language_model, units)
+    if units[0].attention.fused and not _in_order(model, units[0].attention):
+        name = units[0].attention.inputs[0].site.name
+        raise InvalidInput(
+            f"model family {family!r} cannot be cut: the rows of {name} are not those of all queries, then all keys, "
+            "then all values"
+        )
     try:
         for what, blocks in _cuts(units).items():
             surgeon.restore()
@@ -53,18 +60,22 @@ def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
                 expected = _logits(model)
             try:
                 surgeon.apply(blocks)
-                found = _logits(model)
+                found, cached = _logits(model), _cached(model)
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 raise InvalidInput(
                     f"model family {family!r} cannot be cut: without {what} it does not run: {one_line(error)}"
-                    f"{_guess(units[0], what)}"
                 ) from None
-            distance, allowed = float((found - expected).norm() / expected.norm()), _tolerance(model)
+            allowed = _tolerance(model)
             # Not a number is no small distance.
-            if not distance <= allowed:
+            if not (distance := _distance(found, expected)) <= allowed:
                 raise InvalidInput(
                     f"model family {family!r} cannot be cut: without {what} its logits are {distance:.1e} from those "
-                    f"with zeros in their place, where {allowed:.0e} is allowed{_guess(units[0], what)}"
+                    f"with zeros in their place, where {allowed:.0e} is allowed"
+                )
+            if cached is not None and not (distance := _distance(cached, found[:, -1:])) <= allowed:
+                raise InvalidInput(
+                    f"model family {family!r} cannot be cut: without {what} its logits with a cache are {distance:.1e} "
+                    f"from those without one, where {allowed:.0e} is allowed"
                 )
     finally:
         surgeon.restore()
@@ -134,13 +145,45 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return found.float()
 
 
+def _cached(model: PreTrainedModel) -> Tensor | None:
+    """[1, 1, vocabulary] float32, logits of the last token with the others in a cache; None if the model keeps none."""
+    tokens = torch.arange(1, TOKENS + 1, device=model.device)[None]
+    past = getattr(model(input_ids=tokens[:, :-1], use_cache=True), "past_key_values", None)
+    if past is None:
+        return None
+    found: Tensor = model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True).logits
+    return found.float()
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """Length of the difference, of the length of what is expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
 def _tolerance(model: PreTrainedModel) -> float:
     return max(TOLERANCE, ROUNDINGS * torch.finfo(model.dtype).eps)
 
 
-def _guess(block: BlockUnits, what: str) -> str:
-    """Why heads may have gone wrong, for the message."""
-    if not (block.attention.fused and ("head" in what or "group" in what)):
-        return ""
-    name = block.attention.inputs[0].site.kind
-    return f": the rows of {name} are not all queries, then all keys, then all values"
+def _in_order(model: PreTrainedModel, attention: AttentionUnits) -> bool:
+    """Whether the rows of a fused matrix are all queries, then all keys, then all values.
+
+    Without those that should then be the first value, the columns of its query heads in the output projection read
+    zeros, and all others what they did.
+    """
+    seen: list[Tensor] = []
+    ((start, *_),) = (rows[-attention.head_dim :] for rows in attention.rows([0], []))
+    columns = attention.head_dim * (attention.heads // attention.groups)
+
+    def without_value(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[..., start : start + attention.head_dim] = 0
+        return changed
+
+    with ExitStack() as stack:
+        reads = attention.output.module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        stack.callback(reads.remove)
+        _logits(model)
+        stack.callback(attention.inputs[0].module.register_forward_hook(without_value).remove)
+        _logits(model)
+    before, after = seen
+    return torch.allclose(before[..., columns:], after[..., columns:]) and not after[..., :columns].any()
