@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evoprune.fitness.allocators import ALLOCATORS, parameters_of
+from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
+from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.breeders import BREEDERS
