@@ -25,6 +25,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, to_json
 from evoprune.outcomes import CutModel
+from evoprune.recoveries import given_recovery
 
 
 def prune_shape(
@@ -32,6 +33,12 @@ def prune_shape(
     shape: str | Path | Shape = "shape.json",
     *,
     form: str = "auto",
+    recovery: str | None = None,
+    recovery_tokens: int | None = None,
+    recovery_loss: str | None = None,
+    recovery_parameters: Mapping[str, Any] | None = None,
+    calibration: str = "corpus",
+    seed: int = 0,
     out: str | Path | None = None,
     progress: Progress = silent,
     **loading: Any,
@@ -45,6 +52,8 @@ def prune_shape(
             blocks are gone), ``padded`` (the same, blocks filled up with zeros to one width), ``compact`` (every block
             as small as it is; evoprune loads it, transformers with ``trust_remote_code=True``), ``masked`` (zeros,
             nothing smaller); ``auto`` is plain if the shape allows it, else compact.
+        recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
+        calibration, seed: the text that a recovery learns from, and the seed of what it draws; nothing else reads them.
         out: a new or empty folder; None writes nothing.
         progress: told what runs.
         loading: further arguments of `load_model`, where `model` is a name.
@@ -54,6 +63,9 @@ def prune_shape(
     """
     if out is not None:
         check_out_dir(out)
+    recovers = given_recovery(
+        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
+    )
     given = shape if isinstance(shape, Shape) else read_shape(shape)
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     if language_model.cut:
@@ -61,25 +73,33 @@ def prune_shape(
     units = find_units(language_model)
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     dense = _parameters(language_model.model)
+    begun = None if recovers is None else recovers.started(language_model)
     layers = _layers(language_model, units, given.blocks)
     fitted, chosen = cut_model(language_model, given.blocks, _outputs(given, language_model, units, progress), form)
+    recovered = None if begun is None else begun.run(fitted, progress)
     done = CutModel(
         language_model=fitted,
         shape=given,
         form=chosen,
         layers=layers,
+        recovery=recovered,
         parameters=_parameters(fitted.model),
         dense_parameters=dense,
         foreign=given.fingerprint != language_model.fingerprint,
     )
-    recipe = {"shape": to_json(given), "form": chosen}
+    recipe: dict[str, Any] = {"shape": to_json(given), "form": chosen}
+    kept = ["removed", "prunable", "parameters", "dense_parameters", "layers"]
+    if recovers is not None:
+        recipe["recovery"] = recovers.recipe
+        kept.append("recovery")
     if out is not None:
         progress("writing the checkpoint", 0, 1)
-        kept = ("removed", "prunable", "parameters", "dense_parameters", "layers")
         report = {name: value for name, value in done.to_json().items() if name in kept}
         folder = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=Cut(chosen, dense))
         done = replace(done, out=folder)
         progress("writing the checkpoint", 1, 1)
+    if recovers is not None:
+        recovers.finish()
     # Statistics are cached by fingerprint, and the dense model's are not those of this one.
     fingerprint = content_hash([language_model.fingerprint, recipe])
     return replace(done, language_model=replace(fitted, fingerprint=fingerprint))
