@@ -28,6 +28,8 @@ EXTRAS = {
     "pyarrow": ("pyarrow", "Parquet files as text: pip install 'evoprune[data]'"),
     "cmaes": ("cmaes", "`search allocation --searcher cmaes`: pip install 'evoprune[samplers]'"),
     "scipy": ("scipy", "`search allocation --searcher gp`: pip install 'evoprune[samplers]'"),
+    "accelerate": ("accelerate", "`prune --recovery`: pip install 'evoprune[recovery]'"),
+    "peft": ("peft", "`prune --recovery lora`: pip install 'evoprune[recovery]'"),
     "diffusers": ("diffusers", "diffusion pipelines: pip install 'evoprune[diffusion]'"),
 }
 

@@ -19,8 +19,9 @@ from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.recoveries import Recovery, check_packages, configured
 from evoprune.fitness.recovery import LOSSES, check_folder, recover, remove_folder, training_windows
+from evoprune.fitness.recovery_checkpoint import last_checkpoint
 from evoprune.fitness.text import token_windows, training_side
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.outcomes import MeasuredRecovery
 
@@ -122,18 +123,28 @@ class Begun:
     dense: PreTrainedModel | None
 
     def run(self, language_model: LanguageModel, progress: Progress) -> MeasuredRecovery:
-        """Train the pruned model, in place, and measure it before and after."""
+        """Train the pruned model, in place, and measure it before and after.
+
+        Raises:
+            Interrupted: a signal came, and there is a checkpoint to go on from.
+        """
         before = self._measured(language_model, "before recovery", progress)
         what = f"recovering by {self.given.name} on {self.windows.numel():,} tokens"
-        done = recover(
-            language_model,
-            self.given.recovery,
-            self.windows,
-            dense=self.dense,
-            seed=self.given.seed,
-            folder=self.given.folder,
-            progress=lambda step, steps: progress(what, step, steps),
-        )
+        folder = self.given.folder
+        try:
+            done = recover(
+                language_model,
+                self.given.recovery,
+                self.windows,
+                dense=self.dense,
+                seed=self.given.seed,
+                folder=folder,
+                progress=lambda step, steps: progress(what, step, steps),
+            )
+        except KeyboardInterrupt:
+            if folder is None or last_checkpoint(folder) is None:
+                raise
+            raise Interrupted(f"stopped; the same command goes on from the last checkpoint in {folder}") from None
         after = self._measured(language_model, "after recovery", progress)
         return MeasuredRecovery(self.given.name, self.given.loss, done, before, after)
 
@@ -166,5 +177,5 @@ def given_recovery(
     beside = {"tokens": tokens, "loss": loss, "parameters": parameters or None}
     for what, value in beside.items():
         if value is not None:
-            raise InvalidInput(f"the {what} of a recovery go with one: give --recovery too, such as lora")
+            raise InvalidInput(f"recovery {what} without a recovery: give --recovery too, such as lora")
     return None
