@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ class Recovered:
         tokens: trained on, each counted as often as it was read.
         steps: of the optimiser.
         parameters: how many learned.
+        learning_rate: behind the warm-up.
         continued: the step from which an interrupted training went on; 0 from the start.
         discarded: whether there was a checkpoint, of another training.
         seconds: in this process.
@@ -46,6 +47,7 @@ class Recovered:
     tokens: int
     steps: int
     parameters: int
+    learning_rate: float
     continued: int
     discarded: bool
     seconds: float
@@ -143,7 +145,7 @@ def recover(
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise EvopruneError("the recovery ended in weights that are not finite: give a lower learning_rate")
     seconds = time.monotonic() - began
-    return Recovered(windows.numel(), trained.steps, trained.parameters, trained.continued, discarded, seconds)
+    return Recovered(**asdict(trained), tokens=windows.numel(), discarded=discarded, seconds=seconds)
 
 
 def check_folder(folder: Path) -> None:

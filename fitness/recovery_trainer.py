@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from evoprune.fitness.cache import disk_errors
 from evoprune.fitness.hub import silence
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.recoveries import Recovery, hold
+from evoprune.fitness.recoveries import Recovery, hold, learning_rate
 from evoprune.fitness.recovery_checkpoint import TrainingState, last_checkpoint, learning, read_state, write_state
 from evoprune.metrics.files import derived_seed
 
@@ -42,11 +42,13 @@ class Trained:
     Attributes:
         steps: of the optimiser.
         parameters: how many learned.
+        learning_rate: behind the warm-up.
         continued: the step of the checkpoint that it went on from; 0 from the start.
     """
 
     steps: int
     parameters: int
+    learning_rate: float
     continued: int
 
 
@@ -95,7 +97,7 @@ def train(
             num_train_epochs=1,
             per_device_train_batch_size=per_pass,
             gradient_accumulation_steps=passes,
-            learning_rate=recovery.learning_rate,
+            learning_rate=learning_rate(recovery, language_model),
             lr_scheduler_type=_SCHEDULES[recovery.schedule],
             warmup_steps=round(WARM_UP * steps),
             optim="adamw_torch",
@@ -133,7 +135,7 @@ def train(
         if folder is not None:
             trainer.write()
     learned = sum(parameter.numel() for _, parameter in learning(model))
-    return Trained(trainer.state.global_step, learned, 0 if start is None else start.step)
+    return Trained(trainer.state.global_step, learned, arguments.learning_rate, 0 if start is None else start.step)
 
 
 class _Windows(Dataset[dict[str, Tensor]]):

@@ -108,7 +108,7 @@ def installed(tmp_path: Path) -> Path:
 def test_the_groups_named_are_those_that_are_read() -> None:
     section = TEXT.partition("## From your own package")[2].partition("```")[0]
     registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, UNIT_CRITERIA, ADAPTERS, MULTIMODAL, OBJECTIVES)
-    registries += (RACING_RULES, SEARCHERS, BREEDERS)
+    registries += (RACING_RULES, SEARCHERS, BREEDERS, RECOVERIES)
     assert set(re.findall(r"`(evoprune\.\w+)`", section)) == {registry.group for registry in registries}
     assert SPACES.group is None
 

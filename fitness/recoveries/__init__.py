@@ -30,8 +30,9 @@ class Recovery(Protocol):
     Attributes:
         packages: what it imports beside evoprune's own requirements.
         source: the paper it is from.
-        learning_rate: of AdamW, behind the warm-up.
-        schedule: one of `SCHEDULES`: what becomes of it.
+        learning_rate: of AdamW, behind the warm-up; 0 leaves it to the width of the model.
+        rate_by_width: what is then divided by the hidden size.
+        schedule: one of `SCHEDULES`: what becomes of the learning rate.
         batch_tokens: tokens in a step.
     """
 
@@ -43,6 +44,9 @@ class Recovery(Protocol):
 
     @property
     def learning_rate(self) -> float: ...
+
+    @property
+    def rate_by_width(self) -> float: ...
 
     @property
     def schedule(self) -> str: ...
@@ -71,14 +75,15 @@ class Training:
     """The parameters that every recovery of ours has.
 
     Attributes:
-        learning_rate: of AdamW, behind the warm-up.
+        learning_rate: of AdamW, behind the warm-up; 0 takes `rate_by_width` / hidden size.
         schedule: ``cosine`` falls to zero, ``constant`` stays.
         batch_tokens: tokens in a step.
 
-    Source: specification, allocation.md 5.7.
+    Source: specification, allocation.md 5.7; of rates by width Yang et al. 2022, arXiv:2203.03466, table 3: those of
+    Adam for the matrices inside a model go as 1 / width.
     """
 
-    learning_rate: float
+    learning_rate: float = 0.0
     schedule: str = "cosine"
     batch_tokens: int = 2048
 
@@ -93,6 +98,12 @@ class Training:
 def configured(name: str, given: Mapping[str, object] | None = None) -> Recovery:
     """A registered recovery with some parameters changed; see `evoprune.metrics.parameters.configured`."""
     return parameters.configured(RECOVERIES, name, given)
+
+
+def learning_rate(recovery: Recovery, language_model: LanguageModel) -> float:
+    """The one that was given, or what follows from the width of the model."""
+    hidden: int = language_model.model.config.get_text_config().hidden_size
+    return recovery.learning_rate or recovery.rate_by_width / hidden
 
 
 def check_packages(name: str, recovery: Recovery) -> None:

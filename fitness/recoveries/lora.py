@@ -29,10 +29,11 @@ class Lora(Training):
         alpha: the change is scaled by alpha / rank.
     """
 
-    learning_rate: float = 1e-3
     rank: int = 8
     alpha: float = 16.0
 
+    # LLM-Pruner's 1e-4 at the width of 4,096.
+    rate_by_width: ClassVar[float] = 0.4
     packages: ClassVar[tuple[str, ...]] = ("accelerate", "peft")
     source: ClassVar[str] = "Hu et al. 2022, arXiv:2106.09685; as in Ma et al. 2023 (LLM-Pruner), arXiv:2305.11627"
 

@@ -18,7 +18,7 @@ from evoprune.fitness import recovery_trainer
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.forms import cut_model
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.recoveries import RECOVERIES, Recovery, configured, kept_weights
+from evoprune.fitness.recoveries import RECOVERIES, Recovery, configured, kept_weights, learning_rate
 from evoprune.fitness.recoveries.full import Full
 from evoprune.fitness.recoveries.lora import Lora
 from evoprune.fitness.recovery import Recovered, recover, training_windows
@@ -297,6 +297,17 @@ def test_parameters_that_cannot_be(name: str, parameters: dict[str, object], tol
         configured(name, parameters)
     with pytest.raises(UnknownName, match="no recovery 'lara'; did you mean 'lora'"):
         configured("lara")
+
+
+def test_rates_follow_the_width() -> None:
+    """At 4,096 LoRA has LLM-Pruner's rate, and all weights together about that of the chapter."""
+    wide, narrow = tiny_language_model(), tiny_language_model()
+    wide.model.config.hidden_size = 4096
+    assert learning_rate(Lora(), wide) == pytest.approx(1e-4, rel=0.05)
+    assert 1e-5 < learning_rate(Full(), wide) < 3e-5
+    assert learning_rate(Full(), narrow) == 4096 / 32 * learning_rate(Full(), wide)
+    assert learning_rate(Lora(learning_rate=0.5), narrow) == 0.5
+    assert run(narrow, Full(batch_tokens=96)).learning_rate == learning_rate(Full(), narrow)
 
 
 def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
