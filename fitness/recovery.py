@@ -125,7 +125,8 @@ def recover(
     before = _layout(language_model)
     # Not by the model's own method: that would cast the buffers of positions too.
     _cast(model, dict.fromkeys(dtypes, torch.float32))
-    cached = model.config.use_cache
+    # What `Trainer` sets in it would be written with the model.
+    config = dict(vars(model.config))
     with torch.random.fork_rng():
         torch.manual_seed(derived_seed(seed, "recovery"))
         recovery.begin(language_model, kept)
@@ -134,7 +135,8 @@ def recover(
             language_model, recovery, windows, dense=dense, kept=kept, seed=seed, folder=folder, progress=progress
         )
     finally:
-        model.config.use_cache = cached
+        vars(model.config).clear()
+        vars(model.config).update(config)
         recovery.end(language_model, kept)
         model.eval().requires_grad_(False)
         _cast(model, dtypes)

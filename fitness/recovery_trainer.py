@@ -134,7 +134,8 @@ def train(
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         if folder is not None:
             trainer.write()
-    learned = sum(parameter.numel() for _, parameter in learning(model))
+    # Those that no text reaches, such as a vision tower's, have no state.
+    learned = sum(parameter.numel() for parameter in trainer.optimizer.state)
     return Trained(trainer.state.global_step, learned, arguments.learning_rate, 0 if start is None else start.step)
 
 

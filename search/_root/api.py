@@ -161,8 +161,8 @@ def prune(
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
     kept = ["removed", "prunable", "layers"]
-    if recovers is not None:
-        recipe["recovery"] = recovers.recipe
+    if recovers is not None and recovered is not None:
+        recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
         kept.append("recovery")
     if out is not None:
         progress("writing the checkpoint", 0, 1)

@@ -42,7 +42,6 @@ class MeasuredRecovery:
             "tokens": self.done.tokens,
             "steps": self.done.steps,
             "parameters": self.done.parameters,
-            "learning_rate": self.done.learning_rate,
             "before": self.before,
             "after": self.after,
         }

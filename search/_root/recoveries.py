@@ -78,13 +78,16 @@ class GivenRecovery:
         dense = deepcopy(language_model.model) if self.loss == "distill" else None
         return Begun(self, windows, held_out[: max(HELD_OUT_TOKENS // width, 1)], dense)
 
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What a checkpoint says of how it was recovered."""
+    def recipe(self, learning_rate: float) -> dict[str, Any]:
+        """What a checkpoint says of how it was recovered.
+
+        Args:
+            learning_rate: the one that it came to.
+        """
         return {
             "method": self.name,
             "source": self.recovery.source,
-            "parameters": parameters_of(self.recovery),
+            "parameters": parameters_of(self.recovery) | {"learning_rate": learning_rate},
             "loss": self.loss,
             "tokens": self.tokens,
             "text": public_name(self.source),

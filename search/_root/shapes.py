@@ -89,8 +89,8 @@ def prune_shape(
     )
     recipe: dict[str, Any] = {"shape": to_json(given), "form": chosen}
     kept = ["removed", "prunable", "parameters", "dense_parameters", "layers"]
-    if recovers is not None:
-        recipe["recovery"] = recovers.recipe
+    if recovers is not None and recovered is not None:
+        recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
         kept.append("recovery")
     if out is not None:
         progress("writing the checkpoint", 0, 1)

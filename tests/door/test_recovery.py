@@ -62,7 +62,8 @@ def test_a_mask_is_recovered_from(name: str, run: Run, tiny: Path, story: Path, 
         assert not torch.equal(before.weight(), after.weight())
     record = json.loads((place / "out" / "evoprune.json").read_text())
     assert record["report"]["recovery"] == found
-    assert record["recipe"]["recovery"]["parameters"]["batch_tokens"] == 128
+    parameters = record["recipe"]["recovery"]["parameters"]
+    assert (parameters["batch_tokens"], parameters["learning_rate"]) == (128, 0.01)
     assert (record["recipe"]["recovery"]["text"], record["recipe"]["recovery"]["side"]) == ("story.txt", "A")
     card = (place / "out" / "README.md").read_text()
     assert f"| recovery before | {found['before']['perplexity']:.4f} |" in card

@@ -26,6 +26,7 @@ from evoprune.fitness.text import side_documents, source_hash
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import EvopruneError, InvalidInput, UnknownName
 from tests.models import random_windows, tiny_language_model
+from tests.multimodal import tiny_multimodal_model
 from tests.shapes import cases
 
 WINDOWS = random_windows(12, 16, seed=1)
@@ -109,6 +110,18 @@ def test_what_learns() -> None:
     assert learned(Lora(**FAST)) == matrices  # type: ignore[arg-type]
     assert learned(Full(**FAST)) == matrices | norms | {"embed_tokens", "lm_head"}  # type: ignore[arg-type]
     assert learned(Full(**FAST, train="outputs")) == {"o_proj", "down_proj"} | norms  # type: ignore[arg-type]
+
+
+def test_a_model_of_images_learns_from_text_in_its_language_model() -> None:
+    language_model, dense = tiny_multimodal_model(), tiny_multimodal_model().model
+    for bound in language_model.sites:
+        bound.weight()[:, ::2] = 0
+    before, config = state(language_model), language_model.model.config.to_dict()
+    done = recover(language_model, Full(**FAST), WINDOWS, dense=dense)  # type: ignore[arg-type]
+    learned = {name for name, value in state(language_model).items() if not torch.equal(value, before[name])}
+    assert {name for name in learned if "vision" in name or "projector" in name} == set()
+    assert done.parameters == sum(before[name].numel() for name in learned)
+    assert language_model.model.config.to_dict() == config
 
 
 @pytest.mark.parametrize("distil", [True, False])
