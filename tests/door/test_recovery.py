@@ -182,5 +182,5 @@ def test_python_refuses_as_well(tiny: Path) -> None:
 def test_the_reference_model_recovers_on_text_that_it_did_not_learn_from(name: str) -> None:
     found = evoprune.prune("reference", metric="magnitude", sparsity=0.6, recovery=name, recovery_tokens=16_384)
     assert found.recovery is not None
-    assert found.recovery.after["loss"] < found.recovery.before["loss"] - 0.1
-    assert found.recovery.after["kl"] < found.recovery.before["kl"]
+    assert found.recovery.after["loss"] < found.recovery.before["loss"]
+    assert found.recovery.after["kl"] < 0.9 * found.recovery.before["kl"]
