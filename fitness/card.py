@@ -34,16 +34,35 @@ class WeightCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class PassTimes:
+    """How long a forward pass takes.
+
+    Attributes:
+        words: what it is of, for people.
+        dense: nanoseconds of the model that was cut.
+        cut: nanoseconds of what is left.
+    """
+
+    words: str
+    dense: int
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """What a shape took away.
 
     Attributes:
         form: in which the rest is written.
         dense_parameters: of the model that it was cut from.
+        times: of passes, measured in turns; none if no time was taken.
+        place: where they were measured, for people.
     """
 
     form: str
     dense_parameters: int
+    times: tuple[PassTimes, ...] = ()
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +185,25 @@ def _sizes(counts: WeightCounts, cut: Cut | None) -> list[str]:
             "large and as fast as the original. Zeros pay off only in software that makes use of them.",
         ]
     padding = " Zeros fill the blocks up to one width." if cut.form == "padded" else ""
-    dense = cut.dense_parameters
+    dense_bytes = round(cut.dense_parameters * counts.dense_bytes / max(counts.parameters, 1))
+    rows = [
+        ("parameters", f"{cut.dense_parameters:,}", f"{counts.parameters:,}", counts.parameters / cut.dense_parameters),
+        ("zeros among them", "-", f"{counts.zeros:,}", None),
+        ("bytes of weights", f"{dense_bytes:,}", f"{counts.dense_bytes:,}", counts.dense_bytes / max(dense_bytes, 1)),
+        *((f"ms for {row.words}", *(f"{ns / 1e6:.3f}" for ns in (row.dense, row.cut)), row.cut / max(row.dense, 1))
+          for row in cut.times),
+    ]  # fmt: skip
     return [
-        f"{files}. Form {cut.form}: {counts.parameters:,} parameters, where the dense model has {dense:,}.{padding}",
+        f"{files}. Form {cut.form}.{padding}",
         "",
+        "| | dense | this | ratio |",
+        "| --- | ---: | ---: | ---: |",
+        *(f"| {name} | {dense} | {here} | {'-' if ratio is None else f'{ratio:.3f}'} |"
+          for name, dense, here, ratio in rows),
+        "",
+        *([f"Times are medians of turns that both models took on {cut.place}.", ""] if cut.times else []),
         "Whole heads, neurons or blocks are gone, so the model takes less memory and less time everywhere.",
-    ]
+    ]  # fmt: skip
 
 
 def public_name(name: str) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from evoprune.fitness.adapters import ADAPTERS, Prunable, SiteModule, decoder_blocks, is_multimodal, list_sites
+from evoprune.fitness.adapters import Prunable, SiteModule, decoder_blocks, is_multimodal, list_sites
 from evoprune.fitness.compact_module import class_names, module_name, module_text
+from evoprune.fitness.dropped import DroppedAttention
+from evoprune.fitness.layouts import layout_of
 from evoprune.fitness.surgeon import Surgeon
-from evoprune.fitness.units import find_units
+from evoprune.fitness.units import find_units, head_width
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import write_atomically
 from evoprune.metrics.shape import BlockWidths
@@ -72,13 +74,12 @@ def load_compact(folder: Path, **options: Any) -> Any:
     """
     facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = compact_config(facts)
-    widths = _read_widths(facts, config)
     stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
     class Cut(stock):
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            _shrink(self, widths)
+            _shrink(self, _read_widths(facts, self))
 
     found = Cut.from_pretrained(folder, config=config, **options)
     # Its layers are its own now; by class it is a model of its family, as every other part of evoprune wants it.
@@ -90,7 +91,8 @@ def check_compact(language_model: Prunable) -> None:
     """Refuse a model that has no compact form.
 
     Raises:
-        InvalidInput: it reads more than text, or its class is not one of transformers.
+        InvalidInput: it reads more than text, its class is not one of transformers, or what the form has to say of a
+            block has no name in its config or its attention.
     """
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
@@ -100,6 +102,19 @@ def check_compact(language_model: Prunable) -> None:
         )
     if not type(model).__module__.startswith("transformers."):
         raise InvalidInput(f"{type(model).__name__} has no compact form, since its class is not one of transformers")
+    layout = layout_of(model)
+    if not layout.mlp.width:
+        raise InvalidInput(
+            f"{type(model).__name__} has no compact form, since its config has no field for the number of neurons: "
+            "give masked"
+        )
+    attentions = [block.get_submodule(layout.attention.module) for _, block in decoder_blocks(model)]
+    dense = [module for module in attentions if not isinstance(module, DroppedAttention)]
+    if not all(hasattr(module, name) for module in dense for name in ("head_dim", "config")):
+        raise InvalidInput(
+            f"{type(model).__name__} has no compact form, since its attention does not know the width of a head or the "
+            "config: give padded or masked"
+        )
 
 
 def write_compact(language_model: Prunable, folder: Path) -> None:
@@ -111,7 +126,7 @@ def write_compact(language_model: Prunable, folder: Path) -> None:
     """
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
-    names = _config_names(model.config)
+    names = _config_names(model)
     file = folder / "config.json"
     facts = json.loads(file.read_text(encoding="utf-8"))
     blocks = {}
@@ -135,23 +150,22 @@ def write_compact(language_model: Prunable, folder: Path) -> None:
 
 
 def _can_be_cut(family: str) -> bool:
-    return family in ADAPTERS and family in CONFIG_MAPPING and ADAPTERS[family].attention is not None
+    return family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
-def _config_names(config: PreTrainedConfig) -> dict[str, str]:
+def _config_names(model: PreTrainedModel) -> dict[str, str]:
     """What config.json calls the query heads, the KV groups if it knows any, and the neurons."""
-    layout = ADAPTERS[config.model_type].mlp
-    assert layout is not None
-    names = {"heads": "num_attention_heads", "groups": "num_key_value_heads", "neurons": layout.width}
+    config = model.config
+    names = {"heads": "num_attention_heads", "groups": "num_key_value_heads", "neurons": layout_of(model).mlp.width}
     stored = {what: config.attribute_map.get(name, name) for what, name in names.items()}
     return {what: name for what, name in stored.items() if hasattr(config, name)}
 
 
-def _read_widths(facts: Mapping[str, Any], config: PreTrainedConfig) -> list[BlockWidths]:
-    names = _config_names(config)
+def _read_widths(facts: Mapping[str, Any], model: PreTrainedModel) -> list[BlockWidths]:
+    names, n_blocks = _config_names(model), model.config.num_hidden_layers
     rows = facts.get("per_layer_config")
-    if not isinstance(rows, dict) or len(rows) != config.num_hidden_layers:
-        raise InvalidInput(f"its per_layer_config does not name the {config.num_hidden_layers} blocks one by one")
+    if not isinstance(rows, dict) or len(rows) != n_blocks:
+        raise InvalidInput(f"its per_layer_config does not name the {n_blocks} blocks one by one")
     found = []
     for index, row in enumerate(rows.get(str(index)) for index in range(len(rows))):
         sizes = {what: row[name] for what, name in names.items() if isinstance(row, dict) and _is_count(row.get(name))}
@@ -181,15 +195,14 @@ def _live_widths(language_model: Prunable) -> list[BlockWidths]:
     """What the blocks of a model have now; 0 for what was dropped."""
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
-    adapter = ADAPTERS[model.config.model_type]
-    attention, mlp = adapter.attention, adapter.mlp
-    assert attention is not None and mlp is not None
+    layout = layout_of(model)
+    attention, mlp = layout.attention, layout.mlp
     sites = {bound.site.name: bound.site for bound in language_model.sites}
     found = []
     for name, block in decoder_blocks(model):
         heads = groups = 0
         if (output := sites.get(f"{name}.{attention.output}")) is not None:
-            size = int(block.get_submodule(attention.module).head_dim)  # type: ignore[arg-type]
+            size = head_width(model, block.get_submodule(attention.module))
             rows = [sites[f"{name}.{path}"].out_features for path in attention.inputs]
             heads = output.in_features // size
             groups = (rows[1] if len(rows) > 1 else (rows[0] - output.in_features) // 2) // size

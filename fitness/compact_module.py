@@ -9,8 +9,8 @@ from string import Template
 
 from transformers import PreTrainedModel
 
-from evoprune.fitness.adapters import ADAPTERS
 from evoprune.fitness.dropped import DroppedAttention, DroppedMlp
+from evoprune.fitness.layouts import layout_of
 
 _TEXT = Template('''\
 """$stock with blocks of different widths; written by evoprune.
@@ -97,7 +97,9 @@ def shrink_attention(block, heads, groups):
     config.num_attention_heads, config.num_key_value_heads = heads, groups
     values = {
         "num_heads": heads,
+        "num_attention_heads": heads,
         "num_key_value_heads": groups,
+        "num_kv_heads": groups,
         "num_key_value_groups": heads // groups,
         "split_size": heads * size,
         "config": config,
@@ -152,9 +154,8 @@ def module_text(model: PreTrainedModel, model_type: str, names: Mapping[str, str
         model_type: of the compact form, as config.json names it.
         names: what config.json calls ``heads``, ``neurons`` and, if it knows any, ``groups``.
     """
-    adapter = ADAPTERS[model.config.model_type]
-    attention, mlp = adapter.attention, adapter.mlp
-    assert attention is not None and mlp is not None
+    layout = layout_of(model)
+    attention, mlp = layout.attention, layout.mlp
     stock, config = type(model).__name__, type(model.config).__name__
     new_config, new_model = class_names(stock, config)
 
@@ -167,10 +168,10 @@ def module_text(model: PreTrainedModel, model_type: str, names: Mapping[str, str
         new_config=new_config,
         new_model=new_model,
         model_type=json.dumps(model_type),
-        blocks=json.dumps(adapter.blocks),
+        blocks=json.dumps(layout.blocks),
         attention=literals(attention.module, attention.inputs, attention.output),
         mlp=literals(mlp.module, mlp.inputs, mlp.output),
-        norms=literals(attention.norms, mlp.norms, adapter.shared_norms),
+        norms=literals(attention.norms, mlp.norms, layout.shared_norms),
         names=literals(names["heads"], names.get("groups", ""), names["neurons"]),
         dropped="\n\n".join(
             inspect.getsource(part).rstrip() + "\n" for part in (DroppedAttention, DroppedMlp)

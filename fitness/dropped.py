@@ -20,10 +20,12 @@ class DroppedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> tuple[Tensor, None]:
-        if past_key_values is not None:
+        # Older families have another name for the cache.
+        cache = kwargs.get("layer_past") if past_key_values is None else past_key_values
+        if cache is not None:
             # Positions and masks follow from what the cache of the first block holds: one number a token will do.
             token = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            past_key_values.update(token, token, self.layer_idx)
+            cache.update(token, token, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 
 

@@ -48,15 +48,13 @@ def cut_model(
             is as it was.
         UnknownName: no such form.
     """
-    if form not in FORMS:
-        raise UnknownName("form", form, FORMS)
     if language_model.cut:
         raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
     units = find_units(language_model)
     surgeon = Surgeon(language_model, units)
     try:
         surgeon.apply(blocks, outputs)
-        chosen = _allowed(language_model, units, blocks, form)
+        chosen = form_of(language_model, units, blocks, form)
         stay, kept = _staying(units, blocks)
         if chosen == "masked":
             surgeon.masked(blocks, outputs)
@@ -120,10 +118,17 @@ def padded_widths(language_model: LanguageModel, stay: Sequence[BlockUnits], kep
     raise InvalidInput(f"{type(language_model.model).__name__} cannot be written with {neurons} neurons: give compact")
 
 
-def _allowed(
-    language_model: LanguageModel, units: Sequence[BlockUnits], blocks: Sequence[BlockShape], form: str
+def form_of(
+    language_model: LanguageModel, units: Sequence[BlockUnits], blocks: Sequence[BlockShape], form: str = "auto"
 ) -> str:
-    """The form to take; plain is tried first where the choice is free."""
+    """The form that `cut_model` takes; plain is tried first where the choice is free.
+
+    Raises:
+        InvalidInput: the shape has no such form.
+        UnknownName: there is none.
+    """
+    if form not in FORMS:
+        raise UnknownName("form", form, FORMS)
     if form in ("auto", "plain"):
         try:
             check_plain(language_model, units, blocks)
@@ -138,6 +143,27 @@ def _allowed(
         check_compact(language_model)
         return "compact"
     return form
+
+
+def running_shapes(
+    language_model: LanguageModel, units: Sequence[BlockUnits], blocks: Sequence[BlockShape], form: str
+) -> list[BlockShape]:
+    """What every block computes with, zeros included, in a form that `form_of` gave.
+
+    Raises:
+        InvalidInput: the shape has no such form.
+    """
+    if form == "masked":
+        return [block.widths.whole for block in units]
+    if form != "padded":
+        return list(blocks)
+    widths = padded_widths(language_model, *_staying(units, blocks))
+    return [
+        block.widths.first(widths.groups, widths.heads // widths.groups, widths.neurons)
+        if shape.groups or shape.neurons
+        else shape
+        for block, shape in zip(units, blocks, strict=True)
+    ]
 
 
 def _staying(units: Sequence[BlockUnits], blocks: Sequence[BlockShape]) -> tuple[list[BlockUnits], list[BlockShape]]:

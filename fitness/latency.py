@@ -7,6 +7,7 @@ Source: layerwise sparsity allocation, section 5.8; what is chosen is measured e
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,19 +75,24 @@ def _whole(language_model: LanguageModel, window: int) -> Callable[[], Any]:
     return partial(model, input_ids=tokens, use_cache=False)
 
 
-def median_times(ready: Sequence[Callable[[], Callable[[], Any]]], device: torch.device) -> list[int]:
+def median_times(
+    ready: Sequence[Callable[[], Callable[[], Any]]], device: torch.device, *, seconds: float = math.inf
+) -> list[int]:
     """Nanoseconds of each, over turns that all take.
 
     Args:
         ready: each makes ready what it takes, in its own time, and returns what is timed.
         device: where it runs.
+        seconds: after which no other turn begins; two are taken, and the first of those warms up.
     """
     taken: list[list[int]] = [[] for _ in ready]
+    began = time.perf_counter()
     for turn in range(WARM_UP + TURNS):
+        if turn > 1 and time.perf_counter() - began > seconds:
+            break
         for make_ready, times in zip(ready, taken, strict=True):
-            nanoseconds = _timed(make_ready(), device)
-            if turn >= WARM_UP:
-                times.append(nanoseconds)
+            times.append(_timed(make_ready(), device))
+    taken = [times[min(WARM_UP, len(times) - 1) :] for times in taken]
     return [int(median(times)) for times in taken]
 
 

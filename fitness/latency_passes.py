@@ -6,6 +6,7 @@ Source: layerwise sparsity allocation, section 5.8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -134,6 +135,8 @@ def shape_latencies(
     units: Sequence[BlockUnits],
     shapes: Sequence[Sequence[BlockShape]],
     work: Work,
+    *,
+    seconds: float = math.inf,
 ) -> list[int]:
     """Nanoseconds of a pass, end to end, of the model cut to each of these shapes; they take turns.
 
@@ -142,13 +145,15 @@ def shape_latencies(
         units: of all its blocks.
         shapes: what every block keeps; its weights stay as they are, for times do not depend on them.
         work: what the pass is of.
+        seconds: see `median_times`.
 
     Raises:
         InvalidInput: a shape that the model cannot have.
     """
     surgeon = Surgeon(language_model, units)
     try:
-        return median_times(shape_passes(surgeon, language_model, shapes, work), language_model.device)
+        passes = shape_passes(surgeon, language_model, shapes, work)
+        return median_times(passes, language_model.device, seconds=seconds)
     finally:
         surgeon.restore()
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from evoprune.fitness.adapters import ADAPTERS, auto_class
+from evoprune.fitness.adapters import auto_class
 from evoprune.fitness.hub import one_line, silence
+from evoprune.fitness.layouts import Layout, layout_of
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import InvalidInput
@@ -35,7 +37,7 @@ def check_stock(language_model: LanguageModel, stay: Sequence[BlockUnits], width
     name = type(language_model.model).__name__
     config = deepcopy(language_model.model.config)
     try:
-        set_config(config, stay, widths)
+        set_config(config, layout_of(language_model.model), stay, widths)
         # As it comes out of a file: setting an attribute checks less than reading all of them.
         config = type(config).from_dict(config.to_dict())
         with silence(), torch.device("meta"):
@@ -51,14 +53,41 @@ def check_stock(language_model: LanguageModel, stay: Sequence[BlockUnits], width
                 raise InvalidInput(
                     f"{name} cannot have {widths}: the {attribute} of block {index} would be {there} and not {here}"
                 )
+        for path, weights in _weights(block, widths).items():
+            built_weights = built.get_submodule(_moved(path, block.name, index)).get_parameter("weight").numel()
+            if built_weights != weights:
+                raise InvalidInput(
+                    f"{name} cannot have {widths}: {path} would have {built_weights} weights and not {weights}"
+                )
 
 
-def set_config(config: PreTrainedConfig, stay: Sequence[BlockUnits], widths: BlockWidths) -> None:
-    """Let a config say that the blocks that stay have these widths."""
+def _weights(block: BlockUnits, widths: BlockWidths) -> dict[str, int]:
+    """How many weights each matrix of a block of these widths has, by its name."""
+    attention = replace(block.attention, groups=widths.groups, heads=widths.heads)
+    mlp = replace(block.mlp, neurons=widths.neurons)
+    heads, neurons = range(widths.heads), range(widths.neurons)
+    rows = (*attention.rows(range(widths.groups), heads), *mlp.rows(neurons))
+    found = {
+        bound.site.name: len(kept) * bound.site.in_features
+        for bound, kept in zip((*attention.inputs, *mlp.inputs), rows, strict=True)
+    }
+    for bound, columns in ((attention.output, len(attention.columns(heads))), (mlp.output, widths.neurons)):
+        found[bound.site.name] = bound.site.out_features * columns
+    return found
+
+
+def set_config(config: PreTrainedConfig, layout: Layout, stay: Sequence[BlockUnits], widths: BlockWidths) -> None:
+    """Let a config say that the blocks that stay have these widths.
+
+    Raises:
+        InvalidInput: it has no field for the number of neurons.
+    """
     text = config.get_text_config()
-    layout = ADAPTERS[text.model_type].mlp
-    assert layout is not None
-    values: dict[str, Any] = {"num_hidden_layers": len(stay), layout.width: widths.neurons}
+    values: dict[str, Any] = {"num_hidden_layers": len(stay)}
+    if layout.mlp.width:
+        values[layout.mlp.width] = widths.neurons
+    elif widths.neurons != stay[0].mlp.neurons:
+        raise InvalidInput("its config has no field for the number of neurons")
     if widths.heads != stay[0].attention.heads or widths.groups != stay[0].attention.groups:
         # Without it the width of a head would follow from how many there are.
         values |= {"num_attention_heads": widths.heads, "head_dim": stay[0].attention.head_dim}
@@ -76,10 +105,11 @@ def keep_blocks(language_model: LanguageModel, stay: Sequence[BlockUnits], width
     path = stay[0].name.rpartition(".")[0]
     parent, _, leaf = path.rpartition(".")
     blocks = [model.get_submodule(block.name) for block in stay]
-    set_config(model.config, stay, widths)
+    set_config(model.config, layout_of(model), stay, widths)
     for index, (block, units) in enumerate(zip(blocks, stay, strict=True)):
         attention = block.get_submodule(units.attention.name.removeprefix(f"{units.name}."))
-        attention.config = model.config.get_text_config()  # type: ignore[assignment]
+        if hasattr(attention, "config"):
+            attention.config = model.config.get_text_config()  # type: ignore[assignment]
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index  # type: ignore[assignment]

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.part_merges import Merges, Sources, merges_of, read_block
+from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
 from evoprune.fitness.samples import Sequences
+from evoprune.fitness.short_training import Training, TrainingText, trained
 from evoprune.fitness.structure_database import StructureDatabase
 from evoprune.fitness.structure_weights import refitted_outputs
 from evoprune.fitness.surgeon import Surgeon
@@ -94,6 +96,41 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Sequence[int]], tuple[Planne
             merges |= {(block, part): sources for part, sources in zip(PARTS, (attention, mlp), strict=True) if sources}
         outputs = refitted_outputs(self._units, shape, partial(self._output, merges))
         self._surgeon.apply(shape, outputs, merges)
+
+    def apply_path_refit(self, given: Sequence[Sequence[int]], calibration: Sequences) -> None:
+        """`apply`, with each output solved for on what the candidate itself gives it, and not by the database.
+
+        Args:
+            given: the candidate, of which nothing is merged.
+            calibration: text A.
+
+        Raises:
+            InvalidInput: see `complete`, something is merged, or a Gram matrix cannot be inverted even damped.
+        """
+        if any(attention or mlp for *_, attention, mlp in self.complete(given)):
+            raise InvalidInput("what is merged has no path refit: give a shape whose parts stay or go")
+        shape = self.shape(given)
+        self.restore()
+        refits = path_refits(self.language_model, self._units, calibration, shape)
+        dtype = self.language_model.model.dtype
+        self._surgeon.apply(
+            shape, refitted_outputs(self._units, shape, lambda block, part, kept: refits[block][part].to(dtype))
+        )
+
+    @contextmanager
+    def trained(self, given: Sequence[Sequence[int]], training: Training, text: TrainingText) -> Iterator[None]:
+        """Inside, the model is the candidate after a short training, with which it ends.
+
+        Args:
+            given: the candidate.
+            training, text: see `evoprune.fitness.short_training.trained`.
+
+        Raises:
+            InvalidInput: see `complete`.
+        """
+        self.apply(given)
+        with trained(self.language_model, self._units, self.head, training, text):
+            yield
 
     @contextmanager
     def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:

@@ -19,7 +19,15 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape, BlockWidths
 
 # What attentions say of their heads, each family some of it; Phi-3 reads its config in every forward pass.
-_OF_HEADS = ("num_heads", "num_key_value_heads", "num_key_value_groups", "split_size", "config")
+_OF_HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "num_key_value_groups",
+    "split_size",
+    "config",
+)
 
 
 MAX_MERGED_BYTES = 1 << 30
@@ -132,7 +140,7 @@ class _Block:
         self.units = units
         attention, mlp = units.attention, units.mlp
         module = model.get_submodule(attention.name)
-        self._model, self._config = model, module.config
+        self._model, self._config = model, getattr(module, "config", None)
         self._attention = Part(
             model,
             attention.inputs,
@@ -143,8 +151,9 @@ class _Block:
         self._mlp = Part(model, mlp.inputs, mlp.output, [], _dropped_mlp(units))
         self.parts: dict[PartName, Part] = {"attention": self._attention, "mlp": self._mlp}
         paths = units.gone_norms(BlockShape((), (), ()))
-        # Those inside the attention go when it goes.
-        own = [path for path in paths if not path.startswith(f"{attention.name}.")]
+        # Those inside the attention or the MLP go when it goes.
+        parts = tuple(f"{part.name}." for part in (attention, mlp) if part.name != units.name)
+        own = [path for path in paths if not path.startswith(parts)]
         self._norms = {path: model.get_submodule(path) for path in own}
         self._gone: tuple[str, ...] = ()
         # What the parts were cut to last; None is whole.
@@ -253,8 +262,9 @@ def _cut_attention(part: Part, units: AttentionUnits, config: Any, shape: BlockS
     if (groups, heads) == (units.groups, units.heads) and wanted.dense:
         part.restore()
         return
-    config.num_attention_heads, config.num_key_value_heads = heads, groups
-    values = (heads, groups, heads // groups, heads * units.head_dim, config)
+    if config is not None:
+        config.num_attention_heads, config.num_key_value_heads = heads, groups
+    values = (heads, heads, groups, groups, heads // groups, heads * units.head_dim, config)
     part.cut(spans, across, wanted.output, dict(zip(_OF_HEADS, values, strict=True)), wanted.given)
 
 

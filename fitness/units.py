@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from evoprune.fitness.adapters import ADAPTERS, Prunable, SiteModule, decoder_blocks
+from evoprune.fitness.adapters import Prunable, SiteModule, decoder_blocks
 from evoprune.fitness.adapters.base import AttentionLayout, MlpLayout
+from evoprune.fitness.layouts import layout_of
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
 from evoprune.metrics.shape import BlockShape, BlockWidths
 
 PartName = Literal["attention", "mlp"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
+
+# Models whose units were looked up, and hold.
+_CHECKED: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +166,19 @@ class BlockUnits:
 def find_units(language_model: Prunable) -> list[BlockUnits]:
     """The units of every decoder block of the language model, in model order.
 
+    Where no adapter says what belongs together, it is looked up in the dependency graph of a block, and cuts of the
+    model are compared with zeros before anything is returned.
+
     Raises:
-        InvalidInput: nobody has said how the blocks of this family can be cut; a part is missing; an attention holds
-            weights for each head beside its matrices, or heads that do not come in equal groups; or the norms lie
-            behind the parts.
+        InvalidInput: nobody has said how the blocks of this family can be cut, and it is not found either, or what is
+            found does not hold; a part is missing; an attention holds weights for each head beside its matrices, or
+            heads that do not come in equal groups; or the norms lie behind the parts.
     """
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
     config = model.config.get_text_config()
-    family = config.model_type
-    attention, mlp = (ADAPTERS[family].attention, ADAPTERS[family].mlp) if family in ADAPTERS else (None, None)
-    if attention is None or mlp is None:
-        known = [name for name in ADAPTERS if ADAPTERS[name].attention is not None]
-        raise InvalidInput(
-            f"model family {family!r} cannot be cut into heads and neurons; supported: {', '.join(known)}"
-        )
+    layout = layout_of(model)
+    attention, mlp = layout.attention, layout.mlp
     if not getattr(config, "do_layer_norm_before", True):
         raise InvalidInput(
             f"{type(model).__name__} normalises behind attention and MLP (do_layer_norm_before is false), so neither "
@@ -189,16 +192,23 @@ def find_units(language_model: Prunable) -> list[BlockUnits]:
         layers = (*attention.inputs, attention.output, *mlp.inputs, mlp.output)
         if gone := [path for path in layers if f"{name}.{path}" not in bound]:
             raise InvalidInput(f"{name} has no {gone[0]}, so it is cut already: give the dense model")
-    return [
+    units = [
         BlockUnits(
             name,
             index,
             _attention(model, name, attention, bound),
             _mlp(model, name, mlp, bound),
-            tuple(f"{name}.{path}" for path in ADAPTERS[family].shared_norms),
+            tuple(f"{name}.{path}" for path in layout.shared_norms),
         )
         for index, name in enumerate(blocks)
     ]
+    if layout.traced and model not in _CHECKED:
+        # The surgeon, with which it is checked, cuts what is found here.
+        from evoprune.fitness.unit_check import check_units
+
+        check_units(language_model, units)
+        _CHECKED.add(model)
+    return units
 
 
 def _attention(
@@ -208,7 +218,7 @@ def _attention(
     module = model.get_submodule(name)
     inputs = tuple(bound[f"{block}.{path}"] for path in layout.inputs)
     output = bound[f"{block}.{layout.output}"]
-    head_dim, query = int(module.head_dim), output.site.in_features  # type: ignore[arg-type]
+    head_dim, query = head_width(model, module), output.site.in_features
     rows = [site.site.out_features for site in inputs]
     key = (rows[0] - query) // 2 if len(inputs) == 1 else rows[1]
     heads, groups = query // head_dim, key // head_dim
@@ -216,9 +226,15 @@ def _attention(
         raise InvalidInput(f"{name} has {query} query and {key} key rows for heads of {head_dim}: it cannot be cut")
     cut = {site.module for site in (*inputs, output)}
     _refuse_per_head(name, module, head_dim, cut)
-    inner = [path for path, norm in module.named_modules() if norm not in cut and list(norm.parameters(recurse=False))]
-    norms = (*(f"{block}.{path}" for path in layout.norms), *(f"{name}.{path}" for path in inner))
+    norms = (*(f"{block}.{path}" for path in layout.norms), *_inner(name, module, cut))
     return AttentionUnits(name, inputs, output, norms, groups, heads, head_dim)
+
+
+def head_width(model: PreTrainedModel, attention: nn.Module) -> int:
+    """Rows of a head: what the attention says, or the config, or what is left of the hidden size for each."""
+    config: Any = model.config.get_text_config()
+    said = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    return int(said or config.hidden_size // config.num_attention_heads)
 
 
 def _refuse_per_head(name: str, module: nn.Module, head_dim: int, cut: set[nn.Module]) -> None:
@@ -233,8 +249,16 @@ def _mlp(model: PreTrainedModel, block: str, layout: MlpLayout, bound: dict[str,
     name = f"{block}.{layout.module}" if layout.module else block
     inputs = tuple(bound[f"{block}.{path}"] for path in layout.inputs)
     output = bound[f"{block}.{layout.output}"]
-    norms = tuple(f"{block}.{path}" for path in layout.norms)
-    return MlpUnits(name, inputs, output, norms, output.site.in_features)
+    norms = [f"{block}.{path}" for path in layout.norms]
+    if layout.module:
+        norms += _inner(name, model.get_submodule(name), {site.module for site in (*inputs, output)})
+    return MlpUnits(name, inputs, output, tuple(norms), output.site.in_features)
+
+
+def _inner(name: str, module: nn.Module, cut: set[nn.Module]) -> list[str]:
+    """What else has parameters inside an attention or an MLP, such as norms and activations: it goes with it."""
+    modules = module.named_modules()
+    return [f"{name}.{path}" for path, inner in modules if inner not in cut and list(inner.parameters(recurse=False))]
 
 
 def _runs(indices: Sequence[int], length: int) -> list[int]:

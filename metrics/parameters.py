@@ -1,4 +1,4 @@
-"""Parameters of plug-ins that are frozen dataclasses: their fields, with the defaults that these have."""
+"""Parameters of plug-ins: a plug-in with parameters is a frozen dataclass, whose fields are these, with defaults."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def parameters_of(plugin: object) -> dict[str, Any]:
     return {field.name: getattr(plugin, field.name) for field in fields(plugin)}
 
 
-def with_parameters(registry: Registry[T], name: str, given: Mapping[str, Any] | None = None) -> T:
+def configured(registry: Registry[T], name: str, given: Mapping[str, Any] | None = None) -> T:
     """A registered plug-in with some parameters changed.
 
     Args:
-        registry: of plug-ins that are dataclasses.
-        name: of one of them.
+        registry: of frozen dataclasses.
+        name: one of the registry's.
         given: by name; text is read as the type that the default has; where that is None, by the annotation, and
             ``auto`` is None.
 

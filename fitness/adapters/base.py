@@ -15,6 +15,9 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import Site
 from evoprune.metrics.registry import Registry
 
+USUAL_WIDTH = "intermediate_size"
+"""What most configs call the number of neurons."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
@@ -43,14 +46,14 @@ class MlpLayout:
             there are neurons holds gate and up, in this order.
         output: linear layer whose columns are the neurons.
         norms: norms that nothing but the MLP needs; they go with it.
-        width: what the config calls the number of neurons.
+        width: what the config calls the number of neurons; empty where it has no name for it.
     """
 
     module: str
     inputs: tuple[str, ...]
     output: str
     norms: tuple[str, ...] = ()
-    width: str = "intermediate_size"
+    width: str = USUAL_WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,11 @@ class Prunable(Protocol):
 
 
 ADAPTERS: Registry[ModelAdapter] = Registry("model family", "evoprune.fitness.adapters")
+
+
+def described_families() -> list[str]:
+    """Families whose adapters say what has to be cut together."""
+    return [name for name in ADAPTERS if ADAPTERS[name].attention is not None and ADAPTERS[name].mlp is not None]
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from evoprune.metrics import parameters
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.parameters import check_choice, with_parameters
+from evoprune.metrics.parameters import check_choice
 from evoprune.metrics.records import Site
 from evoprune.metrics.registry import Registry
 
@@ -94,8 +95,8 @@ ALLOCATORS: Registry[Allocator] = Registry("allocator", "evoprune.fitness.alloca
 
 
 def configured(name: str, given: Mapping[str, Any] | None = None) -> Allocator:
-    """A registered allocator with some parameters changed; arguments and errors as of `with_parameters`."""
-    return with_parameters(ALLOCATORS, name, given)
+    """A registered allocator with some parameters changed; see `evoprune.metrics.parameters.configured`."""
+    return parameters.configured(ALLOCATORS, name, given)
 
 
 def grouped(sites: Sequence[Site], granularity: str) -> list[list[int]]:

@@ -19,8 +19,8 @@ from evoprune.fitness.forms import cut_model
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.units import BlockUnits
+from evoprune.metrics import parameters
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.parameters import with_parameters
 from evoprune.metrics.records import removed_count
 from evoprune.metrics.registry import Registry
 from evoprune.metrics.shape import BlockShape
@@ -111,8 +111,8 @@ METHODS: Registry[Method] = Registry("method", "evoprune.fitness.methods")
 
 
 def configured(name: str, given: Mapping[str, Any] | None = None) -> Method:
-    """A registered method with some parameters changed; arguments and errors as of `with_parameters`."""
-    return with_parameters(METHODS, name, given)
+    """A registered method with some parameters changed; see `evoprune.metrics.parameters.configured`."""
+    return parameters.configured(METHODS, name, given)
 
 
 @torch.no_grad()

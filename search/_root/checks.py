@@ -28,6 +28,12 @@ EXTRAS = {
     "pyarrow": ("pyarrow", "Parquet files as text: pip install 'evoprune[data]'"),
     "cmaes": ("cmaes", "`search allocation --searcher cmaes`: pip install 'evoprune[samplers]'"),
     "scipy": ("scipy", "`search allocation --searcher gp`: pip install 'evoprune[samplers]'"),
+    "torch-pruning": (
+        "torch_pruning",
+        "shapes of families without an adapter: pip install 'evoprune[torch-pruning]'",
+    ),
+    "accelerate": ("accelerate", "`prune --recovery`: pip install 'evoprune[recovery]'"),
+    "peft": ("peft", "`prune --recovery lora`: pip install 'evoprune[recovery]'"),
     "diffusers": ("diffusers", "diffusion pipelines: pip install 'evoprune[diffusion]'"),
 }
 

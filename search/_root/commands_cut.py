@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,67 +13,62 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import user_path
 
 if TYPE_CHECKING:
-    from evoprune.outcomes import CutModel
+    from evoprune.outcomes import CutModel, Smaller
 
 
-def prune_to_shape(
-    output: Output,
-    model: str,
-    shape: Path,
-    form: str,
-    out: Path,
-    beside: dict[str, Any],
-    loading: dict[str, Any],
-) -> None:
+def prune_to_shape(output: Output, model: str, shape: Path, beside: dict[str, Any], options: dict[str, Any]) -> None:
     """Cut a model to the shape in a file; what was given beside it is refused.
+
+    Args:
+        output, model, shape: as given.
+        beside: values of options that say something else than a shape.
+        options: further arguments of `prune_shape`, `out` among them.
 
     Raises:
         InvalidInput: a shape and something else say what goes, or `prune_shape` refuses.
     """
-    _alone("--shape", beside)
-    check_writable(out)
-    _refuse_pipeline(model)
+    _check("--shape", model, beside, options["out"])
     from evoprune.shapes import prune_shape
 
-    done = prune_shape(model, shape, form=form, out=out, progress=output.step, **loading)
+    done = prune_shape(model, shape, progress=output.step, **options)
     if done.foreign:
         output.tell("the shape was found on other weights of this class")
     _show(output, model, done)
 
 
-def prune_by_method(
-    output: Output,
-    model: str,
-    method: str,
-    parameters: list[str],
-    form: str,
-    out: Path,
-    beside: dict[str, Any],
-    target: dict[str, Any],
-) -> None:
+def prune_by_method(output: Output, model: str, method: str, beside: dict[str, Any], options: dict[str, Any]) -> None:
     """Make a model smaller as a published method does.
 
     Args:
-        parameters: of the method, as words KEY=VALUE.
-        beside: options that nothing may be given of.
-        target: further arguments of `prune_structure`.
+        output, model, method: as given.
+        beside: values of options that say something else than a method.
+        options: further arguments of `prune_structure`, `out` among them.
 
     Raises:
         InvalidInput: a method and something else say what goes, or `prune_structure` refuses.
     """
-    _alone("--method", beside)
-    check_writable(out)
-    _refuse_pipeline(model)
+    _check("--method", model, beside, options["out"])
     from evoprune.shapes import prune_structure
 
-    given = key_values("--method-set", parameters, "protect_last=1")
-    done = prune_structure(model, method, parameters=given, form=form, out=out, progress=output.step, **target)
-    _show(output, model, done)
+    _show(output, model, prune_structure(model, method, progress=output.step, **options))
+
+
+def of_recovery(done: Smaller) -> Iterator[str]:
+    """Where the training of a recovery began, if not at the beginning; what was there before, if it was of no use."""
+    if done.recovery is None:
+        return
+    training = done.recovery.done
+    if training.discarded:
+        yield "a recovery of something else had been interrupted here: its checkpoints are gone, this one began anew"
+    if training.continued:
+        yield f"the recovery went on from step {training.continued:,} of {training.steps:,}"
 
 
 def _show(output: Output, model: str, done: CutModel) -> None:
     from evoprune.search.tables import layers_table
 
+    for remark in of_recovery(done):
+        output.tell(remark)
     document = done.to_json()
     if output.as_json:
         output.json(document)
@@ -82,14 +78,13 @@ def _show(output: Output, model: str, done: CutModel) -> None:
         output.line(document["out"])
 
 
-def _alone(option: str, beside: dict[str, Any]) -> None:
-    if given := [name for name, value in beside.items() if value not in (None, [])]:
-        raise InvalidInput(f"{option} says by itself what goes: leave out {given[0]}")
-
-
-def _refuse_pipeline(model: str) -> None:
+def _check(option: str, model: str, beside: dict[str, Any], out: Path) -> None:
+    """Refuse, before long work, what goes with no model that gets smaller."""
     from evoprune.fitness.pipelines import is_pipeline
 
+    if given := [name for name, value in beside.items() if value not in (None, [])]:
+        raise InvalidInput(f"{option} says by itself what goes: leave out {given[0]}")
+    check_writable(out)
     if is_pipeline(model):
         raise InvalidInput("a pipeline cannot be cut to a shape: give --sparsity")
 

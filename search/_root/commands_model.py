@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from evoprune import completion
-from evoprune.commands_cut import check_writable, key_values, prune_by_method, prune_to_shape
+from evoprune.commands_cut import check_writable, key_values, of_recovery, prune_by_method, prune_to_shape
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.options import (
     MODEL,
     OUTPUT,
+    RECOVERY,
     TARGET,
     TEXT,
     CalibrationSequences,
@@ -125,7 +126,32 @@ def prune(
         option("--shape", metavar="F", help="a .json of the heads and neurons that every block keeps", panel=TARGET),
     ] = None,
     recovery: Annotated[
-        str | None, option("--recovery", metavar="R", help=f"training after pruning; {NOT_LANDED}", panel=TARGET)
+        str | None,
+        option(
+            "--recovery",
+            metavar="R",
+            help="train what is left: one of `evoprune list recoveries`; what was removed stays zero",
+            panel=RECOVERY,
+            default="none",
+            autocompletion=completion.plugins("evoprune.fitness.recoveries"),
+        ),
+    ] = None,
+    recovery_tokens: Annotated[
+        int | None,
+        option("--recovery-tokens", metavar="N", help="how much text it is trained on", panel=RECOVERY, default=300000),
+    ] = None,
+    recovery_loss: Annotated[
+        Literal["distill", "lm"] | None,
+        option(
+            "--recovery-loss",
+            help="learn the dense model's distributions, or the next token of the text",
+            panel=RECOVERY,
+            default="distill",
+        ),
+    ] = None,
+    recovery_set: Annotated[
+        list[str] | None,
+        option("--recovery-set", metavar="KEY=VALUE", help="a parameter of the recovery; repeatable", panel=RECOVERY),
     ] = None,
     form: Annotated[
         Literal["auto", "plain", "padded", "compact", "masked"],
@@ -137,6 +163,14 @@ def prune(
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency/--no-latency",
+            help="of what is cut by --shape or --method: measure how fast it is, for the model card",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = True,
     calibration: CalibrationText = None,
     calibration_sequences: CalibrationSequences = None,
     calibration_window: CalibrationWindow = None,
@@ -151,8 +185,12 @@ def prune(
 ) -> None:
     """Remove the weights that a criterion scores lowest, and write a checkpoint that plain transformers loads."""
     with Output(as_json) as output:
-        if recovery is not None:
-            raise InvalidInput(f"--recovery {NOT_LANDED}; prune without it")
+        training: dict[str, Any] = {
+            "recovery": recovery,
+            "recovery_tokens": recovery_tokens,
+            "recovery_loss": recovery_loss,
+            "recovery_parameters": key_values("--recovery-set", recovery_set or [], "rank=16"),
+        }
         loading = _loading(dtype, device, revision, trust_remote_code, components)
         beside: dict[str, Any] = {
             "--allocation": allocation,
@@ -164,17 +202,21 @@ def prune(
             "--budget": budget,
         }
         text = _calibration(calibration, calibration_sequences, calibration_window)
+        written = {"form": form, "out": out, "latency": latency, "seed": seed}
         if method is not None:
             beside["--shape"] = shape
             if tokens != "all":
                 beside["--tokens"] = tokens
-            target = {"sparsity": sparsity, "seed": seed, **text}
-            prune_by_method(output, model, method, method_set or [], form, out, beside, target | loading)
+            parameters = key_values("--method-set", method_set or [], "protect_last=1")
+            target = {"sparsity": sparsity, "parameters": parameters, **written, **text}
+            prune_by_method(output, model, method, beside, target | training | loading)
             return
         if shape is not None:
+            # Only a recovery reads text here.
+            read = {"calibration": text.pop("calibration")} if recovery and calibration is not None else {}
             beside |= {"--sparsity": sparsity, "--method-set": method_set}
             beside |= {f"--{name.replace('_', '-')}": value for name, value in text.items()}
-            prune_to_shape(output, model, shape, form, out, beside, loading)
+            prune_to_shape(output, model, shape, beside, written | read | training | loading)
             return
         if method_set:
             raise InvalidInput("--method-set is a parameter of a method: name one by --method")
@@ -203,6 +245,8 @@ def prune(
         pipeline = is_pipeline(model)
         pruned: Removal
         if pipeline:
+            if any(training.values()):
+                raise InvalidInput("a pipeline has no recovery: leave out --recovery and what goes with it")
             if pattern is not None or group is not None or compressor not in (None, "mask") or components is not None:
                 raise InvalidInput(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
@@ -220,10 +264,11 @@ def prune(
                 tokens=tokens,
                 seed=seed,
                 **target,
+                **training,
                 **text,
                 **loading,
             )
-            for remark in _remarks(pruned, metric):
+            for remark in [*_remarks(pruned, metric), *of_recovery(pruned)]:
                 output.tell(remark)
         document = pruned.to_json()
         if as_json:

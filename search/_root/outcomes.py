@@ -7,14 +7,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.card import PassTimes
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pipelines import Pipeline
 from evoprune.fitness.pruning import PrunedLayer
+from evoprune.fitness.recovery import Recovered
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape import Shape
+
+
+@dataclass(frozen=True)
+class MeasuredRecovery:
+    """How what is left of a model was trained, and what that brought.
+
+    Attributes:
+        method: name of the recovery.
+        loss: ``distill`` or ``lm``.
+        done: tokens, steps, and where the training began.
+        before, after: `HeldOut.summary` of the pruned model, and of the recovered one.
+    """
+
+    method: str
+    loss: str
+    done: Recovered
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` and a checkpoint say of it: the same, however often it was interrupted."""
+        return {
+            "method": self.method,
+            "loss": self.loss,
+            "tokens": self.done.tokens,
+            "steps": self.done.steps,
+            "parameters": self.done.parameters,
+            "before": self.before,
+            "after": self.after,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +55,12 @@ class Smaller:
 
     Attributes:
         layers: one entry per matrix, in model order.
+        recovery: how what is left was trained; None if it was not.
         out: folder of the checkpoint; None if none was asked for.
     """
 
     layers: tuple[PrunedLayer, ...]
+    recovery: MeasuredRecovery | None = None
     out: Path | None = None
 
     @property
@@ -55,6 +89,7 @@ class Smaller:
             "criterion": None,
             "compressor": None,
             "allocation": None,
+            "recovery": None if self.recovery is None else self.recovery.to_json(),
             "layers": [
                 {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
                 for layer in self.layers
@@ -122,6 +157,7 @@ class CutModel(Smaller):
         form: of the checkpoint.
         parameters: of the whole model, as it is now.
         dense_parameters: of the whole model before.
+        times: of forward passes, before and now; taken where a checkpoint is written and something got smaller.
         foreign: whether the shape was found on other weights of this class.
         method: that chose the shape; None if it was given.
         found: by the method, on its way to the shape; JSON values.
@@ -133,6 +169,7 @@ class CutModel(Smaller):
     parameters: int
     dense_parameters: int
     foreign: bool = False
+    times: tuple[PassTimes, ...] = ()
     method: str | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
 
@@ -142,6 +179,7 @@ class CutModel(Smaller):
             "form": self.form,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
+            "milliseconds": [{"pass": row.words, "dense": row.dense / 1e6, "cut": row.cut / 1e6} for row in self.times],
             **({} if self.method is None else {"method": self.method, "found": dict(self.found)}),
         }
 

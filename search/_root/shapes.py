@@ -7,19 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evoprune.api import own_copy
 from evoprune.calibration import TEXT, Progress, default_window, loaded, silent
-from evoprune.fitness.card import Cut, public_name
+from evoprune.fitness.card import Cut, PassTimes, public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.examples import read_side
+from evoprune.fitness.forms import form_of, running_shapes
+from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.methods import Evidence, ModelEdit, apply_edit, configured
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.numerics import torch_threads
+from evoprune.fitness.numerics import processor_name, torch_threads
+from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database
-from evoprune.fitness.structure_weights import MERGED, DatabaseRecipe, merges_in, refitted_outputs
+from evoprune.fitness.structure_weights import RefitRecipe, merges_in, refitted_outputs
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import BlockUnits, PartName, find_units
 from evoprune.metrics.errors import InvalidInput
@@ -28,6 +32,10 @@ from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, to_json
 from evoprune.outcomes import CutModel
+from evoprune.recoveries import Begun, given_recovery
+
+TIMING_SECONDS = 15.0
+"""For the time of a pass, about: of a large model on a slow device fewer turns are taken."""
 
 
 def prune_shape(
@@ -35,7 +43,14 @@ def prune_shape(
     shape: str | Path | Shape = "shape.json",
     *,
     form: str = "auto",
+    recovery: str | None = None,
+    recovery_tokens: int | None = None,
+    recovery_loss: str | None = None,
+    recovery_parameters: Mapping[str, Any] | None = None,
+    calibration: str = "corpus",
+    seed: int = 0,
     out: str | Path | None = None,
+    latency: bool = True,
     progress: Progress = silent,
     **loading: Any,
 ) -> CutModel:
@@ -48,7 +63,11 @@ def prune_shape(
             blocks are gone), ``padded`` (the same, blocks filled up with zeros to one width), ``compact`` (every block
             as small as it is; evoprune loads it, transformers with ``trust_remote_code=True``), ``masked`` (zeros,
             nothing smaller); ``auto`` is plain if the shape allows it, else compact.
+        recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
+        calibration, seed: the text that a recovery learns from, and the seed of what it draws; nothing else reads them.
         out: a new or empty folder; None writes nothing.
+        latency: measure, where a checkpoint is written, how long the dense model and what stays of it take for prefill
+            and for one more token, for the model card; on a CPU with one thread.
         progress: told what runs.
         loading: further arguments of `load_model`, where `model` is a name.
 
@@ -57,27 +76,20 @@ def prune_shape(
     """
     if out is not None:
         check_out_dir(out)
+    recovers = given_recovery(
+        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
+    )
     given = shape if isinstance(shape, Shape) else read_shape(shape)
-    language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
-    if language_model.cut:
-        raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
+    language_model = _dense(model, loading, progress)
     units = find_units(language_model)
     given.check(type(language_model.model).__name__, [block.widths for block in units])
-    dense = _parameters(language_model.model)
-    layers = _layers(language_model, units, given.blocks)
+    chosen = form_of(language_model, units, given.blocks, form)
+    begun = None if recovers is None else recovers.started(language_model)
     edit = _edit(given, language_model, units, progress)
-    fitted, chosen = apply_edit(language_model, edit, form)
     recipe = {"shape": to_json(given), "form": chosen}
-    done = CutModel(
-        language_model=fitted,
-        shape=given,
-        form=chosen,
-        layers=layers,
-        parameters=_parameters(fitted.model),
-        dense_parameters=dense,
-        foreign=given.fingerprint != language_model.fingerprint,
-    )
-    return _written(done, language_model, recipe, out, progress)
+    foreign = given.fingerprint != language_model.fingerprint
+    done = _done(given, language_model, units, edit, chosen, begun, out, latency, recipe, progress)
+    return replace(done, foreign=foreign)
 
 
 def prune_structure(
@@ -87,7 +99,12 @@ def prune_structure(
     sparsity: float | None = None,
     parameters: Mapping[str, Any] | None = None,
     form: str = "auto",
+    recovery: str | None = None,
+    recovery_tokens: int | None = None,
+    recovery_loss: str | None = None,
+    recovery_parameters: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
+    latency: bool = True,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
     calibration_window: int | None = None,
@@ -103,8 +120,10 @@ def prune_structure(
         sparsity: fraction of the prunable weights that goes, in (0, 1), whole blocks rounded down; None is 0.25, or
             what the parameters say.
         parameters: of the method, by name.
-        form, out: as of `prune_shape`.
-        calibration, calibration_sequences, calibration_window, seed: text A; see `collect_statistics`.
+        form, out, latency: as of `prune_shape`.
+        recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
+        calibration, calibration_sequences, calibration_window, seed: text A; see `collect_statistics`. A recovery
+            learns from another side of the same text.
         progress: told what runs.
         loading: further arguments of `load_model`, where `model` is a name.
 
@@ -116,31 +135,21 @@ def prune_structure(
     chosen = configured(method, parameters)
     if sparsity is not None and not 0 < sparsity < 1:
         raise InvalidInput(f"sparsity {sparsity:g} is not between 0 and 1: give the fraction to remove, such as 0.25")
-    language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
-    if language_model.cut:
-        raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
+    recovers = given_recovery(
+        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
+    )
+    language_model = _dense(model, loading, progress)
     units = find_units(language_model)
+    begun = None if recovers is None else recovers.started(language_model)
     window = default_window(language_model, calibration_window)
     windows = read_side(language_model, calibration, "A", window=window, count=calibration_sequences, seed=seed)
     what = f"asking {method}"
     progress(what, 0, 1)
     edit = chosen.edit(Evidence(language_model, units, windows, sparsity, lambda done, of: progress(what, done, of)))
-    dense = _parameters(language_model.model)
-    layers = _layers(language_model, units, edit.blocks)
-    fitted, written = apply_edit(language_model, edit, form)
+    written = form_of(language_model, units, edit.blocks, form)
     weights = {"method": method, "parameters": parameters_of(chosen)}
-    name, widths = type(fitted.model).__name__, tuple(block.widths for block in units)
+    name, widths = type(language_model.model).__name__, tuple(block.widths for block in units)
     shape = Shape(name, language_model.fingerprint, edit.blocks, widths, weights, {"sparsity": sparsity})
-    done = CutModel(
-        language_model=fitted,
-        shape=shape,
-        form=written,
-        layers=layers,
-        parameters=_parameters(fitted.model),
-        dense_parameters=dense,
-        method=method,
-        found=edit.found,
-    )
     recipe = {
         "method": method,
         "source": chosen.source,
@@ -155,50 +164,125 @@ def prune_structure(
             "seed": seed,
         },
     }
-    return _written(done, language_model, recipe, out, progress)
+    done = _done(shape, language_model, units, edit, written, begun, out, latency, recipe, progress)
+    return replace(done, method=method, found=edit.found)
 
 
-def _written(
-    done: CutModel, dense: LanguageModel, recipe: dict[str, Any], out: str | Path | None, progress: Progress
+def _dense(model: str | LanguageModel, loading: Mapping[str, Any], progress: Progress) -> LanguageModel:
+    """The model to cut, which is nobody else's.
+
+    Raises:
+        InvalidInput: it is cut already, or cannot be loaded.
+    """
+    found = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, dict(loading), progress)
+    if found.cut:
+        raise InvalidInput(f"model {found.name!r} is cut already: give the dense model")
+    return found
+
+
+def _done(
+    shape: Shape,
+    language_model: LanguageModel,
+    units: list[BlockUnits],
+    edit: ModelEdit,
+    form: str,
+    begun: Begun | None,
+    out: str | Path | None,
+    latency: bool,
+    recipe: dict[str, Any],
+    progress: Progress,
 ) -> CutModel:
-    """The same with the checkpoint that was asked for, and a fingerprint of its own."""
-    fitted = done.language_model
+    """Cut a dense model, in place, let it recover, and write the checkpoint that was asked for.
+
+    Args:
+        shape, edit: what stays, and how.
+        form: that `form_of` gave.
+        begun: the recovery that was asked for.
+        recipe: what the checkpoint says of how it was made, but for the recovery.
+    """
+    dense = _parameters(language_model.model)
+    layers = _layers(language_model, units, shape.blocks)
+    cut = Cut(form, dense)
+    if out is not None and latency and form != "masked":
+        cut = replace(cut, times=_times(language_model, units, shape, form, progress), place=_place(language_model))
+    fitted, _ = apply_edit(language_model, edit, form)
+    recovered = None if begun is None else begun.run(fitted, progress)
+    done = CutModel(
+        language_model=fitted,
+        shape=shape,
+        form=form,
+        layers=layers,
+        recovery=recovered,
+        parameters=_parameters(fitted.model),
+        dense_parameters=dense,
+        times=cut.times,
+    )
+    kept = ["removed", "prunable", "parameters", "dense_parameters", "milliseconds", "layers"]
+    if begun is not None and recovered is not None:
+        recipe = {**recipe, "recovery": begun.given.recipe(recovered.done.learning_rate)}
+        kept.append("recovery")
     if out is not None:
         progress("writing the checkpoint", 0, 1)
-        kept = ("removed", "prunable", "parameters", "dense_parameters", "layers")
         report = {name: value for name, value in done.to_json().items() if name in kept}
-        cut = Cut(done.form, done.dense_parameters)
         done = replace(done, out=write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut))
         progress("writing the checkpoint", 1, 1)
+    if begun is not None:
+        begun.given.finish()
     # Statistics are cached by fingerprint, and the dense model's are not those of this one.
-    fingerprint = content_hash([dense.fingerprint, recipe])
+    fingerprint = content_hash([language_model.fingerprint, recipe])
     return replace(done, language_model=replace(fitted, fingerprint=fingerprint))
+
+
+def _times(
+    language_model: LanguageModel, units: list[BlockUnits], shape: Shape, form: str, progress: Progress
+) -> tuple[PassTimes, ...]:
+    """Prefill, and a token more, of the dense model and of what stays of it in this form."""
+    shapes = [[block.widths.whole for block in units], running_shapes(language_model, units, shape.blocks, form)]
+    found = []
+    for done, decode in enumerate((False, True)):
+        progress("measuring how fast it is", done, 2)
+        work = Work.of(language_model, 1, None, decode=decode)
+        # Of one thread it counts when it is at work, so that nothing else on the machine is measured.
+        with torch_threads(1):
+            dense, cut = shape_latencies(language_model, units, shapes, work, seconds=TIMING_SECONDS)
+        found.append(PassTimes(work.words, dense, cut))
+    progress("measuring how fast it is", 2, 2)
+    return tuple(found)
+
+
+def _place(language_model: LanguageModel) -> str:
+    """The device of a model, for people."""
+    device = language_model.device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"one thread of {processor_name()}"
 
 
 def _edit(shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress) -> ModelEdit:
     """What a shape does to a model: what is cut, merged, and refitted."""
-    method = shape.weights["method"]
-    if method == "none":
+    if shape.weights["method"] == "none":
         return ModelEdit(shape.blocks)
-    if method not in ("database", MERGED):
-        raise InvalidInput(
-            f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
-        )
-    recipe, merges = DatabaseRecipe.read(shape.weights), merges_in(shape)
+    recipe = RefitRecipe.read(shape.weights, shape.widths)
+    device, dtype = language_model.device, language_model.model.dtype
     surgeon = Surgeon(language_model, units)
     merged: dict[str, Tensor] = {}
-    for (block, part), sources in merges.items():
+    for (block, part), sources in merges_in(shape).items():
         merged |= surgeon.merged(block, part, sources)
     with torch_threads(recipe.threads):
         windows = recipe.windows(language_model)
+        if recipe.method == "path-refit":
+            progress("refitting output matrices", 0, 1)
+            refits = path_refits(language_model, units, windows, shape.blocks)
+            outputs = refitted_outputs(units, shape.blocks, lambda block, part, kept: refits[block][part].to(dtype))
+            return ModelEdit(shape.blocks, outputs=outputs)
         database = build_structure_database(
             language_model,
             units,
             windows,
             mode=recipe.accumulation,
+            path=recipe.path,
             progress=lambda done, total: progress("building the structured database", done, total),
         )
-        device, dtype = language_model.device, language_model.model.dtype
 
         def solve(block: int, part: PartName, kept: BlockShape) -> Tensor:
             weight = merged.get(f"{getattr(units[block], part).output.site.name}.weight")

@@ -60,7 +60,13 @@ def test_every_form_is_written_and_evaluated(
     assert document["parameters"] == kept
     record = json.loads((place / "out" / "evoprune.json").read_text())
     assert record["recipe"]["shape"]["blocks"][0]["neurons"].startswith("3,6,9")
-    assert "3,6,9" not in (place / "out" / "README.md").read_text()
+    card = (place / "out" / "README.md").read_text()
+    assert "3,6,9" not in card
+    times = {row["pass"]: (row["dense"], row["cut"]) for row in document["milliseconds"]}
+    assert list(times) == ([] if form == "masked" else ["prefill of 1 x 64 tokens", "a token behind 1 x 63 tokens"])
+    for words, (before, now) in times.items():
+        assert f"| ms for {words} | {before:.3f} | {now:.3f} | {now / before:.3f} |" in card
+    assert (f"| parameters | 31,968 | {kept:,} |" in card) == (form != "masked")
     measured = run("eval", "out", "--dense", tiny, "--data", story, "--window", 32, "--tokens", 128, "--json")
     assert measured.code == 0, measured.err
     assert measured.json["kl"] > 0
@@ -83,7 +89,14 @@ def test_what_people_read(run: Run, tiny: Path, uneven: Shape, place: Path) -> N
     assert done.out == f"{place / 'out'}\n"
     assert "; compact: 25,472 of 31,968 parameters" in done.err
     assert "found on other weights of this class" in done.err
+    assert "prefill of 1 x 64 tokens: " in done.err
     assert "try it: evoprune eval" in done.err
+
+
+def test_no_time_is_taken_where_nobody_asks(run: Run, tiny: Path, file: Path, place: Path) -> None:
+    done = run("prune", tiny, "--shape", file, "--out", "out", "--no-latency", "--json")
+    assert done.json["milliseconds"] == []
+    assert "ms for" not in (place / "out" / "README.md").read_text()
 
 
 def test_a_compact_checkpoint_can_lose_weights_by_a_mask(run: Run, tiny: Path, file: Path, place: Path) -> None:
@@ -127,7 +140,13 @@ def test_shapes_that_do_not_fit(
     assert "--form plain cannot hold this shape: its blocks differ" in told(document, "--form", "plain")
     assert "give compact, padded or masked" in told(document, "--form", "plain")
     assert "output projections by 'magic', which this" in told(document | {"weights": {"method": "magic"}})
-    assert "do not say how its database was built" in told(document | {"weights": {"method": "database"}})
+    assert "do not say what they were refitted with" in told(document | {"weights": {"method": "database"}})
+    along = {
+        "method": "database", "accumulation": "path", "calibration": {"text": "corpus", "sequences": 2, "window": 8},
+        "seed": 0, "threads": 1, "path": [["0", "0-1", "0-99"], ["", "", ""]],
+    }  # fmt: skip
+    said = told(document | {"weights": along})
+    assert "the 'path' in the shape's 'weights': the neurons of block 0 have '0-99', which is not" in said
     document["blocks"][0]["neurons"] = "40-48"
     assert "the neurons of block 0 have '40-48', which is not ascending from 0 to 47" in told(document)
     assert "no file 'nowhere.json'; give a shape's .json" in refused(

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from evoprune.fitness.card import Cut
 from evoprune.fitness.checkpoint import write_checkpoint
-from evoprune.fitness.forms import cut_model
+from evoprune.fitness.forms import cut_model, form_of, running_shapes
 from evoprune.fitness.models import load_model
+from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.shape import BlockShape, BlockWidths
@@ -162,7 +163,7 @@ def test_what_lies_in_the_folder(written: dict[tuple[str, str, str], Written]) -
         "skip": [],
     }
     card = (compact.folder / "README.md").read_text()
-    assert f"{compact.parameters:,} parameters, where the dense model has 31,968" in card
+    assert f"| parameters | 31,968 | {compact.parameters:,} | {compact.parameters / 31968:.3f} |" in card
     assert "trust_remote_code=True" in card
     for form, case in WRITTEN[2:]:
         one = written["llama", form, case]
@@ -302,7 +303,7 @@ def test_damaged_compact_folders(tmp_path: Path) -> None:
 
 def test_no_such_form() -> None:
     with pytest.raises(UnknownName, match="no form 'plane'; did you mean 'plain'"):
-        cut_model(tiny_language_model(), [], form="plane")
+        form_of(tiny_language_model(), [], [], "plane")
 
 
 def test_a_cut_model_is_not_cut_again(tmp_path: Path) -> None:
@@ -325,3 +326,18 @@ def test_a_model_that_reads_images(tmp_path: Path) -> None:
         assert torch.allclose(load_model(str(out)).model(input_ids=tokens).logits, expected, atol=1e-5), form
     with pytest.raises(InvalidInput, match="has no compact form, since it reads more than text"):
         cut_model(load_model(str(folder)), cases(units[0].widths)["uneven"])
+
+
+@pytest.mark.parametrize(("form", "case"), [*WRITTEN, ("padded", "last block gone")])
+def test_what_runs_is_as_large_as_what_is_written(form: str, case: str) -> None:
+    """Whose time is taken before the model is cut has the matrices of the checkpoint."""
+    model = tiny_language_model("llama")
+    units = find_units(model)
+    blocks = blocks_of(case, units[0].widths)
+    chosen = form_of(model, units, blocks, form)
+    surgeon = Surgeon(model, units)
+    surgeon.apply(running_shapes(model, units, blocks, chosen))
+    running = sum(parameter.numel() for parameter in model.model.parameters())
+    surgeon.restore()
+    cut, _ = cut_model(model, blocks, form=form)
+    assert running == sum(parameter.numel() for parameter in cut.model.parameters())

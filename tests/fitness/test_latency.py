@@ -80,3 +80,11 @@ def test_the_whole_without_parts_takes_about_what_the_others_do() -> None:
     whole, half = whole_latencies(language_model, [[], parts[:2]], 64)
     assert half < whole
     assert 1 / 3 < half / (rest + sum(each[2:])) < 3
+
+
+@pytest.mark.parametrize(("seconds", "turns"), [(1e9, latency.WARM_UP + latency.TURNS), (0.0, 2)])
+def test_of_what_is_slow_fewer_turns_are_taken(seconds: float, turns: int) -> None:
+    taken = []
+    found = latency.median_times([lambda: lambda: taken.append(1)], torch.device("cpu"), seconds=seconds)
+    assert len(taken) == turns
+    assert found[0] > 0

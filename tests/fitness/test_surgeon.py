@@ -25,9 +25,11 @@ def logits(language_model: LanguageModel) -> Tensor:
     return found
 
 
-def zeroed(language_model: LanguageModel, units: Sequence[BlockUnits], blocks: Sequence[BlockShape]) -> Tensor:
+def zeroed(
+    language_model: LanguageModel, units: Sequence[BlockUnits], blocks: Sequence[BlockShape], **changes: object
+) -> Tensor:
     """Logits with what goes written over by zeros, one unit after the other, on another copy of the model."""
-    twin = tiny_language_model(language_model.name.removeprefix("tiny-"))
+    twin = tiny_language_model(language_model.name.removeprefix("tiny-"), **changes)
     by_name = {bound.site.name: bound for bound in twin.sites}
     for block, shape in zip(units, blocks, strict=True):
         attention, mlp = by_name[block.attention.output.site.name], by_name[block.mlp.output.site.name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class WatchedWorker(MetricWorker):
     def handle(self, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
         if kind != "evaluate":
             return super().handle(kind, payload)
+        wait_for_both()
         evaluator = self.evaluator(payload["prepared"])
         for _ in evaluator.masks(SPOILER):
             pass
@@ -76,6 +78,14 @@ def checksum(evaluator: Evaluator) -> str:
     return digest.hexdigest()
 
 
+def wait_for_both(seconds: float = 120.0) -> None:
+    """Until both workers are made: on a busy machine one would have done it all before the other was there."""
+    log, began = Path(os.environ["TEST_CHECKSUMS"]), time.monotonic()
+    while len(list(log.parent.glob(f"{log.name}.worker-*"))) < 2 and time.monotonic() - began < seconds:
+        time.sleep(0.1)
+
+
 def build(context: dict[str, Any]) -> WatchedWorker:
     """The factory that executors call."""
+    Path(f"{os.environ['TEST_CHECKSUMS']}.worker-{os.getpid()}").touch()
     return WatchedWorker(EvaluationContext.from_json(context))
