@@ -92,7 +92,7 @@ def _search(config: MetricSearchConfig, worker: object, prepared: str) -> tuple[
             run.close()
 
 
-def _nothing_asked(jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+def _nothing_asked(jobs: Sequence[Job], *, limited: bool = True, alone: bool = False) -> list[Outcome]:
     """A metric search begins without a job."""
     return []
 

@@ -32,7 +32,7 @@ class Resident(InlineExecutor):
         super().__init__("", {})
         self._worker = worker
 
-    def ask(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+    def ask(self, jobs: Sequence[Job], *, limited: bool = True, alone: bool = False) -> list[Outcome]:
         """See `evoprune.search.worker_session.Ask`."""
         self.submit(jobs)
         return [self.poll(0.0)[0] for _ in jobs]

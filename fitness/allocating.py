@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.allocators import Allocator, Use, check_numbers, parameters_of
+from evoprune.fitness.allocators import Allocator, Use, check_numbers
 from evoprune.fitness.component_budgets import guarded, search_budgets
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
@@ -29,6 +29,7 @@ from evoprune.metrics.allocation_groups import rest_sparsity, site_groups
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import EvopruneError, InvalidCandidate, InvalidInput
 from evoprune.metrics.mask import mask
+from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.records import LANGUAGE, MaskRule, Site, removed_count
 from evoprune.metrics.terminals import STATISTICS
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evoprune.fitness.allocating import allocate_model, ask_allocator, describe_model
-from evoprune.fitness.allocators import ALLOCATORS, Use
-from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
+from evoprune.fitness.allocating import describe_model
+from evoprune.fitness.allocator_worker import AllocatorWorker
+from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES
 from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency import part_latencies, whole_latencies
@@ -16,15 +15,10 @@ from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import LevelDatabase, build_levels, criterion_key
 from evoprune.fitness.model_worker import Handler, criterion_from
 from evoprune.fitness.parcels import deliver
-from evoprune.fitness.prepare import Prepared, calibration_windows
 from evoprune.fitness.resident_levels import Levels
-from evoprune.fitness.samples import Sequences
 from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
-
-LOSS_WINDOWS = 8
-"""Windows of text B on which an allocator that tries things out compares losses."""
 
 
 def build(context: dict[str, Any]) -> AllocationWorker:
@@ -32,14 +26,12 @@ def build(context: dict[str, Any]) -> AllocationWorker:
     return AllocationWorker(EvaluationContext.from_json(context))
 
 
-class AllocationWorker(CandidateWorker[LevelEvaluator]):
+class AllocationWorker(AllocatorWorker[LevelEvaluator]):
     """Answers jobs about levels: sparsities in steps of 1/256, one per site, in model order.
 
     Jobs (kind and payload):
         database: ``prepared``, ``criterion``, ``compressor``, ``grid`` (the levels that are stored, where they are
             weights of their own); returns the name of the level ``database``.
-        allocate: ``prepared``, ``criterion``, ``allocator``, ``target``, ``repaired`` (brought to the target, or as
-            they are asked for); returns ``sparsities``, one per site.
         describe: ``prepared``, ``criterion``, ``terminals``, ``target``; returns ``statistics``, one number per site
             for each terminal, and ``faults``, why others are not known.
         levels: what ``database`` was given and its name, ``levels``, ``parent`` (levels too), ``first``, ``last``;
@@ -57,27 +49,12 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
         return {
             **super().jobs,
             "database": self._database,
-            "allocate": self._allocate,
             "describe": self._describe,
             "levels": self._levels,
             "heldout": self._heldout,
             "latency": self._latency,
             "whole-latency": self._whole_latency,
         }
-
-    def _allocate(self, payload: dict[str, Any]) -> dict[str, Any]:
-        self._restore()
-        prepared = self.prepared(payload["prepared"])
-        allocator = ALLOCATORS[payload["allocator"]]
-        given = {
-            "criterion": criterion_from(payload["criterion"]),
-            "statistics": prepared.statistics(),
-            **self._texts(prepared, allocator.uses),
-        }
-        if not payload["repaired"]:
-            return {"sparsities": ask_allocator(self.language_model, allocator, payload["target"], **given)}
-        allocation = allocate_model(self.language_model, payload["allocator"], allocator, payload["target"], **given)
-        return {"sparsities": [site.sparsity for site in allocation.sites]}
 
     def _describe(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
@@ -94,18 +71,6 @@ class AllocationWorker(CandidateWorker[LevelEvaluator]):
             "statistics": {name: list(values) for name, values in found.values.items()},
             "faults": dict(found.faults),
         }
-
-    def _texts(self, prepared: Prepared, uses: Set[Use]) -> dict[str, Any]:
-        """The texts that these uses need, as `allocate_model` takes them."""
-        return {
-            "calibration": self._calibration if uses & {"outputs", "hidden"} else None,
-            "search": prepared.text("search")[0][:LOSS_WINDOWS] if "loss" in uses else None,
-        }
-
-    @cached_property
-    def _calibration(self) -> Sequences:
-        """Text A, which takes its time to be found and cut into tokens."""
-        return calibration_windows(self.language_model, self.context)
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         prepared, criterion = self.prepared(payload["prepared"]), criterion_from(payload["criterion"])

@@ -7,7 +7,6 @@ Source: Kurtic et al. 2023 (ZipLM, arXiv:2302.04089); layerwise sparsity allocat
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from evoprune.fitness.latency_passes import Work
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.numerics import numerics_class
+from evoprune.fitness.numerics import numerics_class, processor_name
 from evoprune.fitness.unit_costs import CostTable, PartCosts, UnitCosts
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import strict_json, user_text, write_atomically
@@ -132,15 +131,6 @@ def write_table(table: LatencyTable, path: Path) -> None:
 
 def _is_measured(part: PartCosts) -> bool:
     return isinstance(part, CostTable) and len(part.entries) > 0
-
-
-def processor_name() -> str:
-    """The name of the processor, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +37,16 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def numerics(language_model: LanguageModel) -> dict[str, Any]:
-    """``class`` (name by name), ``loss`` (of the canary) and ``bits`` (a hash of all of the canary's values)."""
+    """What a worker reports of itself.
+
+    Returns:
+        ``class`` (name by name), ``processor``, ``loss`` (of the canary) and ``bits`` (a hash of all of the canary's
+        values). Processors of other names may compute alike, but not as fast.
+    """
     losses = _canary(language_model)
     return {
         "class": numerics_class(language_model),
+        "processor": processor_name(),
         "loss": losses.mean().item(),
         "bits": sha256(losses.numpy().tobytes()).hexdigest()[:16],
     }
@@ -61,6 +68,15 @@ def numerics_class(language_model: LanguageModel) -> dict[str, Any]:
         "tf32": torch.get_float32_matmul_precision() if on_gpu else None,
         "model": language_model.fingerprint[:16],
     }
+
+
+def processor_name() -> str:
+    """The name of the processor, as far as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 @torch.no_grad()

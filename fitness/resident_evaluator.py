@@ -120,6 +120,15 @@ class ResidentEvaluator(ABC, Generic[Given, Whole]):
                 parts.append(window_losses(self.language_model.model, self.head, self.windows[slice(*batch)], teacher))
         nll = torch.cat([part.nll for part in parts])
         kl = None if self.teacher is None else torch.cat([part.kl for part in parts if part.kl is not None])
-        if not all(torch.isfinite(values).all() for values in (nll, kl) if values is not None):
-            raise InvalidCandidate("NONFINITE", "the pruned model's loss is not finite")
-        return WindowLosses(kl, nll)
+        return finite(WindowLosses(kl, nll))
+
+
+def finite(losses: WindowLosses) -> WindowLosses:
+    """These losses of a candidate.
+
+    Raises:
+        InvalidCandidate: NONFINITE, one is not.
+    """
+    if not all(torch.isfinite(values).all() for values in (losses.nll, losses.kl) if values is not None):
+        raise InvalidCandidate("NONFINITE", "the pruned model's loss is not finite")
+    return losses

@@ -10,8 +10,10 @@ from functools import lru_cache
 from torch import Tensor, nn
 
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.resident_evaluator import ResidentEvaluator
 from evoprune.fitness.samples import Sequences
+from evoprune.fitness.short_training import Training, TrainingText, trained
 from evoprune.fitness.structure_database import PartName, StructureDatabase
 from evoprune.fitness.structure_weights import refitted_outputs
 from evoprune.fitness.surgeon import Surgeon
@@ -78,6 +80,39 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Kept], tuple[Kept, ...]]):
     def apply(self, given: Sequence[Kept]) -> None:
         shape = self.shape(given)
         self._surgeon.apply(shape, refitted_outputs(self._units, shape, self._output))
+
+    def apply_path_refit(self, given: Sequence[Kept], calibration: Sequences) -> None:
+        """`apply`, with each output solved for on what the candidate itself gives it, and not by the database.
+
+        Args:
+            given: the candidate.
+            calibration: text A.
+
+        Raises:
+            InvalidInput: see `complete`, or a Gram matrix cannot be inverted even damped.
+        """
+        shape = self.shape(given)
+        self.restore()
+        refits = path_refits(self.language_model, self._units, calibration, shape)
+        dtype = self.language_model.model.dtype
+        self._surgeon.apply(
+            shape, refitted_outputs(self._units, shape, lambda block, part, kept: refits[block][part].to(dtype))
+        )
+
+    @contextmanager
+    def trained(self, given: Sequence[Kept], training: Training, text: TrainingText) -> Iterator[None]:
+        """Inside, the model is the candidate after a short training, with which it ends.
+
+        Args:
+            given: the candidate.
+            training, text: see `evoprune.fitness.short_training.trained`.
+
+        Raises:
+            InvalidInput: see `complete`.
+        """
+        self.apply(given)
+        with trained(self.language_model, self._units, self.head, training, text):
+            yield
 
     @contextmanager
     def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:

@@ -1,10 +1,10 @@
-"""How a shape says that its output matrices are refitted: by a database that anybody can build again."""
+"""How a shape says that its output matrices are refitted, so that anybody can do it again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -14,52 +14,79 @@ from evoprune.fitness.samples import Sequences
 from evoprune.fitness.structure_database import Mode, PartName
 from evoprune.fitness.units import BlockUnits
 from evoprune.metrics.errors import InvalidInput
-from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape import BlockShape, BlockWidths
+from evoprune.metrics.shape_file import from_rows, to_rows
+
+Method = Literal["database", "path-refit"]
+METHODS: tuple[str, ...] = get_args(Method)
 
 _MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
-class DatabaseRecipe:
-    """What the database of a shape was built from.
+class RefitRecipe:
+    """What the output matrices of a shape were refitted with.
 
     Attributes:
-        accumulation: mode of the build.
+        method: by the structure database, or `evoprune.fitness.path_refit` of this very shape.
+        accumulation: mode of the build of the database, which a path refit has no need of.
         text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
         threads: of torch.
+        path: what is kept of each block, with the mode ``path`` and with no other.
     """
 
+    method: Method
     accumulation: Mode
     text: str
     sequences: int
     window: int
     seed: int
     threads: int
+    path: tuple[BlockShape, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `read` reads, as ``weights`` of a shape."""
         return {
-            "method": "database",
+            "method": self.method,
             "accumulation": self.accumulation,
             "calibration": {"text": self.text, "sequences": self.sequences, "window": self.window},
             "seed": self.seed,
             "threads": self.threads,
+            **({} if self.path is None else {"path": to_rows(self.path)}),
         }
 
     @classmethod
-    def read(cls, weights: Mapping[str, Any]) -> DatabaseRecipe:
+    def read(cls, weights: Mapping[str, Any], widths: Sequence[BlockWidths]) -> RefitRecipe:
         """The recipe in a shape.
+
+        Args:
+            weights: of the shape.
+            widths: what the dense blocks have.
 
         Raises:
             InvalidInput: it says something else than it should.
         """
+        method = weights["method"]
+        if method not in METHODS:
+            raise InvalidInput(
+                f"the shape makes its output projections by {method[:40]!r}, which this version does not know"
+            )
         calibration = weights.get("calibration")
-        mode, text = weights.get("accumulation"), calibration.get("text") if isinstance(calibration, dict) else None
-        if mode not in ("dense", "expectation") or not isinstance(calibration, dict) or not isinstance(text, str):
-            raise InvalidInput("the shape's 'weights' do not say how its database was built: search it again")
+        mode: Any = weights.get("accumulation")
+        text = calibration.get("text") if isinstance(calibration, dict) else None
+        if mode not in get_args(Mode) or not isinstance(calibration, dict) or not isinstance(text, str):
+            raise InvalidInput("the shape's 'weights' do not say what they were refitted with: search it again")
         given = {**calibration, **weights}
-        numbers = [_whole_number(given, name) for name in ("sequences", "window", "seed", "threads")]
-        return cls(mode, text, *numbers)
+        sequences, window, seed, threads = (
+            _whole_number(given, name) for name in ("sequences", "window", "seed", "threads")
+        )
+        path = None
+        if mode == "path":
+            try:
+                path = from_rows(weights.get("path"), widths)
+            except InvalidInput as error:
+                raise InvalidInput(f"the 'path' in the shape's 'weights': {error}") from None
+        return cls(method, mode, text, sequences, window, seed, threads, path)
 
     def windows(self, language_model: LanguageModel) -> Sequences:
         """Text A.

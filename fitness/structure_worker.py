@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES, CandidateWorker
+from evoprune.fitness.allocator_worker import AllocatorWorker
+from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.latency_measure import latency_table
 from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.latency_table import LatencyTable, place_of
 from evoprune.fitness.model_worker import Handler, heldout_answer
 from evoprune.fitness.prepare import calibration_windows
+from evoprune.fitness.resident_evaluator import finite
+from evoprune.fitness.samples import Sequences, n_tokens
+from evoprune.fitness.short_training import Training, TrainingText, build_training_text
 from evoprune.fitness.structure_build import build_structure_block, build_structure_database
 from evoprune.fitness.structure_database import PARTS, StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
-from evoprune.fitness.teacher import window_losses
+from evoprune.fitness.teacher import linear_head, window_losses
 from evoprune.fitness.unit_choice import choose_units
 from evoprune.fitness.unit_costs import Kept, UnitCosts, kept_by, unit_costs
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA, Compensating, score_units
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.shape import BlockShape
+from evoprune.metrics.shape_file import from_rows, to_rows
 
 
 def build(context: dict[str, Any]) -> StructureWorker:
@@ -31,7 +37,7 @@ def build(context: dict[str, Any]) -> StructureWorker:
     return StructureWorker(EvaluationContext.from_json(context))
 
 
-class StructureWorker(CandidateWorker[StructureEvaluator]):
+class StructureWorker(AllocatorWorker[StructureEvaluator]):
     """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons].
 
     Jobs (kind and payload):
@@ -40,7 +46,10 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             another run's in place of that, or None); returns a `LatencyTable`.
         whole-latency: ``pass`` (a `Work`), ``shapes`` (None: the dense model); returns ``nanoseconds`` of each, end to
             end.
-        database: ``prepared``, ``accumulation``; returns the name of the structured ``database``.
+        database: ``prepared``, ``accumulation``, and for the mode ``path`` a ``path`` as `to_rows` spells it; returns
+            the name of the structured ``database``.
+        rebuilt: what ``database`` was given and its name, ``shape``; returns the name of a ``database`` that is built
+            around the units of this shape, and these as its ``path``.
         choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes, ``spread`` (None: the
             criterion's own); returns what this choice of units ``kept``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
@@ -48,10 +57,18 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             turn.
         shape: what ``database`` was given and its name, ``shape``, ``parent`` (a shape too), ``first``, ``last``;
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
+        training: a `Training`; returns how many ``tokens`` of text A a candidate is trained on.
+        recovered: what ``database`` was given and its name, ``shape``, ``selection``: its ``method`` is ``path-refit``,
+            or ``training-aware`` with ``training``, a `Training`; returns ``kl`` and ``nll`` of the candidate after it,
+            by window of text B, and ``recovered``, the mean of the first.
         units: what ``database`` was given and its name, ``shape``; returns the units that stay of all ``blocks``.
-        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model), or what ``choose`` was
-            given, for the model as that criterion leaves it; returns losses on text C, by window.
+        heldout: what ``database`` was given and its name, ``shape`` (None: the dense model) and maybe ``selection``, or
+            what ``choose`` was given, for the model as that criterion leaves it; returns losses on text C, by window.
     """
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._trained_on: tuple[Training, TrainingText] | None = None
 
     @property
     def jobs(self) -> Mapping[str, Handler]:
@@ -62,12 +79,20 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
             "whole-latency": self._whole_latency,
             "database": self._database,
             "choose": self._choose,
+            "rebuilt": self._rebuilt,
             "block": self._block,
             "errors": self._errors,
             "shape": self._shape,
+            "training": self._training,
+            "recovered": self._recovered,
             "units": self._kept_units,
             "heldout": self._heldout,
         }
+
+    @cached_property
+    def _calibration(self) -> Sequences:
+        """Text A."""
+        return calibration_windows(self.language_model, self.context)
 
     @cached_property
     def _units(self) -> list[BlockUnits]:
@@ -102,14 +127,21 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
 
     def _database(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        windows = calibration_windows(self.language_model, self.context)
-        database = build_structure_database(self.language_model, self._units, windows, mode=payload["accumulation"])
+        rows = payload.get("path")
+        path = None if rows is None else from_rows(rows, [block.widths for block in self._units])
+        database = build_structure_database(
+            self.language_model, self._units, self._calibration, mode=payload["accumulation"], path=path
+        )
         return {"database": database.name}
+
+    def _rebuilt(self, payload: dict[str, Any]) -> dict[str, Any]:
+        path = to_rows(self.evaluator(payload).shape(self.candidate(payload["shape"])))
+        return {**self._database({"accumulation": "path", "path": path}), "path": path}
 
     def _block(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
-        windows = calibration_windows(self.language_model, self.context)
-        return {"parcel": build_structure_block(self.language_model, self._units, windows, payload["block"])}
+        block = payload["block"]
+        return {"parcel": build_structure_block(self.language_model, self._units, self._calibration, block)}
 
     def _errors(self, payload: dict[str, Any]) -> dict[str, Any]:
         database = StructureDatabase.open(payload["database"], self.language_model, self._units)
@@ -130,11 +162,53 @@ class StructureWorker(CandidateWorker[StructureEvaluator]):
     def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["shape"])
 
+    def _training(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"tokens": n_tokens(self._training_text(Training.from_json(payload)).windows)}
+
+    def _training_text(self, training: Training) -> TrainingText:
+        """What candidates are trained on; kept until another is asked for."""
+        if self._trained_on is None or self._trained_on[0] != training:
+            self._restore()
+            context, model = self.context, self.language_model
+            head = linear_head(model.model, self._calibration)
+            source = context.place(context.calibration)
+            window, seed = context.calibration_window, context.seed
+            self._trained_on = training, build_training_text(model, head, training, source, window=window, seed=seed)
+        return self._trained_on[1]
+
+    def _recovered(self, payload: dict[str, Any]) -> dict[str, Any]:
+        evaluator = self.evaluator(payload)
+        with self._selected(payload):
+            model, head = self.language_model.model, evaluator.head
+            losses = finite(window_losses(model, head, evaluator.windows, evaluator.teacher))
+        assert losses.kl is not None
+        return {"kl": losses.kl.tolist(), "nll": losses.nll.tolist(), "recovered": losses.kl.mean().item()}
+
+    @contextmanager
+    def _selected(self, payload: dict[str, Any]) -> Iterator[None]:
+        """Inside, the model is a candidate as the last stage measures it."""
+        evaluator, given = self.evaluator(payload), self.candidate(payload["shape"])
+        selection = payload["selection"]
+        if selection["method"] == "path-refit":
+            evaluator.apply_path_refit(given, self._calibration)
+            yield
+            return
+        training = Training.from_json(selection["training"])
+        text = self._training_text(training)
+        with evaluator.trained(given, training, text):
+            yield
+
     def _kept_units(self, payload: dict[str, Any]) -> dict[str, Any]:
         blocks = self.evaluator(payload).shape(self.candidate(payload["shape"]))
         return {"blocks": [[list(block.groups), list(block.heads), list(block.neurons)] for block in blocks]}
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
+        if payload.get("selection") is not None:
+            windows, teacher = self.prepared(payload["prepared"]).text("heldout")
+            evaluator = self.evaluator(payload)
+            with self._selected(payload):
+                losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
+            return heldout_answer(losses, windows)
         if "criterion" not in payload:
             return self._heldout_of(payload, payload["shape"])
         prepared, shape = self.prepared(payload["prepared"]), self._chosen(payload)

@@ -229,6 +229,27 @@ def window_losses(
     return WindowLosses(None if teacher is None else means[0], means[1])
 
 
+def batch_loss(model: PreTrainedModel, head: nn.Linear | None, batch: Batch, teacher: Teacher | None) -> Tensor:
+    """The mean loss over the predictions of one forward pass, as a tensor that gradients can be taken of.
+
+    Args:
+        model: the gradients of its trainable parameters are wanted.
+        head: what `linear_head` found for it.
+        batch: on the model's device.
+        teacher: of this batch: the loss is the divergence from it. Without one it is that of the next token.
+    """
+    longest = batch.inputs["input_ids"].shape[1] - 1 if teacher is None else teacher.negative_entropy.shape[1]
+    local = None if teacher is None else teacher.flat()
+    losses = []
+    for chunk in _chunks(model, head, batch, longest):
+        normaliser = chunk.logits.logsumexp(1)
+        if local is None:
+            losses.append(normaliser - chunk.logits.gather(1, chunk.targets[:, None]).squeeze(1))
+        else:
+            losses.append(_divergence(local, chunk, normaliser))
+    return torch.cat(losses).mean()
+
+
 def _divergence(teacher: Teacher, chunk: _Chunk, normaliser: Tensor) -> Tensor:
     """[k] float32, of the predictions in `chunk`, from the teacher of its forward pass, flattened."""
     device = normaliser.device

@@ -1,4 +1,7 @@
-"""Windows of tokens from three disjoint texts: A for statistics, B for search fitness, C for the held-out report."""
+"""Windows of tokens from three disjoint texts: A for statistics, B for search fitness, C for the held-out report.
+
+What is trained learns from A, or from what the embedded corpus holds beside the three.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from evoprune.metrics.errors import InvalidInput
 
 SIDES = ("A", "B", "C")
 CORPUS = "corpus"
+TRAIN = "train"
 # With fewer documents than this, three random heaps would differ too much in size and kind.
 ENOUGH_DOCUMENTS = 30
 # How far a cut may move to reach the end of a line.
@@ -38,7 +42,7 @@ def token_windows(
     Args:
         tokenizer: the model's.
         source: ``corpus`` (embedded), or a file, folder or data set as in `evoprune.fitness.documents`.
-        side: A, B or C.
+        side: A, B or C; of the corpus also ``train``.
         window: tokens in a window.
         count: how many windows; None takes all.
         seed: draws the windows without replacement, in random order; None takes the first ones in order.
@@ -70,18 +74,23 @@ def token_windows(
     return windows[: None if count is None else count + spare].clone()
 
 
+def training_side(source: str) -> str:
+    """The side of a text that may be learned from: never one on which anything is measured."""
+    return TRAIN if source == CORPUS else "A"
+
+
 def side_documents(source: str, side: str) -> tuple[str, ...]:
     """The documents of one side.
 
-    The embedded corpus has sides of its own. Any other source with at least 30 documents is split by a hash of each
-    document, so that equal documents share a side. A source with fewer is cut into three contiguous parts of equal
-    length, at line ends where possible. The split depends on nothing but the text: neither on the tokenizer nor on
-    the window, so texts stay disjoint whatever windows are taken from them.
+    The embedded corpus has sides of its own, ``train`` among them. Any other source with at least 30 documents is
+    split by a hash of each document, so that equal documents share a side. A source with fewer is cut into three
+    contiguous parts of equal length, at line ends where possible. The split depends on nothing but the text: neither
+    on the tokenizer nor on the window, so texts stay disjoint whatever windows are taken from them.
 
     Raises:
         InvalidInput: no such side, or the source cannot be read.
     """
-    if side not in SIDES:
+    if side not in SIDES and (side, source) != (TRAIN, CORPUS):
         raise InvalidInput(f"no side {side!r} of a text; the sides are {', '.join(SIDES)}")
     if source == CORPUS:
         return corpus.read_side(side)

@@ -136,6 +136,34 @@ def from_ranges(text: Any, count: int, what: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def to_rows(blocks: Sequence[BlockShape]) -> list[list[str]]:
+    """What every block keeps, as ranges of KV groups, of query heads and of neurons; `from_rows` reads them back."""
+    return [[to_ranges(getattr(block, name)) for name in UNITS] for block in blocks]
+
+
+def from_rows(rows: Any, widths: Sequence[BlockWidths]) -> tuple[BlockShape, ...]:
+    """The blocks that `to_rows` wrote.
+
+    Args:
+        rows: of JSON.
+        widths: what the dense blocks have.
+
+    Raises:
+        InvalidInput: it is no list of three ranges for each block, or they do not fit.
+    """
+    if not isinstance(rows, list) or len(rows) != len(widths):
+        raise InvalidInput(f"{str(rows)[:40]!r} is no list of {len(widths)} blocks")
+    found = []
+    for index, (row, width) in enumerate(zip(rows, widths, strict=True)):
+        if not isinstance(row, list) or len(row) != len(UNITS):
+            raise InvalidInput(f"block {index} is {str(row)[:40]!r}: give ranges of {', '.join(UNITS)}")
+        named = zip(UNITS, row, strict=True)
+        kept = [from_ranges(text, getattr(width, name), f"the {name} of block {index}") for name, text in named]
+        found.append(BlockShape(*kept))
+        found[-1].check(index, width)
+    return tuple(found)
+
+
 def _block(row: Any, index: int) -> tuple[BlockWidths, BlockShape]:
     if not isinstance(row, dict) or set(row) != {"block", "of", *UNITS} or row["block"] != index:
         raise InvalidInput(

@@ -11,9 +11,11 @@ from evoprune.metrics.expression import Expression
 from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
+from evoprune.search.kinds import kind_of
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
+from evoprune.search.tables_structure import removed_text
 
 
 def searching_note(
@@ -142,8 +144,8 @@ def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str
             "",
             *_heldout(result),
             f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
-            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). The shape and the report are among "
-            "the study's artifacts.",
+            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). Gone is {removed_text(result)}. The "
+            "shape and the report are among the study's artifacts.",
             "",
             *_picture("shape.svg", "what every block keeps", artifacts),
             *_table(("block", "KV groups", "query heads", "neurons"), rows),
@@ -174,9 +176,9 @@ def finished_front_note(result: Mapping[str, Any], artifacts: Collection[str] = 
             "",
             front_caption(result),
             "",
-            f"{len(result['front'])} allocations {span(result)}, found in {result['evaluations']:,} evaluations, "
-            f"seed {result['seed']}. The one nearest to a sparsity of {result['target']} and the report are among the "
-            "study's artifacts.",
+            f"{len(result['front'])} {kind_of(result['kind']).winner}s {span(result)}, found in "
+            f"{result['evaluations']:,} evaluations, seed {result['seed']}. The one nearest to a sparsity of "
+            f"{result['target']} and the report are among the study's artifacts.",
         ]
     )
 

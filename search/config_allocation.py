@@ -14,13 +14,21 @@ from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import LEVELS
 from evoprune.search.breeders import breeder_of
-from evoprune.search.config_sections import SearchConfig, Section, Sparsity
+from evoprune.search.config_sections import (
+    Range,
+    SearchConfig,
+    Section,
+    Sparsity,
+    SparsityRange,
+    check_front,
+    with_range,
+)
 from evoprune.search.spaces.levels import reference_name, spread_levels
 
 DEFAULT_SPARSITY = 0.6
-DEFAULT_RANGE = (0.4, 0.7)
+DEFAULT_RANGE: Range = (0.4, 0.7)
 # Where whole parts go, a model is soon ruined.
-DEFAULT_DROP_RANGE = (0.1, 0.5)
+DEFAULT_DROP_RANGE: Range = (0.1, 0.5)
 
 
 class AllocationTarget(Section):
@@ -34,7 +42,7 @@ class AllocationTarget(Section):
     pareto: Literal["parameters", "flops", "latency"] | None = Field(
         None, description="search a front of quality against this cost, in place of one allocation"
     )
-    sparsity_range: tuple[float, float] | None = Field(
+    sparsity_range: SparsityRange | None = Field(
         None, description="of a front, the least and the most that goes; 0.4 and 0.7, or 0.1 and 0.5 with drop_only"
     )
     metric: str = Field("wanda", description="the criterion inside: a name, an expression, or an exported file")
@@ -60,21 +68,7 @@ class AllocationTarget(Section):
         """The defaults of a front are written out, so that a resolved configuration says what is removed."""
         if not isinstance(values, dict) or values.get("pareto") is None:
             return values
-        ends = values.get("sparsity_range") or (DEFAULT_DROP_RANGE if values.get("drop_only") else DEFAULT_RANGE)
-        written = {**values, "sparsity_range": ends}
-        if "sparsity" not in values and _is_range(ends):
-            written["sparsity"] = round(sum(ends) / 2, 6)
-        return written
-
-    @field_validator("sparsity_range")
-    @classmethod
-    def _ordered(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
-        if ends is not None and not _is_range(ends):
-            raise ValueError(
-                f"{ends[0]:g} to {ends[1]:g} is no range of sparsities: give two different ones between 0 and 1, the "
-                "lower first, such as 0.4 0.7"
-            )
-        return ends
+        return with_range(values, DEFAULT_DROP_RANGE if values.get("drop_only") else DEFAULT_RANGE)
 
     @field_validator("grid")
     @classmethod
@@ -114,30 +108,13 @@ class AllocationTarget(Section):
             raise ValueError("drop_only needs something to drop: give --drop parts or --drop blocks")
         if self.drop != "none" and not self.drop_only and self.granularity != "matrix":
             raise ValueError("parts can be dropped beside levels of matrices only: leave the granularity at matrix")
-        if self.sparsity_range is None:
-            return self
-        if self.pareto is None:
-            raise ValueError(
-                "a range of sparsities is that of a front: add --pareto parameters, or give one --sparsity"
-            )
-        low, high = self.sparsity_range
-        if not low <= self.sparsity <= high:
-            raise ValueError(
-                f"sparsity {self.sparsity:g} is outside the range {low:g} to {high:g}: it says which of the front is "
-                "exported as the allocation"
-            )
+        check_front(self.pareto, self.sparsity_range, self.sparsity, "allocation")
         if self.pareto == "latency" and self.drop == "none":
             raise ValueError(
                 "zeros make nothing faster, so masks have no latency: add --drop parts or --drop blocks, or choose "
                 "--pareto parameters or flops"
             )
         return self
-
-
-def _is_range(ends: Any) -> bool:
-    """Whether these are two different fractions, the lower first."""
-    pair = isinstance(ends, (list, tuple)) and len(ends) == 2
-    return pair and all(isinstance(end, (int, float)) for end in ends) and 0 < ends[0] < ends[1] < 1
 
 
 class StageConfig(Section):
@@ -210,6 +187,24 @@ class FrontConfig(Section):
     crossover: float = Field(0.5, ge=0, le=1, description="share of children that have two parents")
     members: int = Field(12, ge=2, description="of the front, at most, that are measured on held-out text")
 
+    def check(self, searcher: GenerationsConfig) -> None:
+        """Refuse generations that NSGA-II cannot breed, or more text than there is.
+
+        Raises:
+            ValueError: says what would be right.
+        """
+        if searcher.surrogate:
+            raise ValueError("a surrogate chooses among switches at one budget: leave it out, or the front")
+        if searcher.offspring % 4:
+            raise ValueError(f"NSGA-II draws parents by fours: give --population {-(-searcher.offspring // 4) * 4}")
+        if self.windows > searcher.windows:
+            raise ValueError(f"candidates of a front want {self.windows} windows, there are {searcher.windows}")
+
+    def spread(self, ends: Range) -> tuple[float, ...]:
+        """The sparsities that seeds are asked for, from one end of the range to the other."""
+        low, high = ends
+        return tuple(round(low + (high - low) * at / (self.budgets - 1), 6) for at in range(self.budgets))
+
 
 class AllocationSearchConfig(SearchConfig):
     """An allocation search, fully resolved."""
@@ -240,10 +235,7 @@ class AllocationSearchConfig(SearchConfig):
             raise ValueError(
                 f"searcher {searcher.name!r} breeds at one budget: a front is bred by NSGA-II, without one"
             )
-        if searcher.offspring % 4:
-            raise ValueError(f"NSGA-II draws parents by fours: give --population {-(-searcher.offspring // 4) * 4}")
-        if self.front.windows > searcher.windows:
-            raise ValueError(f"candidates of a front want {self.front.windows} windows, there are {searcher.windows}")
+        self.front.check(searcher)
         return self
 
     @property
@@ -257,9 +249,7 @@ class AllocationSearchConfig(SearchConfig):
         """Sparsities that allocators are asked for: the target's, or those spread over the range of a front."""
         if self.target.sparsity_range is None:
             return (self.target.sparsity,)
-        low, high = self.target.sparsity_range
-        count = self.front.budgets
-        return tuple(round(low + (high - low) * at / (count - 1), 6) for at in range(count))
+        return self.front.spread(self.target.sparsity_range)
 
     @property
     def first_windows(self) -> int:

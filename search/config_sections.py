@@ -26,6 +26,58 @@ def _inside(sparsity: float) -> float:
 Sparsity = Annotated[float, AfterValidator(_inside)]
 """A fraction of weights to remove, in (0, 1)."""
 
+Range = tuple[float, float]
+"""The least and the most."""
+
+
+def _is_range(ends: Any) -> bool:
+    """Whether these are two different fractions, the lower first."""
+    pair = isinstance(ends, (list, tuple)) and len(ends) == 2
+    return pair and all(isinstance(end, (int, float)) for end in ends) and 0 < ends[0] < ends[1] < 1
+
+
+def _ordered(ends: Range) -> Range:
+    if not _is_range(ends):
+        raise ValueError(
+            f"{ends[0]:g} to {ends[1]:g} is no range of sparsities: give two different ones between 0 and 1, the lower "
+            "first, such as 0.4 0.7"
+        )
+    return ends
+
+
+SparsityRange = Annotated[Range, AfterValidator(_ordered)]
+"""The least and the most that goes on a front, both in (0, 1)."""
+
+
+def with_range(values: dict[str, Any], default: Range) -> dict[str, Any]:
+    """Options of the target of a front with its range, and the sparsity in the middle unless there is one."""
+    ends = values.get("sparsity_range") or default
+    written = {**values, "sparsity_range": ends}
+    if "sparsity" not in values and _is_range(ends):
+        written["sparsity"] = round(sum(ends) / 2, 6)
+    return written
+
+
+def check_front(pareto: str | None, ends: Range | None, sparsity: float, winner: str) -> None:
+    """Refuse a range without a front, and a sparsity outside the range.
+
+    Args:
+        winner: what the member at this sparsity is exported as.
+
+    Raises:
+        ValueError: says what would be right.
+    """
+    if ends is None:
+        return
+    if pareto is None:
+        raise ValueError("a range of sparsities is that of a front: add --pareto parameters, or give one --sparsity")
+    low, high = ends
+    if not low <= sparsity <= high:
+        raise ValueError(
+            f"sparsity {sparsity:g} is outside the range {low:g} to {high:g}: it says which of the front is exported "
+            f"as the {winner}"
+        )
+
 
 class ModelConfig(Section):
     """The model to prune."""

@@ -1,7 +1,7 @@
 """What a pruned model costs beside its quality: weights, multiply-adds, or seconds on one machine.
 
-Costs are whole numbers, so that one genome has one cost everywhere. They follow from the levels alone; what a second
-is made of is measured once, before the search.
+Costs are whole numbers, so that one genome has one cost everywhere. They follow from the levels or the shape alone;
+what a second is made of is measured once, before the search.
 Source: layerwise sparsity allocation, sections 5.2 and 5.8.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.ranks import GONE
 from evoprune.metrics.records import LEVELS, Site, removed_count
@@ -18,9 +19,11 @@ from evoprune.search.spaces.levels import part_of
 Part = tuple[int, str]
 """Block, and ``attention`` or ``mlp``."""
 
+_SHAPE_UNITS = {"parameters": "parameters", "flops": "operations", "kv_bytes": "bytes", "latency": "ns"}
+
 
 class Cost(Protocol):
-    """A cost of level vectors.
+    """A cost of what genomes say, as jobs spell it: of level vectors, or of shapes.
 
     Attributes:
         name: as the configuration has it.
@@ -32,8 +35,8 @@ class Cost(Protocol):
     unit: str
     dense: int
 
-    def of(self, levels: Sequence[int]) -> int:
-        """The cost of a model at these levels, one a site, in model order."""
+    def of(self, spelled: Sequence[Any], /) -> int:
+        """The cost of a model at these levels, one a site, or with these shapes, one a block, in model order."""
 
     def to_json(self) -> dict[str, Any]:
         """``cost``, ``unit`` and ``dense``, and what it was made from, if that was measured."""
@@ -121,6 +124,28 @@ class Latency:
     def to_json(self) -> dict[str, Any]:
         parts = {f"block {block} {part}": taken for (block, part), taken in self._parts.items()}
         return {**_named(self), "rest": self._rest, "parts": parts}
+
+
+class ShapeCost:
+    """What the heads and MLPs of a shape cost; of times what the whole model takes, as the sum of its parts.
+
+    Args:
+        costs: of every block.
+    """
+
+    def __init__(self, costs: UnitCosts) -> None:
+        self.name = costs.quantity
+        self.unit = _SHAPE_UNITS[costs.quantity]
+        self._costs = costs
+        # What no shape changes is in no budget, but a speedup is that of the whole.
+        self._rest = costs.rest if costs.quantity == "latency" else 0
+        self.dense = self._rest + costs.dense
+
+    def of(self, shape: Sequence[Sequence[int]]) -> int:
+        return self._rest + self._costs.of([(groups, heads, neurons) for groups, heads, neurons in shape])
+
+    def to_json(self) -> dict[str, Any]:
+        return _named(self)
 
 
 def _named(cost: Cost) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Fronts of quality against cost: NSGA-II's selection as DEAP has it, and an archive with one genome for each cost.
+"""Fronts of quality against costs: NSGA-II's selection as DEAP has it, and an archive with one genome for each cost.
 
 Source: Deb et al. 2002, A fast and elitist multiobjective genetic algorithm: NSGA-II; layerwise sparsity allocation,
 section 5.5.
@@ -19,26 +19,33 @@ from evoprune.search.spaces.trees import seeded_deap
 
 
 class FrontFitness(base.Fitness):
-    """DEAP's view of a point: lower KL and lower cost are better."""
+    """DEAP's view of a point: lower KL and lower costs are better, however many these are."""
 
-    weights = (-1.0, -1.0)
+    def __init__(self, values: Sequence[float] = ()) -> None:
+        self.weights = (-1.0,) * len(values)
+        super().__init__(values)
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A measured member with its cost.
+    """A measured member with its costs.
 
     Attributes:
         member: has a KL.
-        cost: of its levels.
+        costs: one or more, each of them to be low.
     """
 
     member: Member
-    cost: int
+    costs: tuple[int, ...]
     fitness: FrontFitness = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fitness", FrontFitness((self.kl, self.cost)))
+        object.__setattr__(self, "fitness", FrontFitness((self.kl, *self.costs)))
+
+    @property
+    def cost(self) -> int:
+        """The first of the costs, which the range of a search is of."""
+        return self.costs[0]
 
     @property
     def kl(self) -> float:
@@ -47,9 +54,9 @@ class Point:
         return self.member.kl
 
     @property
-    def rank(self) -> tuple[float, int, str]:
-        """Sorts points of about one cost, the best first; by content where all else is equal."""
-        return self.kl, self.cost, content_hash(list(self.member.genome))
+    def rank(self) -> tuple[float, tuple[int, ...], str]:
+        """Sorts points of about the same costs, the best first; by content where all else is equal."""
+        return self.kl, self.costs, content_hash(list(self.member.genome))
 
 
 def survivors(points: Sequence[Point], count: int) -> list[Point]:
@@ -78,26 +85,26 @@ def mates(points: Sequence[Point], count: int, rng: random.Random) -> list[Point
 
 
 def nondominated(points: Iterable[Point]) -> list[Point]:
-    """Those that no other beats in both KL and cost, the dearest first; one of each pair of values."""
-    distinct: dict[tuple[float, int], Point] = {}
+    """Those that no other beats in KL and all costs, the dearest first; one of those with the same values."""
+    distinct: dict[tuple[float, tuple[int, ...]], Point] = {}
     for point in points:
-        distinct.setdefault((point.kl, point.cost), point)
+        distinct.setdefault((point.kl, point.costs), point)
     if not distinct:
         return []
     (front,) = tools.sortNondominated([*distinct.values()], len(distinct), first_front_only=True)
-    return sorted(front, key=lambda point: point.cost, reverse=True)
+    return sorted(front, key=lambda point: point.costs, reverse=True)
 
 
 class Buckets:
-    """The best point for each hundredth of the dense cost, whatever population the search has.
+    """The best point for each hundredth of the dense costs, whatever population the search has.
 
     Args:
-        dense: cost of the model before pruning.
+        dense: costs of the model before pruning.
     """
 
-    def __init__(self, dense: int) -> None:
-        self._dense = dense
-        self._best: dict[int, Point] = {}
+    def __init__(self, dense: Sequence[int]) -> None:
+        self._dense = tuple(dense)
+        self._best: dict[tuple[int, ...], Point] = {}
 
     @property
     def points(self) -> list[Point]:
@@ -106,7 +113,7 @@ class Buckets:
 
     def add(self, point: Point) -> bool:
         """Take in a point; whether it is now the best of its bucket and no other bucket's beats it."""
-        saved = saved_percent(point.cost, self._dense)
+        saved = tuple(saved_percent(cost, dense) for cost, dense in zip(point.costs, self._dense, strict=True))
         known = self._best.get(saved)
         if known is not None and known.rank <= point.rank:
             return False

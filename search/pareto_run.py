@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 from evoprune.fitness.prepare import Summary
@@ -15,13 +14,13 @@ from evoprune.search.level_run import LevelRun, sites_of
 from evoprune.search.pareto_result import ParetoComparison
 from evoprune.search.pareto_search import ParetoSearch
 from evoprune.search.result import failure
-from evoprune.search.search_run import Plan
+from evoprune.search.search_run import Plan, front_plan
 from evoprune.search.spaces.ladder import Genome, by_genome
 from evoprune.search.spaces.ranges import RangeSpace
 from evoprune.search.worker_session import Ask
 
 
-class ParetoRun(LevelRun[ParetoSearch]):
+class ParetoRun(LevelRun[ParetoSearch[RangeSpace]]):
     """One session of a search for a front."""
 
     def place(self, space: RangeSpace, sparsities: list[float], budget: float, rng: random.Random) -> Genome:
@@ -34,24 +33,14 @@ class ParetoRun(LevelRun[ParetoSearch]):
             sites, target.sparsity_range, target.granularity, target.drop, only=target.drop_only, stored=target.stored
         )
 
-    def plan(self) -> Plan:
-        config, window = self.config, self.config.data.window
-        tokens, offspring = config.front.windows * window, config.searcher.offspring
-        low, high = config.budgets[0], config.budgets[-1]
-        # The archive at the end, one for each hundredth, is a good part of the work.
-        finals = 100 * (high - low) * config.searcher.windows * window / (config.evaluations or math.inf)
-        return Plan(
-            [tokens],
-            "stage",
-            tokens + finals,
-            offspring,
-            lambda workers: (
-                f"{offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy (it is "
-                "part of the run's identity)"
-            ),
-        )
+    @property
+    def measures_time(self) -> bool:
+        return self.config.target.pareto == "latency"
 
-    def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch:
+    def plan(self) -> Plan:
+        return front_plan(self.config, (self.config.budgets[0], self.config.budgets[-1]))
+
+    def build_search(self, prepared: Summary, ask: Ask) -> ParetoSearch[RangeSpace]:
         config, target, sites = self.config, self.config.target, sites_of(prepared)
         space = self.space(sites)
         self._run.add_identity(genes=[gene.name for gene in space.genes], matrices=[site.name for site in sites])
@@ -59,7 +48,7 @@ class ParetoRun(LevelRun[ParetoSearch]):
         payload = self.job_payload(prepared)
         return ParetoSearch(
             space,
-            self._cost(sites, ask),
+            [self._cost(sites, ask)],
             by_genome(self._named),
             target=target.sparsity,
             windows=config.front.windows,
@@ -72,14 +61,14 @@ class ParetoRun(LevelRun[ParetoSearch]):
             payload=payload,
         )
 
-    def comparison(self, prepared: Summary, search: ParetoSearch, ask: Ask) -> ParetoComparison:
+    def comparison(self, prepared: Summary, search: ParetoSearch[RangeSpace], ask: Ask) -> ParetoComparison:
         seeds = [(name.partition("@")[0], genome) for name, genome in self._named.items()]
         model_class, distinct = self._run.identity["model_class"], different(self._run.history())
         comparison = ParetoComparison(self.config, self.identity, search, seeds, model_class, distinct)
         if self.config.target.pareto == "latency":
             # While nothing else runs, as the parts were.
             self.phase("measuring members end to end")
-            (outcome,) = ask([comparison.timing_job()], limited=False)
+            (outcome,) = ask([comparison.timing_job()], limited=False, alone=True)
             if outcome.status != "ok":
                 raise failure(outcome)
             comparison.take_times(outcome.values["nanoseconds"])
@@ -95,7 +84,9 @@ class ParetoRun(LevelRun[ParetoSearch]):
         self.phase("measuring how long parts take")
         parts = parts_of(sites)
         payload = {"parts": list(parts.values()), "window": window}
-        (outcome,) = ask([Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False)
+        (outcome,) = ask(
+            [Job(content_hash([self.identity, "latency", payload]), "latency", payload)], limited=False, alone=True
+        )
         if outcome.status != "ok":
             raise failure(outcome)
         return Latency(sites, outcome.values["rest"], dict(zip(parts, outcome.values["parts"], strict=True)))

@@ -1,17 +1,17 @@
-"""Search for a front of allocations: quality against cost, by NSGA-II.
+"""Search for a front: quality against one or more costs, by NSGA-II.
 
 A generation has as many children as the population has members. They are measured on the same windows of text as all
 before them, so that populations of different generations can be compared, and NSGA-II keeps the best of both. Beside
-the population an archive keeps the best genome of each hundredth of the dense cost. At the end all of the archive are
-measured on more text, and those that no other beats are the front.
+the population an archive keeps the best genome of each hundredth of the dense costs. At the end all of the archive, or
+a hundred of it by NSGA-II's choice, are measured on more text, and those that no other beats are the front.
 Source: Deb et al. 2002 (NSGA-II), as DEAP has it; layerwise sparsity allocation, section 5.5.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.costs import Cost
@@ -19,17 +19,22 @@ from evoprune.search.front import Buckets, Point, mates, nondominated, survivors
 from evoprune.search.loop import Birth
 from evoprune.search.pooled_search import Member, PooledSearch
 from evoprune.search.spaces.ladder import Genome
-from evoprune.search.spaces.ranges import RangeSpace
+from evoprune.search.spaces.ranges import Ranged
+
+FINALISTS = 100
+"""The most of the archive that are measured at the end; with one cost it has hardly more."""
 
 _ATTEMPTS_PER_CHILD = 20
 
+RangedSpace = TypeVar("RangedSpace", bound=Ranged)
 
-class ParetoSearch(PooledSearch[RangeSpace]):
-    """Births of level vectors between two budgets, by generations.
+
+class ParetoSearch(PooledSearch[RangedSpace], Generic[RangedSpace]):
+    """Births of genomes between two budgets, by generations.
 
     Args:
         space, seeds, seed, evaluations, identity, payload: see `PooledSearch`.
-        cost: what quality is bought with.
+        costs: what quality is bought with; the first is the one that the space is a range of, or follows from it.
         target: the sparsity to which the best of the front is the nearest.
         windows: of text B that candidates are measured on, from the first.
         final_windows: the same for the archive at the end.
@@ -42,8 +47,8 @@ class ParetoSearch(PooledSearch[RangeSpace]):
 
     def __init__(
         self,
-        space: RangeSpace,
-        cost: Cost,
+        space: RangedSpace,
+        costs: Sequence[Cost],
         seeds: Mapping[str, Genome],
         *,
         target: float,
@@ -56,7 +61,7 @@ class ParetoSearch(PooledSearch[RangeSpace]):
         identity: str,
         payload: Mapping[str, Any],
     ) -> None:
-        self.cost = cost
+        self.costs = tuple(costs)
         self.front: list[Point] = []
         self._target = target
         self._windows = windows
@@ -64,7 +69,7 @@ class ParetoSearch(PooledSearch[RangeSpace]):
         self._size = population
         self._crossover = crossover
         self._population: list[Point] = []
-        self._archive = Buckets(cost.dense)
+        self._archive = Buckets([cost.dense for cost in costs])
         super().__init__(space, seeds, seed=seed, evaluations=evaluations, identity=identity, payload=payload)
 
     @property
@@ -95,12 +100,13 @@ class ParetoSearch(PooledSearch[RangeSpace]):
         return member.origin, list(member.parents), first.genome
 
     def _take_in(self, member: Member, birth: Birth) -> dict[str, Any]:
-        cost = self.cost.of(self.space.levels(member.genome))
+        costs = self._costs_of(member)
         joined = False
         if birth.counted and member.kl is not None:
-            joined = self._archive.add(Point(member, cost))
+            joined = self._archive.add(Point(member, costs))
             self.best = self._nearest(nondominated(self._archive.points))
-        return {"cost": cost, "front": joined}
+        beside = {cost.name: value for cost, value in zip(self.costs[1:], costs[1:], strict=True)}
+        return {"cost": costs[0], **beside, "front": joined}
 
     def _advance(self) -> None:
         measured = self._points(self._measured)
@@ -110,7 +116,7 @@ class ParetoSearch(PooledSearch[RangeSpace]):
             self._enter([])
             return
         if self._phase == "seeds":
-            self._seeds_measured()
+            self._seeds_measured(self._measured)
         self._population = survivors([*self._population, *measured], self._size)
         self._breed()
 
@@ -157,13 +163,17 @@ class ParetoSearch(PooledSearch[RangeSpace]):
     def _finish(self) -> None:
         """The finals: the archive on one long text."""
         self._phase = "final"
-        self._enter([point.member for point in self._archive.points])
+        points = self._archive.points
+        chosen = points if len(points) <= FINALISTS else survivors(points, FINALISTS)
+        self._enter([point.member for point in chosen])
 
     def _points(self, members: Iterable[Member]) -> list[Point]:
         """Those that have a fitness, with their costs."""
-        return [
-            Point(member, self.cost.of(self.space.levels(member.genome))) for member in members if member.kl is not None
-        ]
+        return [Point(member, self._costs_of(member)) for member in members if member.kl is not None]
+
+    def _costs_of(self, member: Member) -> tuple[int, ...]:
+        spelled = self.space.spelled(member.genome)
+        return tuple(cost.of(spelled) for cost in self.costs)
 
     def _nearest(self, front: Iterable[Point]) -> Member | None:
         """The member of a front that is nearest to the target, the better of two that are as near."""

@@ -34,6 +34,7 @@ class Member:
         seen: the windows of text B that it was measured on: the first, and the one after the last; None before.
         generation: in which it was bred; 0 for seeds.
         parents: births that measured what it was bred from.
+        rebuild: the one after which it is measured, counted from 1; 0 is none.
     """
 
     genome: Genome
@@ -44,11 +45,16 @@ class Member:
     seen: tuple[int, int] | None = None
     generation: int = 0
     parents: tuple[int, ...] = ()
+    rebuild: int = 0
 
     def before(self, first: int, last: int) -> Member:
         """It, with what it knows of the beginning of these windows; nothing, where it was measured on others."""
         if self.kl is not None and self.seen is not None and self.seen[0] == first and self.seen[1] < last:
             return self
+        return self.anew()
+
+    def anew(self) -> Member:
+        """It, without what it has been measured on."""
         return replace(self, kl=None, stderr=0.0, seen=None)
 
     def measured(self, birth: int, first: int, last: int, kl: float, stderr: float) -> Member:
@@ -177,7 +183,7 @@ class PooledSearch(ABC, Generic[Space]):
         number = self._births
         self._births += 1
         span = first, last = self._span()
-        member = member.before(first, last)
+        member = self._known_before(member, first, last)
         if member.seen is not None:
             first = member.seen[1]
         counted = self._counts(member)
@@ -190,17 +196,37 @@ class PooledSearch(ABC, Generic[Space]):
             "origin": origin,
             "parents": parents,
             "windows": list(span),
+            "new": [first, last],
         }
+        return Birth(number, record, self._job(member, start, first, last), counted)
+
+    def _known_before(self, member: Member, first: int, last: int) -> Member:
+        """A member of the present pool, with what it knows of the beginning of these windows."""
+        return member.before(first, last)
+
+    def _job(self, member: Member, start: Genome, first: int, last: int) -> Job:
+        """Measures a member on these windows; a worker may start from the genome `start`."""
         payload = {
-            **self.payload,
+            **self.payload_of(member),
             self.space.job: self.space.spelled(member.genome),
             "parent": self.space.spelled(start),
             "first": first,
             "last": last,
         }
         # The parent only says from where a worker may start: it changes no number.
-        key = content_hash([self._identity, payload[self.space.job], first, last])
-        return Birth(number, record, Job(key, self.space.job, payload), counted)
+        return Job(self._key(member, first, last), self.space.job, payload)
+
+    def payload_of(self, member: Member) -> dict[str, Any]:
+        """What every job about a member says beside its genome and windows."""
+        return self.payload
+
+    def _key(self, member: Member, *asked: Any) -> str:
+        """Names what is asked about a member."""
+        return content_hash([self._identity, self.space.spelled(member.genome), *asked])
+
+    def _measurement(self, values: Mapping[str, Any], first: int, last: int) -> tuple[float, float]:
+        """KL on these windows and its standard error, from what a job of the present pool returned."""
+        return values["kl"], values["stderr"]
 
     def apply(self, birth: Birth, outcome: Outcome | None) -> dict[str, Any]:
         assert outcome is not None and birth.job is not None  # every birth has a job
@@ -217,12 +243,14 @@ class PooledSearch(ABC, Generic[Space]):
             "kl": None,
             "reason": outcome.reason,
         }
-        first, last = birth.job.payload["first"], birth.job.payload["last"]
         if outcome.status == "ok":
-            measured = member.measured(birth.number, first, last, outcome.values["kl"], outcome.values["stderr"])
+            first, last = birth.record["new"]
+            measured = member.measured(birth.number, first, last, *self._measurement(outcome.values, first, last))
             line |= {"kl": measured.kl, "stderr": measured.stderr}
+            if "recovered" in outcome.values:
+                line["recovered"] = outcome.values["recovered"]
         else:
-            measured = replace(member, birth=birth.number, kl=None, stderr=0.0, seen=None)
+            measured = replace(member.anew(), birth=birth.number)
         if line["reason"] is not None:
             self.reasons[line["reason"]] += 1
         line |= self._take_in(measured, birth)
@@ -242,13 +270,11 @@ class PooledSearch(ABC, Generic[Space]):
             key=lambda member: (member.kl, -self.space.removed(member.genome), content_hash(list(member.genome))),
         )
 
-    def _seeds_measured(self) -> None:
-        """Note what the seeds are worth."""
-        self.seed_fitness = {
-            member.origin.removeprefix("seed:"): member.kl
-            for member in self._ranked(self._measured)
-            if member.kl is not None
-        }
+    def _seeds_measured(self, seeds: Sequence[Member]) -> None:
+        """Note what the seeds are worth, of several candidates for one name the best."""
+        for member in self._ranked(seeds):
+            if member.kl is not None:
+                self.seed_fitness.setdefault(member.origin.removeprefix("seed:"), member.kl)
 
     def _enter(self, pool: Sequence[Member]) -> None:
         self._pool = list(pool)

@@ -23,8 +23,8 @@ def make_board(
         storage: URL of a database, or None for the run's own file.
         warn: see `Board`.
     """
-    price = kind.price(config_of(run))
-    return Board(run.path, run.run_id, storage, descriptors=kind.descriptors, price=price, warn=warn)
+    prices = kind.prices(config_of(run))
+    return Board(run.path, run.run_id, storage, descriptors=kind.descriptors, prices=prices, warn=warn)
 
 
 def describe(board: Board, run: RunDirectory, config: SearchConfig) -> None:

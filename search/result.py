@@ -64,6 +64,11 @@ def closed_gap(result: Mapping[str, Any]) -> float | None:
     return None if uniform is None or uniform <= dense else (uniform - best) / (uniform - dense)
 
 
+def member_name(row: Mapping[str, Any]) -> str:
+    """What the file of a member of a front is called: per cent of each dense cost that are saved."""
+    return str(row.get("name", row["saved"]))
+
+
 def failure(outcome: Outcome) -> EvopruneError:
     """What a failed job of the set-up or the result says: one line if the input is at fault."""
     message = invalid_input(outcome.error)

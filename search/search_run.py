@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,9 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.statistics_passes import gradient_sum_bytes
-from evoprune.search.config_allocation import GenerationsConfig
+from evoprune.search.config_allocation import AllocationSearchConfig, GenerationsConfig
+from evoprune.search.config_sections import Range
+from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
@@ -58,6 +61,24 @@ def generation_plan(searcher: GenerationsConfig, window: int) -> Plan:
         searcher.offspring,
         lambda workers: (
             f"{searcher.offspring} offspring: some will wait; --population {2 * workers} keeps them busy (it is part "
+            "of the run's identity)"
+        ),
+    )
+
+
+def front_plan(config: AllocationSearchConfig | StructureSearchConfig, ends: Range) -> Plan:
+    """What a search for a front over a range of sparsities asks of its workers."""
+    window, offspring = config.data.window, config.searcher.offspring
+    tokens, (low, high) = config.front.windows * window, ends
+    # The archive at the end, one for each hundredth, is a good part of the work.
+    finals = 100 * (high - low) * config.searcher.windows * window / (config.evaluations or math.inf)
+    return Plan(
+        [tokens],
+        "stage",
+        tokens + finals,
+        offspring,
+        lambda workers: (
+            f"{offspring} offspring: some will wait; --population {-(-workers // 2) * 4} keeps them busy (it is part "
             "of the run's identity)"
         ),
     )
@@ -165,7 +186,7 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             self._log,
             self._run,
             window=self.config.window,
-            deadline=lambda job: self._deadline.seconds(self.tokens_of(job)),
+            deadline=self.deadline_of,
             on_applied=self._applied,
             on_poll=self._polled,
         )
@@ -177,8 +198,12 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
         """How many tokens of text B a job of the search reads at most; all steps, unless each is a job of its own."""
         return self.context.rungs[-1] * self.context.window
 
+    def deadline_of(self, job: Job) -> float | None:
+        """Seconds after which a job of the search is given up, or None."""
+        return self._deadline.seconds(self.tokens_of(job))
+
     def _applied(self, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None) -> None:
-        if outcome is not None and birth.job is not None:
+        if outcome is not None and birth.job is not None and birth.job.kind != "rebuilt":
             self._deadline.observe(outcome, self.tokens_of(birth.job))
         self._watch.applied(line, outcome)
 

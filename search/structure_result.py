@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from evoprune.fitness.latency_table import LatencyTable, write_table
-from evoprune.fitness.structure_weights import DatabaseRecipe
+from evoprune.fitness.structure_weights import Method, RefitRecipe
 from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
-from evoprune.metrics.shape import BlockShape, Shape
-from evoprune.metrics.shape_file import read_shape, write_shape
+from evoprune.metrics.shape import BlockShape, BlockWidths, Shape
+from evoprune.metrics.shape_file import from_rows, read_shape, write_shape
 from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.generation_search import GenerationSearch
-from evoprune.search.pooled_search import Member
+from evoprune.search.pooled_search import Member, PooledSearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
@@ -26,6 +28,8 @@ UNIFORM = "uniform"
 """The seed that loses the same fraction everywhere."""
 LEAST_ERROR = "dp"
 """The seed with the least sum of the output errors of all parts."""
+TRAINED = " trained"
+"""Behind a name: the same shape after the training of training-aware selection."""
 ALONE = " alone"
 """Behind a criterion's name: its own choice of units, as its authors make it, without the refit of the database."""
 
@@ -47,6 +51,97 @@ def spelled_widths(costs: UnitCosts) -> list[list[int]]:
     return [[width.groups, width.heads, width.neurons] for width in costs.widths]
 
 
+def heldout_job(identity: str, payload: Mapping[str, Any], entrant: Mapping[str, Any]) -> Job:
+    """Measures an entrant on held-out text.
+
+    Args:
+        identity: hash of everything that this depends on beside the entrant.
+        payload: what every job says.
+        entrant: ``shape`` (None: the dense model), or a `choice`.
+    """
+    return Job(content_hash([identity, "heldout", entrant]), "heldout", {**payload, **entrant})
+
+
+def units_job(identity: str, payload: Mapping[str, Any], entrant: Mapping[str, Any]) -> Job:
+    """Asks which units stay of an entrant; arguments as of `heldout_job`."""
+    return Job(content_hash([identity, "units", entrant]), "units", {**payload, **entrant})
+
+
+def units_of(outcome: Outcome) -> tuple[BlockShape, ...]:
+    """What `units_job` found.
+
+    Raises:
+        EvopruneError: it failed.
+    """
+    if outcome.status != "ok":
+        raise failure(outcome)
+    return tuple(BlockShape(*(tuple(kept) for kept in block)) for block in outcome.values["blocks"])
+
+
+def run_facts(
+    config: StructureSearchConfig, search: PooledSearch[Any], run: RunDirectory, costs: UnitCosts, evaluations: int
+) -> dict[str, Any]:
+    """What ``result.json`` says of the search as a whole."""
+    return {
+        "run": run.run_id,
+        "kind": "structure",
+        "model": config.model.name,
+        "cost": config.target.cost,
+        "accumulation": config.target.accumulation,
+        "selection": config.searcher.selection,
+        "objective": config.objective,
+        "seed": config.seed,
+        "evaluations": evaluations,
+        "births": search.births,
+        "distinct": len({tuple(line["genome"]) for line in run.history()}),
+        "generations": search.last_generation,
+        "reasons": dict(sorted(search.reasons.items())),
+        "final_tokens": config.searcher.windows * config.data.window,
+        "window": config.data.window,
+        "data": config.data.source,
+        "calibration": calibration_facts(config.data),
+        "widths": spelled_widths(costs),
+        "dense_cost": costs.dense,
+        "rest_cost": costs.rest,
+    }
+
+
+def refit_recipe(config: StructureSearchConfig) -> RefitRecipe:
+    """How the weights that the search measures are made, before anything is rebuilt."""
+    method: Method = "path-refit" if config.searcher.selection == "path-refit" else "database"
+    data = calibration_facts(config.data)
+    return RefitRecipe(method, config.first_accumulation, **data, seed=config.seed, threads=config.threads)
+
+
+def write_whole(
+    blocks: Sequence[BlockShape],
+    recipe: RefitRecipe,
+    config: StructureSearchConfig,
+    run: RunDirectory,
+    widths: Sequence[BlockWidths],
+    target: Mapping[str, Any],
+    file: Path,
+) -> None:
+    """Write a shape as a file that `prune` takes, and read it back.
+
+    Args:
+        blocks: which units stay.
+        recipe: how the weights are made.
+        widths: of the dense blocks.
+        target: what was asked for.
+
+    Raises:
+        EvopruneError: the file does not give it back.
+    """
+    identity = run.identity
+    target = {**target, "cost": config.target.cost, "run": run.run_id}
+    model, fingerprint = identity["model_class"], identity["model_fingerprint"]
+    shape = Shape(model, fingerprint, tuple(blocks), tuple(widths), recipe.to_json(), target)
+    write_shape(shape, file)
+    if read_shape(file) != shape:
+        raise EvopruneError(f"{file} does not give the shape back")
+
+
 class StructureComparison:
     """The winner of a search beside its seeds, and beside what the criteria of units do by themselves.
 
@@ -57,6 +152,7 @@ class StructureComparison:
         seeds: genomes to start from, by name; equal ones are one candidate of the search.
         run: what it is a run of.
         counted: costs by which criteria of units choose; those of the space, unless these are times.
+        training_tokens: that a candidate was trained on before it was selected.
 
     Raises:
         InvalidInput: no candidate has a fitness.
@@ -70,6 +166,7 @@ class StructureComparison:
         seeds: Mapping[str, Genome],
         run: RunDirectory,
         counted: UnitCosts,
+        training_tokens: int = 0,
     ) -> None:
         if search.best is None:
             raise InvalidInput("no candidate could be evaluated; `evoprune show` counts the reasons")
@@ -80,6 +177,7 @@ class StructureComparison:
         self._seeds = seeds
         self._run = run
         self._counted = counted
+        self._training_tokens = training_tokens
         self._table: LatencyTable | None = None
         self._times: dict[str, Any] = {}
         self._blocks: tuple[BlockShape, ...] = ()
@@ -108,19 +206,24 @@ class StructureComparison:
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text, and the winner's units."""
         space, payload = self._search.space, self._search.payload
+        method, selection = self._config.searcher.selection, self._search.selection
+        shapes = {name: space.spelled(genome) for name, genome in {"winner": self._best.genome, **self._seeds}.items()}
+        # A path refit can be done again by whoever has the shape; what a training has made is thrown away.
+        refit = {"selection": selection} if method == "path-refit" else {}
         entrants: dict[str, dict[str, Any]] = {"dense": {"shape": None}}
-        for name, genome in {"winner": self._best.genome, **self._seeds}.items():
-            entrants[name] = {"shape": space.spelled(genome)}
-        for name in self._config.seeds:
+        entrants |= {name: {"shape": shape, **refit} for name, shape in shapes.items()}
+        for name in self._config.criteria:
             if space.costs.quantity != "kv_bytes":
                 entrants[name + ALONE] = choice(self._counted, space.fraction, name, None)
+        if method == "training-aware":
+            entrants |= {name + TRAINED: {"shape": shape, "selection": selection} for name, shape in shapes.items()}
         self._entrants = list(entrants)
-        jobs = [
-            Job(content_hash([self._identity, "heldout", entrant]), "heldout", {**payload, **entrant})
-            for entrant in entrants.values()
-        ]
-        units = {"shape": space.spelled(self._best.genome)}
-        return [*jobs, Job(content_hash([self._identity, "units", units]), "units", {**payload, **units})]
+        # Seeds were measured before anything was rebuilt, and are compared as they were.
+        rebuilt = {"database": self._search.payload_of(self._best)["database"]} if self._best.rebuild else {}
+        for name in entrants.keys() & {"winner", "winner" + TRAINED}:
+            entrants[name] |= rebuilt
+        jobs = [heldout_job(self._identity, payload, entrant) for entrant in entrants.values()]
+        return [*jobs, units_job(self._identity, payload, {"shape": shapes["winner"], **rebuilt})]
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         *measured, units = outcomes
@@ -130,37 +233,19 @@ class StructureComparison:
                 losses[name] = outcome.values
             elif name in ("dense", "winner"):
                 raise failure(outcome)
-        if units.status != "ok":
-            raise failure(units)
-        self._blocks = tuple(BlockShape(*(tuple(kept) for kept in block)) for block in units.values["blocks"])
+        self._blocks = units_of(units)
         config, search, best, space = self._config, self._search, self._best, self._search.space
         genomes: dict[str, Genome | None] = {
             **self._seeds,
             **{name: None for name in losses if name.endswith(ALONE)},
         }
         return {
-            "run": run_id,
-            "kind": "structure",
-            "model": config.model.name,
+            **run_facts(config, search, self._run, space.costs, evaluations),
             "target": f"{space.fraction:g}",
-            "cost": config.target.cost,
             **({} if self._table is None else {"speedup": config.target.speedup, "latency": self._times}),
-            "accumulation": config.target.accumulation,
-            "objective": config.objective,
-            "seed": config.seed,
-            "evaluations": evaluations,
-            "births": search.births,
-            "distinct": len({tuple(line["genome"]) for line in self._run.history()}),
-            "generations": search.last_generation,
-            "reasons": dict(sorted(search.reasons.items())),
+            **({} if search.selection is None else {"recovered": self._recovered()}),
+            **({"rebuilds": len(search.rebuilds)} if config.target.accumulation == "path" else {}),
             "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
-            "final_tokens": config.searcher.windows * config.data.window,
-            "window": config.data.window,
-            "data": config.data.source,
-            "calibration": calibration_facts(config.data),
-            "widths": spelled_widths(space.costs),
-            "dense_cost": space.costs.dense,
-            "rest_cost": space.costs.rest,
             "dense": {"heldout": summary(losses["dense"])},
             "baselines": [
                 {
@@ -169,6 +254,7 @@ class StructureComparison:
                     "shape": losses[name]["kept"] if genome is None else space.spelled(genome),
                     "cost": space.costs.of(losses[name]["kept"] if genome is None else space.shape(genome)),
                     "heldout": summary(losses[name]),
+                    **_trained(losses, name),
                     "winner_minus_this": paired_difference(losses["winner"], losses[name]),
                 }
                 for name, genome in genomes.items()
@@ -182,10 +268,20 @@ class StructureComparison:
                 "stderr": best.stderr,
                 "shape": space.spelled(best.genome),
                 "cost": space.costs.of(space.shape(best.genome)),
+                "removed": space.removed(best.genome),
                 "heldout": summary(losses["winner"]),
+                **_trained(losses, "winner"),
             },
             "front": [],
         }
+
+    def _recovered(self) -> dict[str, int]:
+        """How many candidates went through what selection asks for, and what they were trained on."""
+        lines = (line for line in self._run.history() if line["stage"] in self._search.recovered)
+        # The same shape on another database is another candidate.
+        count = len({(tuple(line["genome"]), line.get("recovered")) for line in lines})
+        tokens = {"tokens_each": self._training_tokens, "tokens": count * self._training_tokens}
+        return {"candidates": count, **(tokens if self._training_tokens else {})}
 
     def export(self, run: RunDirectory, result: Mapping[str, Any]) -> None:
         """Write the winner as ``shape.json``, and read it back.
@@ -196,15 +292,17 @@ class StructureComparison:
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
         config, widths = self._config, self._search.space.costs.widths
-        data = calibration_facts(config.data)
-        weights = DatabaseRecipe(config.target.accumulation, **data, seed=config.seed, threads=config.threads).to_json()
         asked = {"sparsity": config.target.sparsity, "speedup": config.target.speedup}
-        given = {name: value for name, value in asked.items() if value is not None}
-        target = {**given, "cost": config.target.cost, "run": result["run"]}
-        identity = run.identity
-        shape = Shape(identity["model_class"], identity["model_fingerprint"], self._blocks, widths, weights, target)
-        write_shape(shape, folder / "shape.json")
+        target = {name: value for name, value in asked.items() if value is not None}
+        recipe = refit_recipe(config)
+        if self._best.rebuild and recipe.method == "database":
+            path = from_rows(self._search.rebuilds[self._best.rebuild - 1]["path"], widths)
+            recipe = replace(recipe, accumulation="path", path=path)
+        write_whole(self._blocks, recipe, config, run, widths, target, folder / "shape.json")
         if self._table is not None:
             write_table(self._table, folder / "latency.json")
-        if read_shape(folder / "shape.json") != shape:
-            raise EvopruneError(f"{folder / 'shape.json'} does not give the shape back")
+
+
+def _trained(losses: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """What held-out text says of an entrant after training, if it was trained."""
+    return {"trained": summary(losses[name + TRAINED])} if name + TRAINED in losses else {}

@@ -230,13 +230,26 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     if "form" in document:
         total += f"; {document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
         times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
-        return Group(table, Text("\n".join([total, *times])))
+        return Group(table, Text("\n".join([total, *times])), *_recovery_lines(document["recovery"]))
     inside = None if document["compressor"] == "mask" else document["compressor"]
     by = " and ".join(name for name in (document["criterion"], inside) if name is not None)
     total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
-    return Group(table, Text(total))
+    return Group(table, Text(total), *_recovery_lines(document["recovery"]))
+
+
+def _recovery_lines(recovery: Mapping[str, Any] | None) -> Iterator[Text]:
+    """What training brought, on held-out text."""
+    if recovery is None:
+        return
+    before, after = recovery["before"], recovery["after"]
+    found = f"loss {before['loss']:.4f} before, {after['loss']:.4f} after"
+    if after["kl"] is not None:
+        found += f"; KL {before['kl']:.4f} before, {after['kl']:.4f} after"
+    learned = f"{recovery['parameters']:,} parameters learned from {recovery['tokens']:,} tokens ({recovery['loss']})"
+    yield Text(f"recovered by {recovery['method']}: {learned}")
+    yield Text(f"on {after['tokens']:,} predicted tokens of held-out text: {found}")
 
 
 def evaluation_table(document: Mapping[str, Any], stderr: float | None, dense: str | None) -> Table:
@@ -319,6 +332,8 @@ def target_text(result: Mapping[str, Any]) -> str:
     target = result["target"]
     if (front := result.get("pareto")) is not None:
         low, high = (f"{100 * sparsity:.4g}" for sparsity in front["range"])
+        if result["kind"] == "structure":
+            return f"a front from {low}% to {high}% fewer {COUNTED[result['cost']]} in heads and MLPs"
         inside = f"dropped as {result['drop']}" if result["drop_only"] else f"removed by {_remover(result)}"
         return f"a front from {low}% to {high}% {inside}"
     if result["kind"] == "structure":

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from evoprune.fitness.latency_passes import Work
 from evoprune.search.spaces.structure import shape_text
-from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
+from evoprune.search.tables import COUNTED, NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
 
 
 def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
@@ -28,14 +28,37 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B",
             "keeps": f"{shape_text(best['shape'])}: {best['cost']:,} of {result['dense_cost']:,} {unit} of "
             f"heads and MLPs ({best['cost'] / result['dense_cost']:.2%}), {left:,} in the whole model",
+            "removed": removed_text(result),
             **({"latency": latency_text(result["latency"])} if "latency" in result else {}),
             "found": f"generation {best['generation']} of {result['generations']} ({best['origin']})",
             "search": f"{result['evaluations']} evaluations, seed {result['seed']}",
+            **({"selection": selection_text(result)} if "recovered" in result else {}),
             **numerics,
         }
     )
     blocks = Padding(blocks_table(result), (0, 0, 1, 0))
     return [Padding(heldout_table(result), (1, 0, 1, 0)), blocks, facts, Text(), *ways_on(result, run)]
+
+
+def selection_text(result: Mapping[str, Any]) -> str:
+    """What candidates went through before the last stage measured them, and how many did."""
+    recovered, best = result["recovered"], result["best"]
+    if "tokens" not in recovered:
+        return f"fitness is after a path refit, of {recovered['candidates']:,} candidates; so are the held-out rows"
+    told = (
+        f"fitness is after training on {recovered['tokens_each']:,} tokens, of {recovered['candidates']:,} candidates "
+        f"({recovered['tokens']:,} tokens in all); the held-out rows are without it"
+    )
+    if "trained" not in best:
+        return told
+    return f"{told}, and with it the winner's KL is {best['trained']['kl']:.4f} and not {best['heldout']['kl']:.4f}"
+
+
+def removed_text(result: Mapping[str, Any]) -> str:
+    """What is gone of the cost of heads and MLPs, beside what was asked for: where units are few, it is more."""
+    removed = 1 - result["best"]["cost"] / result["dense_cost"]
+    asked = float(result["target"])
+    return f"{removed:.3%} of the {COUNTED[result['cost']]} of heads and MLPs, where {asked:.3%} was asked for"
 
 
 def latency_text(latency: Mapping[str, Any]) -> str:

@@ -24,6 +24,10 @@ class _Candidate:
 class GenerationTrials(Trials):
     """One trial for each candidate: a seed at once, a child once its generation is over.
 
+    Args:
+        steps: stages of a generation.
+        beside: what lines of the history call the costs of a front beside the first.
+
     Attributes:
         genome: what the board calls the numbers of a genome.
     """
@@ -34,13 +38,16 @@ class GenerationTrials(Trials):
     def descriptors(self, genome: Sequence[int]) -> dict[str, Any]:
         """What the dashboard may correlate with the fitness, beside the generation."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, beside: Sequence[str] = ()) -> None:
         super().__init__(steps)
+        self._beside = tuple(beside)
         self._children: dict[tuple[int, ...], _Candidate] = {}
         self._generation = 0
 
     def take(self, line: Mapping[str, Any], telemetry: Mapping[str, Any] | None = None) -> Sequence[TrialRecord]:
         records: list[TrialRecord] = []
+        if line["stage"] == "rebuild":
+            return records
         if line["generation"] != self._generation or line["stage"] == "final":
             records += [self._record(child) for child in self._children.values()]
             self._children.clear()
@@ -64,6 +71,8 @@ class GenerationTrials(Trials):
         return (line["stage"],) if isinstance(line["stage"], int) and line["origin"] != "parent" else ()
 
     def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        if "recovered" in values:  # its windows are those of the whole text, and those of a line are few of them
+            return (values["recovered"],)
         # Held-out losses, which have no line, stand in the log as well.
         return (values["kl"], values["stderr"]) if "stderr" in values else ()
 
@@ -81,10 +90,11 @@ class GenerationTrials(Trials):
                 "parents": line["parents"],
                 "generation": line["generation"],
                 "reason": line["reason"],
-                **({"cost": line["cost"]} if "cost" in line else {}),
+                **{name: line[name] for name in ("cost", *self._beside) if name in line},
             },
             descriptors={"generation": line["generation"], **self.descriptors(line["genome"])},
             front=finished and bool(line.get("front")),
+            beside=[line[name] for name in self._beside],
             started=candidate.telemetry.get("started"),
             finished=candidate.telemetry.get("finished"),
         )

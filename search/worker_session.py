@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ _FIXED = {
 }
 
 
+STARTING_SECONDS = 120.0
+"""How long a measurement of times waits for workers to be up, which load their models beside it otherwise."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """Where a search runs. Nothing here changes its history.
@@ -74,8 +79,10 @@ class Resources:
 class Ask(Protocol):
     """Gives the outcomes of jobs, in their order; those in the run's log are not run again."""
 
-    def __call__(self, jobs: Sequence[Job], *, limited: bool = True) -> list[Outcome]:
+    def __call__(self, jobs: Sequence[Job], *, limited: bool = True, alone: bool = False) -> list[Outcome]:
         """Outcomes of `jobs`; `limited` ones take as long as a pass over the held-out text, or count as hung.
+
+        Those to be done `alone` take times: they wait until no worker is starting up beside them, for a while.
 
         Raises:
             Interrupted: the user wants to stop.
@@ -124,11 +131,17 @@ class WorkerSession(ABC, Generic[Config]):
         self._deadline = Deadline(None, 0.0)
         self._facts: dict[str, Any] = {}
         known = run.identity
-        self._admission = Admission(config.numerics, known.get("numerics"), known.get("bit_reproducible") is False)
+        mixed = known.get("bit_reproducible") is False
+        self._admission = Admission(config.numerics, known.get("numerics"), mixed, self.measures_time)
 
     @abstractmethod
     def seeds_identity(self) -> Any:
         """What the search starts from, as JSON values."""
+
+    @property
+    def measures_time(self) -> bool:
+        """Whether times are part of what is searched, so that all workers must be of one kind of device."""
+        return False
 
     def given_facts(self) -> dict[str, str]:
         """What else must not change between the run's sessions and is known without workers: hashes by name."""
@@ -204,13 +217,24 @@ class WorkerSession(ABC, Generic[Config]):
             self.progress.line(fields["text"])
 
     def _ask(
-        self, executor: Executor, stopping: Callable[[], bool], jobs: Sequence[Job], *, limited: bool = True
+        self,
+        executor: Executor,
+        stopping: Callable[[], bool],
+        jobs: Sequence[Job],
+        *,
+        limited: bool = True,
+        alone: bool = False,
     ) -> list[Outcome]:
         """See `Ask`."""
-        tokens = self._facts["heldout_windows"] * self.config.data.window
-        deadline = self._deadline.seconds(tokens) if limited else None
         missing = {job.key: job for job in jobs if job.key not in self._log}
-        executor.submit(replace(job, deadline=deadline) for job in missing.values())
+        patience = time.monotonic() + (STARTING_SECONDS if alone and missing else 0.0)
+        while executor.counters()["starting"] and time.monotonic() < patience and not stopping():
+            time.sleep(0.1)
+            self._watch.tick()
+        executor.submit(
+            replace(job, deadline=self._deadline.seconds(self.tokens_asked(job)) if limited else None)
+            for job in missing.values()
+        )
         waiting = set(missing)
         while waiting:
             if stopping():
@@ -220,6 +244,10 @@ class WorkerSession(ABC, Generic[Config]):
             waiting = {key for key in waiting if key not in self._log}
             self._watch.tick()
         return [outcome for job in jobs if (outcome := self._log.get(job.key)) is not None]
+
+    def tokens_asked(self, job: Job) -> int:
+        """How many tokens of text a job outside of the search reads at most: the held-out text, unless more is said."""
+        return self._facts["heldout_windows"] * self.config.data.window
 
     def _polled(self) -> None:
         if self._stopping():

@@ -138,8 +138,8 @@ def encoded(
     images = [synthetic_image(seed) for seed in seeds]
     more: dict[str, Tensor] = {}
     if family.startswith("qwen"):
-        processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
-        more = dict(processor(images, return_tensors="pt"))
+        patches = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+        more = dict(patches(images, return_tensors="pt"))
         count = 4
     else:
         processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})

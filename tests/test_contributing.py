@@ -15,6 +15,7 @@ from evoprune.fitness.adapters.multimodal import MULTIMODAL
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.recoveries import RECOVERIES
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit_formula import latex, to_text
@@ -33,6 +34,7 @@ RECIPES = {
     "metrics/operators/hypotenuse.py": "tests/metrics/test_hypotenuse.py",
     "fitness/allocators/first_block.py": "tests/fitness/test_first_block.py",
     "fitness/compressors/rescaled.py": "tests/fitness/test_rescaled.py",
+    "fitness/recoveries/biases.py": "tests/fitness/test_biases.py",
     "fitness/unit_criteria/column_length.py": "tests/fitness/test_column_length.py",
     "fitness/adapters/gpt_neox.py": "tests/fitness/test_gpt_neox.py",
 }
@@ -40,7 +42,7 @@ RECIPES = {
 
 @pytest.fixture(autouse=True)
 def _registries_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS, UNIT_CRITERIA):
+    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS, RECOVERIES, UNIT_CRITERIA):
         assert len(registry) > 0  # read, so that what a recipe adds comes on top
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
@@ -106,7 +108,7 @@ def installed(tmp_path: Path) -> Path:
 def test_the_groups_named_are_those_that_are_read() -> None:
     section = TEXT.partition("## From your own package")[2].partition("```")[0]
     registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, UNIT_CRITERIA, ADAPTERS, MULTIMODAL, OBJECTIVES)
-    registries += (RACING_RULES, SEARCHERS, BREEDERS)
+    registries += (RACING_RULES, SEARCHERS, BREEDERS, RECOVERIES)
     assert set(re.findall(r"`(evoprune\.\w+)`", section)) == {registry.group for registry in registries}
     assert SPACES.group is None
 

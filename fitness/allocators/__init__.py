@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from evoprune.metrics import parameters
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.parameters import check_choice
 from evoprune.metrics.records import Site
 from evoprune.metrics.registry import Registry
 
@@ -93,71 +94,9 @@ class Allocator(Protocol):
 ALLOCATORS: Registry[Allocator] = Registry("allocator", "evoprune.fitness.allocators")
 
 
-def parameters_of(allocator: Allocator) -> dict[str, Any]:
-    """The parameters of an allocator by name: JSON values."""
-    assert is_dataclass(allocator)
-    return {field.name: getattr(allocator, field.name) for field in fields(allocator)}
-
-
 def configured(name: str, given: Mapping[str, Any] | None = None) -> Allocator:
-    """A registered allocator with some parameters changed.
-
-    Args:
-        name: one of `ALLOCATORS`.
-        given: by name; text is read as the type that the default has.
-
-    Raises:
-        UnknownName: no such allocator.
-        InvalidInput: no such parameter, or a value that it cannot have.
-    """
-    allocator = ALLOCATORS[name]
-    known = parameters_of(allocator)
-    values = {}
-    for parameter, value in (given or {}).items():
-        if parameter not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise InvalidInput(f"allocator {name!r} has no parameter {parameter[:40]!r}; {has}")
-        values[parameter] = _typed(f"{parameter} of allocator {name!r}", value, known[parameter])
-    return cast(Allocator, replace(cast(Any, allocator), **values))
-
-
-def _typed(what: str, value: Any, default: Any) -> Any:
-    """`value` as the type of `default`."""
-    kind = type(default)
-    if kind is str and isinstance(value, str):
-        return value
-    words = {"true": True, "false": False}
-    if kind is bool:
-        if isinstance(value, bool) or str(value).lower() in words:
-            return words[str(value).lower()]
-        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give true or false")
-    try:
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give a value like {default!r}") from None
-    if isinstance(value, bool) or (kind is float and not math.isfinite(number)):
-        raise InvalidInput(f"{what} is {str(value)[:40]!r}: give a value like {default!r}")
-    return number
-
-
-def check_range(what: str, value: float, low: float, high: float) -> None:
-    """Refuse a parameter outside [low, high].
-
-    Raises:
-        InvalidInput: says what would be right.
-    """
-    if not low <= value <= high:
-        raise InvalidInput(f"{what} {value:g} is outside [{low:g}, {high:g}]")
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Refuse a parameter that is none of `known`.
-
-    Raises:
-        InvalidInput: lists them.
-    """
-    if value not in known:
-        raise InvalidInput(f"no {what} {value[:40]!r}; there are {', '.join(known)}")
+    """A registered allocator with some parameters changed; see `evoprune.metrics.parameters.configured`."""
+    return parameters.configured(ALLOCATORS, name, given)
 
 
 def grouped(sites: Sequence[Site], granularity: str) -> list[list[int]]:

@@ -14,15 +14,14 @@ from evoprune.fitness.allocators import (
     ALLOCATORS,
     Evidence,
     Use,
-    check_choice,
     check_numbers,
-    check_range,
     group_weights,
     grouped,
     scaled,
     shared_out,
 )
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.parameters import check_choice, check_range
 
 FITS = ("peak", "median")
 _HISTOGRAM_BINS = 100

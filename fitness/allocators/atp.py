@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, check_range
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use
+from evoprune.metrics.parameters import check_range
 from evoprune.metrics.records import Site
 
 

@@ -7,20 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.fitness.allocators import (
-    ALLOCATORS,
-    Evidence,
-    Use,
-    check_choice,
-    check_numbers,
-    check_range,
-    group_weights,
-    grouped,
-    shared_out,
-)
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, check_numbers, group_weights, grouped, shared_out
 from evoprune.fitness.diversity import PAIRS
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import derived_seed
+from evoprune.metrics.parameters import check_choice, check_range
 
 
 def kept_by_score(

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.fitness.allocators import (
-    ALLOCATORS,
-    Evidence,
-    Use,
-    around,
-    check_numbers,
-    check_range,
-    grouped,
-    shared_out,
-)
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, around, check_numbers, grouped, shared_out
+from evoprune.metrics.parameters import check_range
 from evoprune.metrics.records import Site, removed_count
 
 

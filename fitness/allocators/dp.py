@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, check_choice, check_range, grouped, shared_out
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, grouped, shared_out
 from evoprune.fitness.compressors import relative_output_error
 from evoprune.metrics.mask import mask
+from evoprune.metrics.parameters import check_choice, check_range
 from evoprune.metrics.records import MaskRule, removed_count
 
 STATISTICS = ("H", "X_ss")

@@ -10,18 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evoprune.fitness.allocators import (
-    ALLOCATORS,
-    Evidence,
-    Use,
-    around,
-    check_choice,
-    check_numbers,
-    check_range,
-    grouped,
-    shared_out,
-)
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, around, check_numbers, grouped, shared_out
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.parameters import check_choice, check_range
 
 
 def _log(x: Tensor) -> Tensor:

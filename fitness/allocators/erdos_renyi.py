@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, check_range, matching
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, matching
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.parameters import check_range
 from evoprune.metrics.records import Site
 
 _SOURCE = "Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134"

@@ -9,16 +9,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from evoprune.fitness.allocators import (
-    ALLOCATORS,
-    Evidence,
-    Use,
-    around,
-    check_numbers,
-    check_range,
-    grouped,
-    shared_out,
-)
+from evoprune.fitness.allocators import ALLOCATORS, Evidence, Use, around, check_numbers, grouped, shared_out
+from evoprune.metrics.parameters import check_range
 
 
 def outlier_ratio(scores: Iterable[Tensor], multiple: float) -> float:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evoprune.allocations import GivenAllocation, allocate
-from evoprune.calibration import ALL_TOKENS, TEXT, Progress, collect_statistics, default_window, loaded, silent
+from evoprune.calibration import (
+    ALL_TOKENS,
+    HELD_OUT_TOKENS,
+    TEXT,
+    Progress,
+    collect_statistics,
+    default_window,
+    loaded,
+    silent,
+)
 from evoprune.fitness.adapters import rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
@@ -30,10 +39,9 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import Evaluation, Pruned, criterion_label
+from evoprune.recoveries import given_recovery
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
-
-HELD_OUT_TOKENS = (TEXT.heldout_windows or 256) * TEXT.window
 
 
 def prune(
@@ -47,6 +55,10 @@ def prune(
     allocation_parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str | None = None,
+    recovery: str | None = None,
+    recovery_tokens: int | None = None,
+    recovery_loss: str | None = None,
+    recovery_parameters: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
@@ -74,7 +86,14 @@ def prune(
         compressor: a name of `evoprune list compressors`: what happens to the weights that stay. ``mask`` leaves them
             as they are; ``sparsegpt`` chooses itself what goes, and lets the weights that stay make up for it. None is
             the one that `allocation` was searched for, if its file says so, else ``mask``.
-        out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing.
+        recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
+            removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
+        recovery_tokens: how many tokens it is trained on; None takes 300,000. They are from text A of `calibration`, of
+            the embedded corpus from what is in none of its texts A, B and C.
+        recovery_loss: ``distill`` (the default: KL divergence from the dense model) or ``lm`` (the next token).
+        recovery_parameters: by name; `evoprune list recoveries` shows them with their defaults.
+        out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing. While a recovery
+            runs, its own checkpoints are in ``<out>.recovery``: after a kill the same call goes on from the last.
         calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
             read if the criterion needs no statistics.
         progress: told what runs and how far it is.
@@ -91,8 +110,12 @@ def prune(
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
+    recovers = given_recovery(
+        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
+    )
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     check_rule(language_model, rule)
+    begun = None if recovers is None else recovers.started(language_model)
     text: dict[str, Any] = {
         "calibration": calibration,
         "calibration_sequences": calibration_sequences,
@@ -116,16 +139,18 @@ def prune(
             allocation=own,
             progress=lambda done, total: progress("pruning matrices", done, total),
         )
+    recovered = None if begun is None else begun.run(language_model, progress)
     pruned = Pruned(
         language_model=language_model,
         criterion=criterion_label(metric, criterion) if COMPRESSORS[compressor].reads_criterion else None,
         rule=rule,
         compressor=compressor,
         layers=layers,
+        recovery=recovered,
         allocation=own,
         doubt=None if own is None else own.doubt(language_model.fingerprint),
     )
-    recipe = {
+    recipe: dict[str, Any] = {
         "criterion": pruned.criterion,
         "source": None if pruned.criterion is None else criterion.source,
         "sparsity": rule.sparsity,
@@ -135,11 +160,17 @@ def prune(
         "compressor": compressor,
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
+    kept = ["removed", "prunable", "layers"]
+    if recovers is not None and recovered is not None:
+        recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
+        kept.append("recovery")
     if out is not None:
         progress("writing the checkpoint", 0, 1)
-        report = {name: value for name, value in pruned.to_json().items() if name in ("removed", "prunable", "layers")}
+        report = {name: value for name, value in pruned.to_json().items() if name in kept}
         pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report))
         progress("writing the checkpoint", 1, 1)
+    if recovers is not None:
+        recovers.finish()
     # Statistics are cached by fingerprint, and the dense model's are not those of this one.
     fingerprint = content_hash([language_model.fingerprint, recipe])
     return replace(pruned, language_model=replace(language_model, fingerprint=fingerprint))

@@ -19,6 +19,7 @@ Progress = Callable[[str, int, int], None]
 
 # The same text as in a search, so that numbers can be compared.
 TEXT = DataConfig()
+HELD_OUT_TOKENS = (TEXT.heldout_windows or 256) * TEXT.window
 
 ALL_TOKENS, AMIA = "all", "amia"
 

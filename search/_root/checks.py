@@ -32,6 +32,8 @@ EXTRAS = {
         "torch_pruning",
         "shapes of families without an adapter: pip install 'evoprune[torch-pruning]'",
     ),
+    "accelerate": ("accelerate", "`prune --recovery`: pip install 'evoprune[recovery]'"),
+    "peft": ("peft", "`prune --recovery lora`: pip install 'evoprune[recovery]'"),
     "diffusers": ("diffusers", "diffusion pipelines: pip install 'evoprune[diffusion]'"),
 }
 

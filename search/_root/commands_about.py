@@ -26,21 +26,19 @@ def list_kind(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="what to list", show_choices=True)],
     as_json: Json = False,
 ) -> None:
-    """List criteria, operators, terminals, allocators, compressors, unit criteria, objectives, spaces or searchers."""
+    """List criteria, operators, terminals, allocators, compressors, unit criteria, objectives, ... or recoveries."""
     from evoprune.listing import rows_of
 
     with Output(as_json) as output:
         rows = rows_of(kind)
         if as_json:
             output.json(rows)
-        elif rows:
+        else:
             from evoprune.search.tables import criteria_table, plain_table
 
             output.show(criteria_table(rows) if kind == "criteria" else plain_table(rows))
             if kind == "criteria":
                 output.tell(_seeding(rows))
-        else:
-            output.tell(f"no {kind} yet: they land with the searches that use them")
 
 
 def _seeding(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from evoprune.metrics.files import user_path
 from evoprune.options import (
     MODEL,
     OUTPUT,
+    RECOVERY,
     TARGET,
     TEXT,
     CalibrationSequences,
@@ -39,7 +40,7 @@ from evoprune.options import (
 )
 
 if TYPE_CHECKING:
-    from evoprune.outcomes import Removal
+    from evoprune.outcomes import Removal, Smaller
 
 NOT_LANDED = "has not landed yet"
 
@@ -111,7 +112,32 @@ def prune(
         option("--shape", metavar="F", help="a .json of the heads and neurons that every block keeps", panel=TARGET),
     ] = None,
     recovery: Annotated[
-        str | None, option("--recovery", metavar="R", help=f"training after pruning; {NOT_LANDED}", panel=TARGET)
+        str | None,
+        option(
+            "--recovery",
+            metavar="R",
+            help="train what is left: one of `evoprune list recoveries`; what was removed stays zero",
+            panel=RECOVERY,
+            default="none",
+            autocompletion=completion.plugins("evoprune.fitness.recoveries"),
+        ),
+    ] = None,
+    recovery_tokens: Annotated[
+        int | None,
+        option("--recovery-tokens", metavar="N", help="how much text it is trained on", panel=RECOVERY, default=300000),
+    ] = None,
+    recovery_loss: Annotated[
+        Literal["distill", "lm"] | None,
+        option(
+            "--recovery-loss",
+            help="learn the dense model's distributions, or the next token of the text",
+            panel=RECOVERY,
+            default="distill",
+        ),
+    ] = None,
+    recovery_set: Annotated[
+        list[str] | None,
+        option("--recovery-set", metavar="KEY=VALUE", help="a parameter of the recovery; repeatable", panel=RECOVERY),
     ] = None,
     form: Annotated[
         Literal["auto", "plain", "padded", "compact", "masked"],
@@ -144,8 +170,12 @@ def prune(
 ) -> None:
     """Remove the weights that a criterion scores lowest, and write a checkpoint that plain transformers loads."""
     with Output(as_json) as output:
-        if recovery is not None:
-            raise InvalidInput(f"--recovery {NOT_LANDED}; prune without it")
+        training: dict[str, Any] = {
+            "recovery": recovery,
+            "recovery_tokens": recovery_tokens,
+            "recovery_loss": recovery_loss,
+            "recovery_parameters": _settings("--recovery-set", recovery_set or [], "rank=16"),
+        }
         loading = _loading(dtype, device, revision, trust_remote_code, components)
         if shape is not None:
             beside = {
@@ -157,11 +187,13 @@ def prune(
                 "--compressor": compressor,
                 "--allocation-set": allocation_set,
                 "--budget": budget,
-                "--calibration": calibration,
+                "--calibration": None if recovery else calibration,
                 "--calibration-sequences": calibration_sequences,
                 "--calibration-window": calibration_window,
             }
-            _prune_shape(output, model, shape, beside, {"form": form, "out": out, "latency": latency, **loading})
+            read = _calibration(calibration, None, None) | {"seed": seed}
+            written = {"form": form, "out": out, "latency": latency}
+            _prune_shape(output, model, shape, beside, written | read | training | loading)
             return
         if form not in ("auto", "plain"):
             raise InvalidInput(f"--form {form} goes with --shape: a mask keeps every width, so give --form plain")
@@ -178,7 +210,7 @@ def prune(
         target: dict[str, Any] = {
             "metric": metric or "wanda",
             "sparsity": sparsity,
-            "allocation_parameters": _settings(allocation_set or []),
+            "allocation_parameters": _settings("--allocation-set", allocation_set or [], "spread=0.1"),
             "budgets": _budgets(budget or []),
             "out": out,
             "progress": output.step,
@@ -186,6 +218,8 @@ def prune(
         pipeline = is_pipeline(model)
         pruned: Removal
         if pipeline:
+            if any(training.values()):
+                raise InvalidInput("a pipeline has no recovery: leave out --recovery and what goes with it")
             if pattern is not None or group is not None or compressor not in (None, "mask") or components is not None:
                 raise InvalidInput(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
@@ -203,10 +237,11 @@ def prune(
                 tokens=tokens,
                 seed=seed,
                 **target,
+                **training,
                 **_calibration(calibration, calibration_sequences, calibration_window),
                 **loading,
             )
-            for remark in _remarks(pruned, metric):
+            for remark in [*_remarks(pruned, metric), *_of_recovery(pruned)]:
                 output.tell(remark)
         document = pruned.to_json()
         if as_json:
@@ -247,6 +282,8 @@ def _prune_shape(
     done = prune_shape(model, shape, progress=output.step, **options)
     if done.foreign:
         output.tell("the shape was found on other weights of this class")
+    for remark in _of_recovery(done):
+        output.tell(remark)
     document = done.to_json()
     if output.as_json:
         output.json(document)
@@ -408,6 +445,17 @@ def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
         yield f"warning: {pruned.doubt}"
 
 
+def _of_recovery(done: Smaller) -> Iterator[str]:
+    """Where the training of a recovery began, if not at the beginning; what was there before, if it was of no use."""
+    if done.recovery is None:
+        return
+    training = done.recovery.done
+    if training.discarded:
+        yield "a recovery of something else had been interrupted here: its checkpoints are gone, this one began anew"
+    if training.continued:
+        yield f"the recovery went on from step {training.continued:,} of {training.steps:,}"
+
+
 def check_writable(folder: Path) -> None:
     """Refuse, before long work, a folder that cannot be made.
 
@@ -423,7 +471,7 @@ def check_writable(folder: Path) -> None:
         raise InvalidInput(f"cannot write {folder}: {existing} is read-only; give a folder that can be written")
 
 
-def _settings(words: list[str]) -> dict[str, str]:
+def _settings(option: str, words: list[str], example: str) -> dict[str, str]:
     """Values by name from words KEY=VALUE.
 
     Raises:
@@ -433,9 +481,7 @@ def _settings(words: list[str]) -> dict[str, str]:
     for word in words:
         name, equals, value = (part.strip() for part in word.partition("="))
         if not name or not equals or name in found:
-            raise InvalidInput(
-                f"--allocation-set {word[:60]!r} is not KEY=VALUE with each KEY once, such as spread=0.1"
-            )
+            raise InvalidInput(f"{option} {word[:60]!r} is not KEY=VALUE with each KEY once, such as {example}")
         found[name] = value
     return found
 

@@ -49,7 +49,7 @@ def search_structure(
             "--sparsity",
             help="fraction of what heads and MLPs cost that goes, in (0, 1)",
             panel=TARGET,
-            default="0.25",
+            default="0.25; with --pareto the middle of the range",
         ),
     ] = None,
     cost: Annotated[
@@ -79,6 +79,24 @@ def search_structure(
             rich_help_panel=TARGET,
         ),
     ] = False,
+    pareto: Annotated[
+        Literal["parameters", "flops", "kv_bytes", "latency"] | None,
+        option(
+            "--pareto",
+            help="search a front of quality against this cost, by NSGA-II; latency stands beside parameters",
+            panel=TARGET,
+        ),
+    ] = None,
+    sparsity_range: Annotated[
+        tuple[float, float] | None,
+        option(
+            "--sparsity-range",
+            metavar="LOW HIGH",
+            help="of a front; --sparsity then says which of it is exported as the shape",
+            panel=TARGET,
+            default="0.1 0.5",
+        ),
+    ] = None,
     heads: Annotated[
         Literal["whole", "groups", "balanced", "both"] | None,
         option(
@@ -88,6 +106,14 @@ def search_structure(
             default="both",
         ),
     ] = None,
+    serving_safe: Annotated[
+        bool,
+        typer.Option(
+            "--serving-safe",
+            help="neurons in multiples of 256, attentions whole or gone, as serving software takes them",
+            rich_help_panel=TARGET,
+        ),
+    ] = False,
     drop: Annotated[
         Literal["none", "parts"] | None,
         option("--drop", help="whether attentions and MLPs may go as a whole", panel=TARGET, default="parts"),
@@ -103,11 +129,11 @@ def search_structure(
         ),
     ] = None,
     accumulation: Annotated[
-        Literal["dense", "expectation"] | None,
+        Literal["dense", "expectation", "path"] | None,
         option(
             "--accumulation",
-            help="what calibration text has gone through when it reaches a block: dense blocks, or a mixture of cut "
-            "ones",
+            help="what calibration text has gone through when it reaches a block: dense blocks, a mixture of cut ones, "
+            "or after a first round blocks cut as the best so far",
             panel=TARGET,
             default="expectation",
         ),
@@ -135,6 +161,26 @@ def search_structure(
             rich_help_panel=SEARCH,
         ),
     ] = False,
+    selection: Annotated[
+        Literal["one-shot", "path-refit", "training-aware"] | None,
+        option(
+            "--selection",
+            help="how the last stage measures: as the database leaves a candidate, after a refit along its own path, "
+            "or after a short training",
+            panel=SEARCH,
+            default="one-shot",
+        ),
+    ] = None,
+    training_tokens: Annotated[
+        int | None,
+        option(
+            "--training-tokens",
+            metavar="N",
+            help="that training-aware selection trains each candidate on",
+            panel=SEARCH,
+            default=51_200,
+        ),
+    ] = None,
     seed_from: Annotated[
         str | None,
         option(
@@ -180,6 +226,7 @@ def search_structure(
             "trust_remote_code": trust_remote_code or None,
             "surrogate": surrogate or None,
             "decode": decode or None,
+            "serving_safe": serving_safe or None,
         }
         resolved = structure_config(options, files=config or (), assignments=settings or ())
         if dry_run:

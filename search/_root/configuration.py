@@ -80,7 +80,12 @@ STRUCTURE_KEYS = {
     },
     "population": "searcher.offspring",
     "surrogate": "searcher.surrogate",
-    **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "drop", "step", "accumulation")},
+    "selection": "searcher.selection",
+    "training_tokens": "searcher.training.tokens",
+    **{name: f"target.{name}" for name in ("speedup", "cost", "decode", "heads", "serving_safe")},
+    **{name: f"target.{name}" for name in ("drop", "step", "accumulation")},
+    "pareto": "target.pareto",
+    "sparsity_range": "target.sparsity_range",
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
@@ -164,7 +169,13 @@ def structure_config(
     given = {STRUCTURE_KEYS[name]: value for name, value in options.items() if value is not None}
     assignments, values = list(assignments), given | dict(settings or {})
     cleared = _cleared(_STRUCTURE_EITHER, values, assignments)
-    return _settled(resolve_as(StructureSearchConfig, files, values, [*cleared, *assignments]))
+    config = _settled(resolve_as(StructureSearchConfig, files, values, [*cleared, *assignments]))
+    if options.get("training_tokens") is not None and config.searcher.selection != "training-aware":
+        raise InvalidInput(
+            f"--training-tokens are for training-aware selection, and this is {config.searcher.selection}: add "
+            "--selection training-aware, or leave them out"
+        )
+    return config
 
 
 def _cleared(either: tuple[str, str], values: Mapping[str, Any], assignments: Iterable[str]) -> list[str]:

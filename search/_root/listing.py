@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evoprune.fitness.allocators import ALLOCATORS, parameters_of
+from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.compressors import COMPRESSORS
 from evoprune.fitness.objectives import OBJECTIVES
+from evoprune.fitness.recoveries import RECOVERIES
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import to_text
 from evoprune.metrics.operators import OPERATORS
+from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.breeders import BREEDERS
@@ -30,7 +32,7 @@ _COMPARED = {"global": "over all blocks", "uniform": "within a block"}
 
 
 def rows_of(kind: str) -> list[Row]:
-    """The plug-ins of a kind, by name; none for kinds that have not landed yet."""
+    """The plug-ins of a kind, by name."""
     return _KINDS[kind]()
 
 
@@ -148,8 +150,17 @@ def _spaces() -> list[Row]:
     return [{"name": name, "what": _first_line(SPACES[name])} for name in SPACES]
 
 
-def _none_yet() -> list[Row]:
-    return []
+def _recoveries() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "parameters": [f"{key}={_word(value)}" for key, value in parameters_of(RECOVERIES[name]).items()],
+            "packages": list(RECOVERIES[name].packages),
+            "what": _first_line(type(RECOVERIES[name])),
+            "source": RECOVERIES[name].source,
+        }
+        for name in RECOVERIES
+    ]
 
 
 _KINDS: Mapping[str, Callable[[], list[Row]]] = {
@@ -162,7 +173,7 @@ _KINDS: Mapping[str, Callable[[], list[Row]]] = {
     "objectives": _objectives,
     "spaces": _spaces,
     "searchers": _searchers,
-    "recoveries": _none_yet,
+    "recoveries": _recoveries,
 }
 
 

@@ -9,8 +9,8 @@ import typer
 
 from evoprune import completion
 
-TARGET, BUDGET, TEXT, SEARCH, MODEL, WORKERS, CONFIG, OUTPUT = (
-    "Target", "Budget", "Text", "Search", "Model", "Workers", "Configuration", "Output",
+TARGET, RECOVERY, BUDGET, TEXT, SEARCH, MODEL, WORKERS, CONFIG, OUTPUT = (
+    "Target", "Recovery", "Budget", "Text", "Search", "Model", "Workers", "Configuration", "Output",
 )  # fmt: skip
 
 

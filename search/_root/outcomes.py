@@ -11,10 +11,41 @@ from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pipelines import Pipeline
 from evoprune.fitness.pruning import PrunedLayer
+from evoprune.fitness.recovery import Recovered
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape import Shape
+
+
+@dataclass(frozen=True)
+class MeasuredRecovery:
+    """How what is left of a model was trained, and what that brought.
+
+    Attributes:
+        method: name of the recovery.
+        loss: ``distill`` or ``lm``.
+        done: tokens, steps, and where the training began.
+        before, after: `HeldOut.summary` of the pruned model, and of the recovered one.
+    """
+
+    method: str
+    loss: str
+    done: Recovered
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` and a checkpoint say of it: the same, however often it was interrupted."""
+        return {
+            "method": self.method,
+            "loss": self.loss,
+            "tokens": self.done.tokens,
+            "steps": self.done.steps,
+            "parameters": self.done.parameters,
+            "before": self.before,
+            "after": self.after,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +54,12 @@ class Smaller:
 
     Attributes:
         layers: one entry per matrix, in model order.
+        recovery: how what is left was trained; None if it was not.
         out: folder of the checkpoint; None if none was asked for.
     """
 
     layers: tuple[PrunedLayer, ...]
+    recovery: MeasuredRecovery | None = None
     out: Path | None = None
 
     @property
@@ -55,6 +88,7 @@ class Smaller:
             "criterion": None,
             "compressor": None,
             "allocation": None,
+            "recovery": None if self.recovery is None else self.recovery.to_json(),
             "layers": [
                 {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
                 for layer in self.layers

@@ -89,10 +89,11 @@ class Run:
     def front(self) -> list[dict[str, Any]]:
         """Metrics that none beats in both fitness and complexity, simplest first; empty until the run is finished.
 
-        Of an allocation search for a front (`pareto`), the allocations that none beats in both fitness and cost, the
-        dearest first: `saved` (per cent of the dense cost), `cost`, `sparsity`, `allocation`, `fitness`, `heldout`, and
-        `uniform` at the same cost (`random` where parts are only dropped). Without it all candidates are of one budget,
-        and there is none.
+        Of a search for a front (`pareto`), the allocations or shapes that none beats in fitness and all costs, the
+        dearest first: `saved` (per cent of the dense cost), `cost`, `sparsity`, `allocation` or `shape`, `fitness`,
+        `heldout`, and `uniform` at the same cost (`random` where parts are only dropped). Where latency stands beside
+        parameters, also `latency` in nanoseconds as the sum of parts, and `name`, the per cent of both that are saved.
+        Without a front all candidates are of one budget, and there is none.
         """
         return self.summary["front"]
 

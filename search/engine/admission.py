@@ -22,11 +22,18 @@ class Admission:
             close, and then the run is not bit-reproducible.
         expected: what the first worker of an earlier session reported; None takes what the first one to come reports.
         mixed: whether an earlier session took workers that differ.
+        one_device: refuse a worker on another kind of device or processor than the first, whatever the policy: the run
+            has times in it, and those of another kind would say nothing beside them.
     """
 
     def __init__(
-        self, policy: Numerics = "strict", expected: Mapping[str, Any] | None = None, mixed: bool = False
+        self,
+        policy: Numerics = "strict",
+        expected: Mapping[str, Any] | None = None,
+        mixed: bool = False,
+        one_device: bool = False,
     ) -> None:
+        self._one_device = one_device
         self.mixed = mixed
         self._code = code_hash()  # now: the files may be edited while the search runs
         self._policy = policy
@@ -55,6 +62,8 @@ class Admission:
         with self._lock:
             if self._expected is None:
                 self._expected = dict(numerics)
+            if self._one_device and (reason := _other_device(self._expected, numerics)) is not None:
+                return reason
             difference = _difference(self._expected, numerics)
             if difference is None:
                 return None
@@ -65,6 +74,15 @@ class Admission:
                 return f"its canary's loss is {theirs:g}, the run's is {ours:g}: that is no rounding"
             self.mixed = True
             return None
+
+
+def _other_device(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Why times of a worker cannot stand beside those of the first, or None if they can."""
+    kinds = [(report["class"].get("device"), report.get("processor")) for report in (ours, theirs)]
+    if kinds[0] == kinds[1]:
+        return None
+    first, other = (" with ".join(filter(None, kind)) for kind in kinds)
+    return f"it runs on {other}, and this search measures times on {first}: give it workers of one kind of device"
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ class Board:
         study_name: the run's id. The front's study is `<study_name>/front`.
         storage_url: a database to use instead: SQLite, PostgreSQL or MySQL, as SQLAlchemy writes it.
         descriptors: name and range of every descriptor; the same for a run's whole life.
-        price: what fitness is bought with on the front.
+        prices: what fitness is bought with on the front.
         warn: receives one line for people when the board gets into trouble and when it is out of it; from any thread.
     """
 
@@ -43,7 +43,7 @@ class Board:
         storage_url: str | None = None,
         *,
         descriptors: Mapping[str, Range] | None = None,
-        price: str = "complexity",
+        prices: Sequence[str] = ("complexity",),
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._journal = run_dir / "optuna.log"
@@ -51,7 +51,7 @@ class Board:
         self._name = study_name
         self._url = storage_url
         self._descriptors = dict(descriptors or {})
-        self._price = price
+        self._prices = tuple(prices)
         self._warn = warn
         self._studies: Studies | None = None
         self._counts = [0, 0]  # trials and points of the front that were asked for
@@ -188,7 +188,7 @@ class Board:
     def _open(self) -> Studies:
         if self._studies is None:
             storage = open_storage(self._journal, self._url)
-            self._studies = Studies(storage, self._name, self._descriptors, self._artifacts, self._price)
+            self._studies = Studies(storage, self._name, self._descriptors, self._artifacts, self._prices)
         return self._studies
 
     def _erase(self) -> None:

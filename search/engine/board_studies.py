@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class Studies:
         name: of the main study; the front's is `<name>/front`.
         descriptors: name and range of every descriptor.
         artifacts: folder of the artifacts; made by the first.
-        price: what the front's second value is called.
+        prices: what the front's values beside the fitness are called.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Studies:
         name: str,
         descriptors: Mapping[str, Range],
         artifacts: Path | None = None,
-        price: str = "complexity",
+        prices: Sequence[str] = ("complexity",),
     ) -> None:
         import optuna
 
@@ -59,7 +59,7 @@ class Studies:
         self._distributions = {descriptor: _distribution(allowed) for descriptor, allowed in descriptors.items()}
         self._artifacts = artifacts
         self._main = _study(storage, name, ["fitness"])
-        self._front = _study(storage, front_name(name), ["fitness", price])
+        self._front = _study(storage, front_name(name), ["fitness", *prices])
         self._known = {
             study.study_name: [_gist(trial) for trial in study.get_trials(deepcopy=False)]
             for study in (self._main, self._front)
@@ -75,7 +75,7 @@ class Studies:
             value = record.final_value
             self._add(self._main, number, self._trial(record, None if value is None else [value]))
             if record.enters_front and value is not None:
-                self._add(self._front, point, self._trial(record, [value, float(record.price)]))
+                self._add(self._front, point, self._trial(record, [value, *map(float, record.prices)]))
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set attributes of the main study."""

@@ -103,7 +103,8 @@ class Worker(Protocol):
         """
         ...
 
-    # A worker may also have `numerics() -> dict`: `class`, `loss` and `bits`, by which `Admission` compares workers.
+    # A worker may also have `numerics() -> dict`: `class`, `processor`, `loss` and `bits`, by which
+    # `Admission` compares workers.
 
 
 class Executor(Protocol):

@@ -24,8 +24,9 @@ class TrialRecord:
         descriptors: what the dashboard should correlate with the fitness (height, nodes, ...), by the names and
             within the ranges that the board was made with; what is outside is left out.
         constraints: how far each of the candidate's limits is exceeded; feasible when none is above 0.
-        front: it entered the front of fitness against its price when it was applied; `cost` or `complexity` is then
+        front: it entered the front of fitness against its prices when it was applied; `cost` or `complexity` is then
             needed.
+        beside: further prices, where there are any.
         started: Unix time, when known; for the timeline only.
         finished: the same.
     """
@@ -37,6 +38,7 @@ class TrialRecord:
     descriptors: Mapping[str, Any] = field(default_factory=dict)
     constraints: Sequence[float] = ()
     front: bool = False
+    beside: Sequence[float] = ()
     started: float | None = None
     finished: float | None = None
 
@@ -52,14 +54,14 @@ class TrialRecord:
         return float(self.value) if known and self.value is not None else None
 
     @property
-    def price(self) -> Any:
-        """What fitness is bought with on the front: the attribute `cost` where there is one, else `complexity`."""
-        return self.attributes.get("cost", self.attributes.get("complexity"))
+    def prices(self) -> Sequence[Any]:
+        """What fitness is bought with on the front: the attribute `cost` or else `complexity`, and those beside it."""
+        return self.attributes.get("cost", self.attributes.get("complexity")), *self.beside
 
     @property
     def enters_front(self) -> bool:
-        """Whether it is a point of the front: complete, with a price."""
-        return self.front and self.final_value is not None and is_number(self.price)
+        """Whether it is a point of the front: complete, with its prices."""
+        return self.front and self.final_value is not None and all(map(is_number, self.prices))
 
 
 def is_number(value: Any) -> bool:

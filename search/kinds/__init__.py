@@ -127,7 +127,7 @@ class BoardKind(Kind, Protocol):
 
     descriptors: Mapping[str, Range]
 
-    def price(self, config: Any) -> str:
+    def prices(self, config: Any) -> Sequence[str]:
         """What fitness is bought with on its front."""
 
     def trials(self, config: Any) -> Trials:

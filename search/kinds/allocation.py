@@ -44,8 +44,8 @@ class AllocationKind:
     def steps(self, run: RunDirectory) -> list[RunDirectory]:
         return []
 
-    def price(self, config: AllocationSearchConfig) -> str:
-        return config.target.pareto or "complexity"
+    def prices(self, config: AllocationSearchConfig) -> Sequence[str]:
+        return (config.target.pareto or "complexity",)
 
     def trials(self, config: AllocationSearchConfig) -> AllocationTrials:
         return AllocationTrials(steps_of(config))

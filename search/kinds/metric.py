@@ -37,8 +37,8 @@ class MetricKind:
     def steps(self, run: RunDirectory) -> list[RunDirectory]:
         return []
 
-    def price(self, config: MetricSearchConfig) -> str:
-        return "complexity"
+    def prices(self, config: MetricSearchConfig) -> Sequence[str]:
+        return ("complexity",)
 
     def trials(self, config: MetricSearchConfig) -> MetricTrials:
         return MetricTrials(len(config.racing.rungs))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import BoardKind, files_of, generation_facts
 from evoprune.search.trials_generation import StructureTrials
@@ -30,6 +30,10 @@ class StructureKind:
     descriptors: Mapping[str, Range] = StructureTrials.ranges
 
     def session(self, config: StructureSearchConfig) -> type[Session]:
+        if config.target.pareto is not None:
+            from evoprune.search.structure_front_run import StructureFrontRun
+
+            return StructureFrontRun
         from evoprune.search.structure_run import StructureRun
 
         return StructureRun
@@ -37,11 +41,13 @@ class StructureKind:
     def steps(self, run: RunDirectory) -> list[RunDirectory]:
         return []
 
-    def price(self, config: StructureSearchConfig) -> str:
-        return config.target.cost
+    def prices(self, config: StructureSearchConfig) -> Sequence[str]:
+        return (config.target.cost, *_beside(config))
 
     def trials(self, config: StructureSearchConfig) -> StructureTrials:
-        return StructureTrials(len(config.searcher.stages))
+        # A front has one stage, for its populations must be comparable.
+        steps = len(config.searcher.stages) if config.target.pareto is None else 1
+        return StructureTrials(steps, _beside(config))
 
     def counters(self, search: PooledSearch[Any], evaluations: int, steps: Sequence[int]) -> dict[str, int | str]:
         return {"generation": search.generation, "by stage": " → ".join(map(str, steps))}
@@ -54,8 +60,10 @@ class StructureKind:
         return searching_generations_note(config, search, evaluations, steps)
 
     def finished_note(self, result: Mapping[str, Any], artifacts: Sequence[str]) -> str:
-        from evoprune.search.board_note import finished_structure_note
+        from evoprune.search.board_note import finished_front_note, finished_structure_note
 
+        if result.get("pareto") is not None:
+            return finished_front_note(result, artifacts)
         return finished_structure_note(result, artifacts)
 
     def artifacts(self, folder: Path, result: Mapping[str, Any]) -> Iterator[Path]:
@@ -89,13 +97,15 @@ class StructureKind:
 
     def table(self, result: Mapping[str, Any]) -> Table:
         from evoprune.search.tables import heldout_table
+        from evoprune.search.tables_front import front_table
 
-        return heldout_table(result)
+        return heldout_table(result) if result.get("pareto") is None else front_table(result)
 
     def result_view(self, result: Mapping[str, Any], run: Path) -> list[RenderableType]:
-        from evoprune.search.tables_structure import result_view
+        from evoprune.search import tables_front, tables_structure
 
-        return result_view(result, run)
+        shown = tables_structure if result.get("pareto") is None else tables_front
+        return shown.result_view(result, run)
 
     def unfinished_facts(
         self, config: StructureSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
@@ -113,21 +123,32 @@ class StructureKind:
             raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
 
     def write_report(self, run: RunDirectory) -> Path:
-        from evoprune.search.report.structure_page import write_page
+        from evoprune.search.report import structure_front_page, structure_page
 
-        return write_page(run)
+        page = structure_page if run.config["target"].get("pareto") is None else structure_front_page
+        return page.write_page(run)
 
     def check_names(self, config: StructureSearchConfig) -> None:
+        from evoprune.fitness.allocators import ALLOCATORS
         from evoprune.fitness.unit_criteria import UNIT_CRITERIA
         from evoprune.search.given import given_shape
+        from evoprune.search.structure_result import LEAST_ERROR, UNIFORM
 
-        for name in config.searcher.seeds or ():
-            _ = UNIT_CRITERIA[name]
+        for name in config.allocators:
+            if name in (UNIFORM, LEAST_ERROR):
+                raise InvalidInput(f"{name} is a seed of every structure search: leave it out of searcher.seeds")
+            if name not in ALLOCATORS:
+                raise UnknownName("unit criterion or allocator", name, [*UNIT_CRITERIA, *ALLOCATORS])
         given_shape(config.seed_from)
         if config.target.table is not None:
             from evoprune.fitness.latency_table import read_table
 
             read_table(config.target.table)
+
+
+def _beside(config: StructureSearchConfig) -> Sequence[str]:
+    """Costs of a front beside the one that its range is of."""
+    return ("latency",) if config.target.pareto == "latency" else ()
 
 
 KIND: BoardKind = StructureKind()

@@ -104,9 +104,7 @@ def moves(data: GenerationData[Any, Any]) -> Figure | None:
 def _named_seeds(data: GenerationData[Any, Any]) -> dict[str, float]:
     """KL of the reference and of the best few seeds, by name."""
     reference = data.reference
-    ranked: Sequence[tuple[str, float]] = sorted(
-        ((line["origin"].removeprefix("seed:"), line["kl"]) for line in data.seeds), key=lambda seed: seed[1]
-    )
+    ranked: Sequence[tuple[str, float]] = [(name, line["kl"]) for name, line in data.best_seeds.items()]
     return dict([*ranked[:MOST_RIVALS], *(seed for seed in ranked[MOST_RIVALS:] if seed[0] == reference)])
 
 

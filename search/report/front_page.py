@@ -1,19 +1,19 @@
-"""The page of a search for a front: its figures and its words."""
+"""The page of a search for a front of allocations: its figures and its words, and those of all fronts."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evoprune.search.removal import removal_options
 from evoprune.search.report import document, figures_allocation, figures_front, numbers
 from evoprune.search.report.allocation_data import range_text
-from evoprune.search.report.front_data import FrontData
+from evoprune.search.report.front_data import AnyFrontData, FrontData
 from evoprune.search.report.generation_page import environment
 from evoprune.search.rundir import RunDirectory
-from evoprune.search.tables_front import WHAT_IS_SAVED, beside
+from evoprune.search.tables_front import what_is_saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,26 +35,52 @@ def write_page(run: RunDirectory) -> Path:
 
 def render(data: FrontData, drawn: dict[str, str]) -> str:
     """The page with these figures inlined."""
-    low, high = data.config.target.sparsity_range or (0.0, 0.0)
     best = data.best
-    return document.fill(
-        environment(data.genome),
-        "front_page.html.jinja",
+    return fill(
+        "allocation_front_page.html.jinja",
         data,
         drawn,
-        f"{100 * low:g} to {100 * high:g} % of all prunable weights",
-        "Allocation",
-        best=best,
+        "all prunable weights",
+        str(data.config.target.pareto),
+        commands(data),
         span=None if best is None or not best.plan else range_text(best.plan),
-        cost=str(data.config.target.pareto),
-        what_is_saved=WHAT_IS_SAVED[str(data.config.target.pareto)],
-        beside=beside(data.config.target.drop_only),
-        verdict=verdict(data),
-        commands=commands(data),
     )
 
 
-def verdict(data: FrontData) -> str:
+def fill(
+    template: str,
+    data: AnyFrontData[Any, Any],
+    drawn: dict[str, str],
+    whole: str,
+    cost: str,
+    ways_on: dict[str, str],
+    **values: Any,
+) -> str:
+    """The page of a template that extends ``front_page.html.jinja``.
+
+    Args:
+        whole: what the range is a part of, in words.
+        cost: that the range is of.
+        ways_on: command lines, by what they do.
+        values: what else the template reads.
+    """
+    low, high = data.config.target.sparsity_range or (0.0, 0.0)
+    return document.fill(
+        environment(data.genome),
+        template,
+        data,
+        drawn,
+        f"{100 * low:g} to {100 * high:g} % of {whole}",
+        data.genome.capitalize(),
+        best=data.best,
+        what_is_saved=what_is_saved(data.kind, cost),
+        verdict=verdict(data),
+        commands=ways_on,
+        **values,
+    )
+
+
+def verdict(data: AnyFrontData[Any, Any]) -> str:
     """What was found, on held-out text, as a sentence; empty before the run is finished."""
     differences = [row.difference for row in data.rows if row.difference is not None]
     if not differences:
@@ -62,10 +88,7 @@ def verdict(data: FrontData) -> str:
     below = [place for place in differences if place.value < -place.error]
     above = [place for place in differences if place.value > place.error]
     least = min(differences, key=lambda place: place.value)
-    found = (
-        f"{len(below)} of {len(differences)} members of the front have a held-out loss below that of "
-        f"{beside(data.config.target.drop_only)}"
-    )
+    found = f"{len(below)} of {len(differences)} members of the front have a held-out loss below that of {data.beside}"
     found += f" at the same cost{f', {len(above)} above' if above else ''} (by more than a standard error)"
     if least.value < 0:
         found += (

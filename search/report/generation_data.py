@@ -187,8 +187,7 @@ class GenerationData(RunData[SearchedConfig], Generic[SearchedConfig, Plan]):
     def rivals(self) -> list[tuple[str, Plan]]:
         """Seeds by name, the best first: on held-out text, or by KL on text B if the run is not finished."""
         if self.result is None:
-            seeds = sorted(self.seeds, key=lambda line: (line["kl"], line["birth"]))
-            return [(line["origin"].removeprefix("seed:"), self.decoded(line)) for line in seeds]
+            return [(name, self.decoded(line)) for name, line in self.best_seeds.items()]
         rows = sorted(self.placed, key=lambda row: row["heldout"]["loss"])
         return [(row["name"], self.plan_of(row)) for row in rows]
 
@@ -209,6 +208,14 @@ class GenerationData(RunData[SearchedConfig], Generic[SearchedConfig, Plan]):
     def seeds(self) -> list[Line]:
         """Seeds that have a fitness, as births on the text of the last stage; equal ones are one birth."""
         return [line for line in self.lines if line["stage"] == "seeds" and line["kl"] is not None]
+
+    @cached_property
+    def best_seeds(self) -> dict[str, Line]:
+        """Of these the best of each name, the best first."""
+        found: dict[str, Line] = {}
+        for line in sorted(self.seeds, key=lambda line: (line["kl"], line["birth"])):
+            found.setdefault(line["origin"].removeprefix("seed:"), line)
+        return found
 
     @cached_property
     def finals(self) -> list[Line]:

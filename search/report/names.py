@@ -32,6 +32,7 @@ _LABELS = {
     "lamp": "LAMP",
     "owl": "OWL",
     "shortened-llama": "Shortened LLaMA",
+    "spdy": "SPDY (ZipLM)",
     "uniform+": "Uniform+",
     "given": "Given",
     "flap": "FLAP",

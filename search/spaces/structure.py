@@ -224,17 +224,17 @@ def shape_text(shape: Sequence[Sequence[int]]) -> str:
     return f"{heads:,} query heads, {sum(neurons for _, _, neurons in shape):,} neurons"
 
 
-def ladders(costs: UnitCosts, step: int | None) -> list[list[int]]:
+def ladders(costs: UnitCosts, step: int | None, multiple: int = 1) -> list[list[int]]:
     """Numbers of neurons on the ladder of each block's MLP, ascending, without the dense one.
 
     Args:
         costs: of neurons, each more than nothing.
-        step: see `StructureSpace`.
+        step, multiple: see `StructureSpace`.
 
     Raises:
         InvalidInput: the steps are too large.
     """
-    size = _neuron_step(costs, step, 1)
+    size = _neuron_step(costs, step, multiple)
     return [list(range(size, width.neurons, size)) for width in costs.widths]
 
 

@@ -32,7 +32,8 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     assert pruned.code == 0
     document = pruned.json
     assert list(document) == [
-        "out", "sparsity", "removed", "prunable", "pattern", "criterion", "compressor", "allocation", "layers",
+        "out", "sparsity", "removed", "prunable", "pattern", "criterion", "compressor", "allocation", "recovery",
+        "layers",
     ]  # fmt: skip
     assert document["out"] == str(place / "out")
     assert (document["pattern"], document["criterion"], document["compressor"]) == (None, "wanda", "mask")

@@ -140,7 +140,13 @@ def test_shapes_that_do_not_fit(
     assert "--form plain cannot hold this shape: its blocks differ" in told(document, "--form", "plain")
     assert "give compact, padded or masked" in told(document, "--form", "plain")
     assert "output projections by 'magic', which this" in told(document | {"weights": {"method": "magic"}})
-    assert "do not say how its database was built" in told(document | {"weights": {"method": "database"}})
+    assert "do not say what they were refitted with" in told(document | {"weights": {"method": "database"}})
+    along = {
+        "method": "database", "accumulation": "path", "calibration": {"text": "corpus", "sequences": 2, "window": 8},
+        "seed": 0, "threads": 1, "path": [["0", "0-1", "0-99"], ["", "", ""]],
+    }  # fmt: skip
+    said = told(document | {"weights": along})
+    assert "the 'path' in the shape's 'weights': the neurons of block 0 have '0-99', which is not" in said
     document["blocks"][0]["neurons"] = "40-48"
     assert "the neurons of block 0 have '40-48', which is not ascending from 0 to 47" in told(document)
     assert "no file 'nowhere.json'; give a shape's .json" in refused(

@@ -209,8 +209,8 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert document == yaml.safe_load(first.out)
     assert document["target"] == {
         "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None,
-        "table": None,
-        "heads": "both", "step": None, "drop": "parts", "accumulation": "expectation",
+        "table": None, "pareto": None, "sparsity_range": None,
+        "heads": "both", "serving_safe": False, "step": None, "drop": "parts", "accumulation": "expectation",
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
@@ -222,21 +222,30 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.35, "cost": "kv_bytes", "heads": "groups",
         "drop": "none", "step": 3, "accumulation": "dense", "population": 24, "evaluations": 11, "minutes": 2.5,
-        "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json",
+        "seed": 5, "window": 9, "threads": 2, "seed_from": "a.json", "selection": "training-aware",
+        "training_tokens": 777,
     }  # fmt: skip
     flags = {"trust_remote_code": True, "surrogate": True}
-    # What is about latency contradicts another budget.
-    assert given.keys() | flags.keys() | {"model", "speedup", "decode"} == STRUCTURE_KEYS.keys()
+    # What is about latency, or a front, contradicts another budget.
+    others = {"model", "speedup", "decode", "pareto", "sparsity_range", "serving_safe"}
+    assert given.keys() | flags.keys() | others == STRUCTURE_KEYS.keys()
+    front = run("search", "structure", "--pareto", "flops", "--sparsity-range", 0.2, 0.4, "--dry-run", "--json").json
+    found = front["target"]
+    assert (found["pareto"], found["sparsity_range"], found["cost"], found["sparsity"]) == (
+        "flops", [0.2, 0.4], "flops", 0.3,
+    )  # fmt: skip
     timed = run("search", "structure", "--speedup", 2, "--decode", "--dry-run", "--json").json["target"]
     assert (timed["speedup"], timed["decode"], timed["cost"], timed["sparsity"]) == (2.0, True, "latency", None)
+    served = run("search", "structure", "--serving-safe", "--dry-run", "--json").json["target"]
+    assert (served["serving_safe"], served["heads"]) == (True, "whole")
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
     words += ["--trust-remote-code", "--surrogate"]
     plain = run("search", "structure", "some/model", *words, "--dry-run", "--json").json
     for name, value in (given | flags | {"model": "some/model"}).items():
-        found: Any = plain
+        resolved: Any = plain
         for part in STRUCTURE_KEYS[name].split("."):
-            found = found[part]
-        assert found == value, name
+            resolved = resolved[part]
+        assert resolved == value, name
     assert STRUCTURE_KEYS.keys() <= signature(evoprune.search_structure).parameters.keys()
 
 
@@ -244,6 +253,7 @@ def test_the_defaults_in_the_help_are_true(run: Run) -> None:
     text = " ".join(run("search", "structure", "--help").out.replace("│", " ").split())
     plain = StructureSearchConfig()
     for name in ("sparsity", "cost", "heads", "drop", "accumulation", "evaluations", "population", "seed", "window",
+                 "selection", "training_tokens",
                  "threads", "dtype", "device", "calibration_sequences", "calibration_window"):  # fmt: skip
         value: Any = plain
         for part in STRUCTURE_KEYS[name].split("."):
@@ -291,10 +301,22 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
     search = ("search", "structure", tiny)
     assert "is not between 0 and 1" in refused(*search, "--sparsity", 1.5)
     assert "no model 'no/such-model'" in refused("search", "structure", "no/such-model")
-    assert "no unit criterion 'flop'; did you mean 'flap'" in refused(*search, "--set", "searcher.seeds=[flop]")
+    both = refused(*search, "--serving-safe", "--heads", "groups")
+    assert "what serves keeps attentions whole: leave out --heads groups, or serving_safe" in both
+    assert "no unit criterion or allocator 'flop'; did you mean 'flap'" in refused(
+        *search, "--set", "searcher.seeds=[flop]"
+    )
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)
+    assert "'two-shot' is not one of 'one-shot', 'path-refit', 'training-aware'" in refused(
+        *search, "--selection", "two-shot"
+    )
+    assert "searcher.training.tokens: Input should be greater than" in refused(*search, "--training-tokens", 0)
+    assert "add --selection training-aware, or leave them out" in refused(*search, "--training-tokens", 5000)
+    assert "searcher.training.learning_rate: Input should be" in refused(
+        *search, "--set", "searcher.training.learning_rate=0"
+    )
     assert "wants 64 windows, and there are 60" in refused(*search, "--set", "searcher.windows=60")
     assert "searched allocations: a run that searched a structure is needed" in refused(
         *search, "--seed-from", allocated

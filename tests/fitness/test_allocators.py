@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.allocating import ModelEvidence, allocate_model, statistics_needed
-from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured, parameters_of
+from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured
 from evoprune.fitness.allocators.alpha_pruning import tail_exponent
 from evoprune.fitness.allocators.atp import slopes
 from evoprune.fitness.allocators.das import kept_by_score
@@ -27,6 +27,7 @@ from evoprune.metrics.allocation import Allocation, repair
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.global_cut import removed_by_global_cut
+from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.records import Site, removed_count
 from tests.models import random_windows, tiny_language_model
 

@@ -203,6 +203,73 @@ def test_heldout_losses_and_the_dense_model(tried: Tried) -> None:
     assert dense["nll"] == pytest.approx(tried.by_hand(tried.whole, "heldout").nll.tolist(), rel=1e-6)
 
 
+def asked_after(method: str, loss: str = "kl") -> dict[str, Any]:
+    """What a job is told of a recovery."""
+    training = {"tokens": 320, "batch_tokens": 64, "trainable": "outputs", "loss": loss, "learning_rate": 1e-3}
+    return {"method": method, **({"training": training} if method == "training-aware" else {})}
+
+
+@torch.no_grad()
+def refit_along_the_path(tried: Tried, shape: Shape) -> None:
+    """Least squares on what the model, cut so far, gives each output, one after the other."""
+    tried.refit(tried.whole)
+    for block, kept in enumerate(tried.units_of(shape)):
+        columns = [tried.units[block].attention.columns(kept.heads), list(kept.neurons)]
+        for part, staying in enumerate(columns):
+            weight = tried.dense[block][part].double()
+            if len(staying) == weight.shape[1]:
+                continue
+            found, inputs = torch.zeros_like(weight), tried._inputs(block, part)
+            gram = damped(inputs.T @ inputs / len(inputs))
+            found[:, staying] = torch.linalg.solve(gram[staying][:, staying], gram[staying] @ weight.T).T
+            tried.write(block, part, found, dropped=not staying)
+
+
+def test_a_path_refit_is_least_squares_on_what_the_candidate_itself_gives(tried: Tried) -> None:
+    draw = random.Random(7)
+    for shape in (tried.random_shape(draw), tried.whole):
+        asked = {**tried.named, "shape": [list(kept) for kept in shape], "selection": asked_after("path-refit")}
+        found, held_out = tried.worker.handle("recovered", asked), tried.worker.handle("heldout", asked)
+        refit_along_the_path(tried, shape)
+        expected = tried.run("search")
+        assert expected.kl is not None
+        assert found["kl"] == pytest.approx(expected.kl.tolist(), rel=2e-3, abs=1e-6)
+        assert found["recovered"] == pytest.approx(sum(found["kl"]) / WINDOWS)
+        assert held_out["nll"] == pytest.approx(tried.run("heldout").nll.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["path-refit", "training-aware"])
+def test_recoveries_have_the_same_answer_to_the_bit_and_leave_nothing(method: str, tried: Tried) -> None:
+    """Whatever was asked before, on this worker or another; and candidates are then what they were."""
+    draw = random.Random(8)
+    parent, shape = tried.random_shape(draw), tried.random_shape(draw)
+    asked = {**tried.named, "shape": [list(kept) for kept in shape], "selection": asked_after(method)}
+    before = tried.ask(shape, parent, 0, 4)
+    first = tried.worker.handle("recovered", asked)
+    assert len(first["kl"]) == WINDOWS
+    assert tried.ask(shape, parent, 0, 4) == before
+    other = {**asked, "shape": [list(kept) for kept in parent], "selection": asked_after("training-aware", "ce")}
+    tried.worker.handle("recovered", other)
+    tried.ask(parent, parent, 0, 4)
+    assert tried.worker.handle("recovered", asked) == first
+    assert build(tried.worker.context.to_json()).handle("recovered", asked) == first
+    tried.check(shape, parent)
+    dense = tried.worker.handle("heldout", {**tried.named, "shape": None})
+    assert max(dense["kl"]) < 1e-5
+
+
+def test_training_makes_up_for_some_of_what_is_lost(tried: Tried) -> None:
+    shape = [(groups, each, neurons // 2) for groups, each, neurons in tried.whole]
+    asked: dict[str, Any] = {**tried.named, "shape": shape, "selection": asked_after("training-aware")}
+    assert tried.worker.handle("recovered", asked)["recovered"] < 0.95 * tried.ask(shape, shape, 0, WINDOWS)["kl"]
+    # Windows are whole, and of the calibration's side of the text.
+    assert tried.worker.handle("training", {**asked_after("training-aware")["training"], "tokens": 33}) == {
+        "tokens": 48
+    }
+    with pytest.raises(InvalidInput, match="text too short: side A of"):
+        tried.worker.handle("training", {**asked_after("training-aware")["training"], "tokens": 10**9})
+
+
 def test_units_are_those_of_the_database(tried: Tried) -> None:
     shape = tried.random_shape(random.Random(6))
     found = tried.worker.handle("units", {**tried.named, "shape": [list(kept) for kept in shape]})["blocks"]

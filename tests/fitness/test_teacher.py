@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from evoprune.fitness.adapters import list_sites
-from evoprune.fitness.teacher import build_teacher, linear_head, window_losses
+from evoprune.fitness.samples import Batch
+from evoprune.fitness.teacher import batch_loss, build_teacher, linear_head, window_losses
 from evoprune.metrics.errors import InvalidInput
 from tests.models import FAMILIES, VOCABULARY, random_windows, tiny_model
 
@@ -32,6 +33,30 @@ def test_losses_equal_those_from_full_distributions(family):
     assert kl.min() > 0.01
     assert torch.allclose(losses.kl, kl, atol=1e-4)
     assert torch.allclose(losses.nll, nll, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
+def test_a_loss_with_gradients_is_the_mean_of_those_without(family):
+    """And its gradient is that of full distributions, with a bias in the head and with capped logits too."""
+    dense, pruned = tiny_model(family), tiny_model(family)
+    with torch.no_grad():
+        for bound in list_sites(pruned):
+            bound.weight()[:, ::2] = 0
+    head = linear_head(dense, WINDOWS[:1])
+    teacher = build_teacher(dense, head, WINDOWS)
+    weight = next(value for name, value in pruned.named_parameters() if "layers" in name and value.dim() == 2)
+    weight.requires_grad_(True)
+    log_p, given = full_log_probabilities(dense), Batch({"input_ids": WINDOWS})
+    log_q = pruned(input_ids=WINDOWS).logits.double().log_softmax(-1)[:, :-1]
+    expected = {
+        True: (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+        False: -log_q.gather(2, WINDOWS[:, 1:, None]).mean(),
+    }
+    for taught, value in expected.items():
+        found = batch_loss(pruned, linear_head(pruned, WINDOWS[:1]), given, teacher if taught else None)
+        assert torch.allclose(found.double(), value, atol=1e-5)
+        (one,), (other,) = (torch.autograd.grad(loss, weight, retain_graph=True) for loss in (found, value))
+        assert torch.allclose(one, other, atol=1e-4 * other.abs().max())
 
 
 def test_kl_of_the_teacher_itself_is_zero():

@@ -112,7 +112,7 @@ def test_the_embedded_corpus() -> None:
     assert source_hash("corpus", "B") == side_hash("B")
     assert token_windows(TOKENIZER, "corpus", "A", window=128, count=4).shape == (4, 128)
     with pytest.raises(InvalidInput, match="the sides are A, B, C"):
-        side_documents("corpus", "train")
+        side_documents("corpus", "D")
 
 
 def test_equal_documents_share_a_side(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import BlockShape, BlockWidths, Shape
-from evoprune.metrics.shape_file import from_ranges, read_shape, to_json, to_ranges, write_shape
+from evoprune.metrics.shape_file import from_ranges, from_rows, read_shape, to_json, to_ranges, to_rows, write_shape
 
 WIDTHS = BlockWidths(2, 4, 48)
 SHAPE = Shape(
@@ -51,6 +51,27 @@ def test_ranges(indices: tuple[int, ...]) -> None:
 def test_ranges_that_are_none(text: Any, told: str) -> None:
     with pytest.raises(InvalidInput, match=told):
         from_ranges(text, 48, "the neurons of block 0")
+
+
+def test_rows() -> None:
+    rows = to_rows(SHAPE.blocks)
+    assert rows == [["1", "2-3", "0-8,11,40-41"], ["", "", ""]]
+    assert from_rows(json.loads(json.dumps(rows)), SHAPE.widths) == SHAPE.blocks
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (None, "'None' is no list of 2 blocks"),
+        ([["1", "2-3", "0"]], "is no list of 2 blocks"),
+        ([["1", "2-3", "0"], ["1", "2-3"]], "block 1 is .* give ranges of groups, heads, neurons"),
+        ([["1", "2-3", "48"], ["", "", ""]], "the neurons of block 0 have '48'"),
+        ([["1", "0-1", "4"], ["", "", ""]], "keeps query head 0 without its KV group 0"),
+    ],
+)
+def test_rows_that_are_none(rows: Any, told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        from_rows(rows, SHAPE.widths)
 
 
 def changed(**changes: Any) -> dict[str, Any]:

@@ -5,34 +5,40 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
+
 from evoprune.search.front import Buckets, Point, mates, nondominated, survivors
 from evoprune.search.pooled_search import Member
 
 
 def point(kl: float, cost: int, name: int = 0) -> Point:
-    return Point(Member((name,), "seed:x", birth=name, kl=kl), cost)
+    return Point(Member((name,), "seed:x", birth=name, kl=kl), (cost,))
 
 
-def cloud(count: int, seed: int = 0) -> list[Point]:
+def cloud(count: int, seed: int = 0, costs: int = 1) -> list[Point]:
     rng = random.Random(seed)
-    return [point(rng.randrange(20) / 10, rng.randrange(100), name) for name in range(count)]
+    members = [Member((name,), "seed:x", birth=name, kl=rng.randrange(20) / 10) for name in range(count)]
+    return [Point(member, tuple(rng.randrange(100) for _ in range(costs))) for member in members]
 
 
 def beaten(one: Point, by: Point) -> bool:
-    return by.kl <= one.kl and by.cost <= one.cost and (by.kl, by.cost) != (one.kl, one.cost)
+    ours, theirs = (one.kl, *one.costs), (by.kl, *by.costs)
+    return theirs != ours and all(low <= high for low, high in zip(theirs, ours, strict=True))
 
 
-def test_the_front_is_what_nobody_beats() -> None:
+@pytest.mark.parametrize("costs", [1, 2])
+def test_the_front_is_what_nobody_beats(costs: int) -> None:
     for seed in range(20):
-        points = cloud(40, seed)
-        expected = {(one.kl, one.cost) for one in points if not any(beaten(one, by) for by in points)}
+        points = cloud(40, seed, costs)
+        expected = {(one.kl, one.costs) for one in points if not any(beaten(one, by) for by in points)}
         front = nondominated(points)
-        assert [(one.kl, one.cost) for one in front] == sorted(expected, key=lambda pair: -pair[1])
+        assert [(one.kl, one.costs) for one in front] == sorted(expected, key=lambda pair: pair[1], reverse=True)
     assert nondominated([]) == []
 
 
-def test_survivors_are_the_first_fronts() -> None:
-    points = cloud(40)
+@pytest.mark.parametrize("costs", [1, 2])
+def test_survivors_are_the_first_fronts(costs: int) -> None:
+    points = cloud(40, costs=costs)
     kept = survivors(points, 16)
     assert len(kept) == len(set(map(id, kept))) == 16
     for one in points:
@@ -59,15 +65,19 @@ def test_mates_are_the_better_of_two_and_leave_the_global_generator_alone() -> N
 
 
 def test_the_archive_keeps_the_best_of_each_hundredth() -> None:
-    archive = Buckets(1000)
+    archive = Buckets([1000])
     assert archive.add(point(1.0, 600, 1))
     assert not archive.add(point(1.1, 601, 2))  # the same bucket, worse
     assert archive.add(point(0.9, 604, 3))  # the same, better
     assert archive.add(point(0.5, 606, 4))  # the next one
     assert not archive.add(point(0.95, 620, 5))  # another bucket, but dearer than a better one
     assert [one.cost for one in archive.points] == [620, 606, 604]
+    pairs = Buckets([1000, 10])
+    for kl, costs, joins in ((1.0, (600, 7), True), (1.2, (601, 6), True), (1.1, (604, 7), False)):
+        assert pairs.add(Point(Member((), "seed:x", kl=kl), costs)) == joins
+    assert [one.costs for one in pairs.points] == [(600, 7), (601, 6)]
     random_points = cloud(200)
-    filled, reverse = Buckets(100), Buckets(100)
+    filled, reverse = Buckets([100]), Buckets([100])
     for one in random_points:
         filled.add(one)
     for one in reversed(random_points):

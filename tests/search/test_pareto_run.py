@@ -18,7 +18,7 @@ from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.records import Site
 from evoprune.search.config import resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
-from evoprune.search.pareto_result import spread
+from evoprune.search.front_result import spread
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import resume_search, start_search

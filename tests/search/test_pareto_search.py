@@ -88,7 +88,7 @@ class Session:
         }
         self.search = ParetoSearch(
             self.space,
-            Parameters(SITES),
+            [Parameters(SITES)],
             seeds,
             target=0.5,
             windows=WINDOWS,

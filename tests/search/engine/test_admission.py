@@ -38,6 +38,21 @@ def test_relaxed_takes_another_class_but_no_broken_one_and_remembers() -> None:
     assert "no rounding" in (admission.refusal(code_hash(), report(loss=float("nan"), bits="04")) or "")
 
 
+def test_a_run_with_times_in_it_takes_one_kind_of_device() -> None:
+    """Another processor computes the same bits here; another GPU would be taken by relaxed numerics."""
+    first, other = {**report(), "processor": "A 100"}, {**report(), "processor": "B 200"}
+    assert Admission(expected=first).refusal(code_hash(), other) is None
+    timed = Admission("relaxed", expected=first, one_device=True)
+    assert timed.refusal(code_hash(), dict(first)) is None
+    assert timed.refusal(code_hash(), other) == (
+        "it runs on cpu with B 200, and this search measures times on cpu with A 100: give it workers of one kind of "
+        "device"
+    )
+    gpu = {**first, "class": {"threads": 1, "device": "cuda X"}}
+    assert "it runs on cuda X with A 100" in (timed.refusal(code_hash(), gpu) or "")
+    assert not timed.mixed
+
+
 def test_other_code_is_refused_whatever_the_policy() -> None:
     assert "is not this process's" in (Admission("relaxed").refusal("0" * 64, None) or "")
 
