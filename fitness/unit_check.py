@@ -44,7 +44,7 @@ def check_units(language_model: Prunable, units: Sequence[BlockUnits]) -> None:
     """
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if all(parameter.is_meta for parameter in model.parameters()):
         return
     family, surgeon = model.config.model_type, Surgeon(language_model, units)
     if units[0].attention.fused and not _in_order(model, units[0].attention):

@@ -145,8 +145,8 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_doctor_looks_for_every_extra() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
-    named = {extra for _, purpose in EXTRAS.values() for extra in re.findall(r"evoprune\[(\w+)\]", purpose)}
-    assert named == set(re.findall(r"^(\w+) = \[", section, re.MULTILINE)) - {"dev"}
+    named = {extra for _, purpose in EXTRAS.values() for extra in re.findall(r"evoprune\[([\w-]+)\]", purpose)}
+    assert named == set(re.findall(r"^([\w-]+) = \[", section, re.MULTILINE)) - {"dev"}
 
 
 def test_criteria_that_a_search_leaves_out_are_told(run: Run) -> None:

@@ -385,7 +385,7 @@ def test_what_does_not_fit_leaves_no_run(
     (place / "short.txt").write_text("a few words, and no more\n" * 3)
     save_tiny(place / "wide", intermediate_size=64)
     save_tiny(place / "qwen", "qwen2")
-    save_tiny(place / "olmo", "olmo")
+    save_tiny(place / "olmo", "olmo2")
     save_tiny(place / "long", max_position_embeddings=2048)
     before, file = tree(place), structured / "export" / "shape.json"
     for words, said in (
@@ -397,7 +397,7 @@ def test_what_does_not_fit_leaves_no_run(
         ((tiny, "--cost", "flops", "--set", "target.sequence=65"), "is too long: model"),
         (("wide", "--seed-from", file), "48 neurons there and 4 query heads in 2 KV groups and 64 neurons here"),
         (("qwen", "--seed-from", structured), "LlamaForCausalLM and not this Qwen2ForCausalLM: the classes differ"),
-        (("olmo",), "'olmo' cannot be cut into heads and neurons"),
+        (("olmo",), "q_norm.weight [32] beside its matrices: it cannot be cut"),
     ):
         done = run("search", "structure", *words, "--config", shapes, "--executor", "inline")
         assert (done.code, done.out) == (2, ""), done
