@@ -23,7 +23,7 @@ from typing import Any
 from evoprune.fitness.structure_worker import StructureWorker
 from evoprune.fitness.unit_costs import MlpCost, UnitCosts
 from evoprune.search.config import resolve_as
-from evoprune.search.config_structure import StructureSearchConfig
+from evoprune.search.config_structure import DEFAULT_SEEDS, StructureSearchConfig
 from evoprune.search.dynamic_program import Spdy
 from evoprune.search.result import paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -51,6 +51,7 @@ def configured(model: str, sparsity: float, seed: int, evaluations: int, heldout
             "evaluations": evaluations,
             "target.sparsity": sparsity,
             "data.heldout_windows": heldout,
+            "searcher.seeds": [*DEFAULT_SEEDS, "llm-pruner"],
         },
     )
 

@@ -179,6 +179,11 @@ class GenerationsConfig(Section):
             raise ValueError(f"the last stage wants {last.windows} windows, and there are {self.windows}")
 
 
+def seed_stage(stages: int) -> int:
+    """Which of so many stages has as much text as seeds are measured on: the last but one."""
+    return max(stages - 2, 0)
+
+
 class FrontConfig(Section):
     """How a front is searched; read where the target is one."""
 

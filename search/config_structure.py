@@ -197,7 +197,7 @@ class StructureGenerations(GenerationsConfig):
         0,
         ge=0,
         description="candidates of SPDY, of the evaluations, at most: it searches for weights of the output errors of "
-        "parts whose least sum is a good seed (ZipLM); each is measured on as much text as the last stage has",
+        "parts whose least sum is a good seed (ZipLM); each is measured on as much text as the other seeds",
     )
     methods: tuple[str, ...] = Field(
         (), description="names from `evoprune list methods`, whose blocks, heads and neurons are to start from as well"

@@ -4,8 +4,8 @@ A generation is a number of children of one parent. Each stage measures them on 
 best few for the next stage, which reads on where this one ended: nothing is measured twice. The parent is measured with
 them throughout, so that its hidden states are at hand, and competes in the last stage. Windows are drawn anew for every
 generation, so that nobody wins by fitting them. A few children bring together what the best children of the last
-parent changed. Seeds are measured on as much text as the last stage has; SPDY, if asked, finds one more there. The last
-parents and the best seed are then compared on one long text, the same for all, and the best of them is the result.
+parent changed. Seeds are measured on as much text as the last stage but one has; SPDY, if asked, finds one more there.
+The last parents and the best seed are then compared on one long text, the same for all, and the best is the result.
 
 Where a selection is given, seeds, the last stage and the finals measure what becomes of a candidate after a recovery,
 once for each candidate and on all windows; what a pool reads of it are its own windows.
@@ -26,6 +26,7 @@ from typing import Any
 
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.breeders import Breeder
+from evoprune.search.config_allocation import seed_stage
 from evoprune.search.dynamic_program import Spdy
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.loop import Birth
@@ -367,7 +368,8 @@ class GenerationSearch(PooledSearch[Space]):
         if self._phase == "final":
             return 0, self._final_windows
         if self._phase == "seeds":
-            return 0, self._stages[-1].windows
+            # Seeds differ by much, and the best has yet to hold its own against its children.
+            return 0, self._stages[seed_stage(len(self._stages))].windows
         most, windows = self._stages[-1].windows, self._stages[self._stage].windows
         if not self._breeder.redraw:
             return 0, windows

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from evoprune.fitness.part_merges import read_block
+from evoprune.search.config_allocation import seed_stage
 from evoprune.search.engine.trial_record import Range, TrialRecord
 from evoprune.search.trials import Trials
 
@@ -57,7 +58,7 @@ class GenerationTrials(Trials):
         if line["stage"] == "seeds":
             seed = _Candidate(line, telemetry or {})
             if line["kl"] is not None:
-                seed.values[self.steps - 1] = line["kl"]
+                seed.values[seed_stage(self.steps)] = line["kl"]
             records.append(self._record(seed))
         elif line["counted"]:
             self._children[genome] = _Candidate(line, telemetry or {})
@@ -79,10 +80,11 @@ class GenerationTrials(Trials):
 
     def _record(self, candidate: _Candidate) -> TrialRecord:
         line, values = candidate.line, candidate.values
-        finished = self.steps - 1 in values
+        last = seed_stage(self.steps) if line["stage"] == "seeds" else self.steps - 1
+        finished = last in values
         return TrialRecord(
             state="complete" if finished else "pruned" if values else "fail",
-            value=values[self.steps - 1] if finished else None,
+            value=values[last] if finished else None,
             rungs=values,
             attributes={
                 "birth": line["birth"],

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 from evoprune.metrics.files import canonical_json
-from evoprune.search.config_allocation import AllocationSearchConfig
+from evoprune.search.config_allocation import AllocationSearchConfig, seed_stage
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.report.run_data import RunData
 from evoprune.search.result import closed_gap
@@ -128,6 +128,11 @@ class GenerationData(RunData[SearchedConfig], Generic[SearchedConfig, Plan]):
         return [stage.windows * self.config.data.window for stage in self.config.searcher.stages]
 
     @property
+    def seed_tokens(self) -> int:
+        """Tokens that seeds are measured on."""
+        return self.stage_tokens[seed_stage(len(self.stage_tokens))]
+
+    @property
     def redrawn(self) -> bool:
         """Whether generations read different windows; a searcher that learns from all of them keeps the same."""
         return len({tuple(line["windows"]) for line in self.lines if line["stage"] == 0}) > 1
@@ -206,7 +211,7 @@ class GenerationData(RunData[SearchedConfig], Generic[SearchedConfig, Plan]):
 
     @cached_property
     def seeds(self) -> list[Line]:
-        """Seeds that have a fitness, as births on the text of the last stage; equal ones are one birth."""
+        """Seeds that have a fitness, as births on the text of the last stage but one; equal ones are one birth."""
         return [line for line in self.lines if line["stage"] == "seeds" and line["kl"] is not None]
 
     @cached_property

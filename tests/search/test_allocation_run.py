@@ -459,7 +459,10 @@ def test_children_without_a_fitness_cost_evaluations_only(
 ) -> None:
     """Whatever stage they fail in, in every generation, the parent's too; the finals still come."""
     failing(monkeypatch, lambda levels, windows: windows == unseen)
-    run = start_search(config(world, evaluations=20, **FEW), INLINE, run_dir=tmp_path / "run")
+    # Of each pool another number of windows is new, so that one of them can be told to fail.
+    stages = [{"windows": 2, "survivors": 3}, {"windows": 5, "survivors": 2}, {"windows": 9, "survivors": 1}]
+    options = {"evaluations": 20, "searcher.stages": stages, **FEW}
+    run = start_search(config(world, **options), INLINE, run_dir=tmp_path / "run")
     result, lines = result_of(run), lines_of(run)
     assert result["evaluations"] == 20 == len(study(run).trials)
     assert result["best"]["generation"] == 0 and result["generations"] == 3

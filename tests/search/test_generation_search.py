@@ -161,7 +161,7 @@ def test_it_finds_what_the_sensitivities_ask_for(undisturbed: Session) -> None:
 def test_a_generation_is_what_the_stages_say(undisturbed: Session) -> None:
     lines = undisturbed.history
     assert [line["origin"] for line in lines[:2]] == ["seed:uniform", "seed:ramp"]
-    assert [line["windows"] for line in lines[:2]] == [[0, STAGES[-1].windows]] * 2
+    assert [line["windows"] for line in lines[:2]] == [[0, STAGES[-2].windows]] * 2
     second = [line for line in lines if line["generation"] == 2]
     by_stage = [[line for line in second if line["stage"] == stage] for stage in range(3)]
     assert [len(stage) for stage in by_stage] == [1 + 16, 1 + 4, 1 + 2]
@@ -186,9 +186,9 @@ def test_a_stage_goes_on_where_the_last_one_ended(undisturbed: Session) -> None:
         assert line["kl"] == pytest.approx(worker.handle("levels", payload)["kl"], rel=1e-9)
     log = (undisturbed.run.path / "evaluations.wal").read_text().splitlines()
     read = Counter(json.loads(line.split(" ", 1)[1])["o"]["values"]["windows"] for line in log)
-    # A seed has seen the first 8 of the 20 windows of the finals. What is asked twice is answered from the log.
-    spans = {"seeds": 8, 0: 2, 1: 2, 2: 4}
-    assert read.keys() == {2, 4, 8, 12, 20}
+    # A seed has seen the first 4 of the 20 windows of the finals. What is asked twice is answered from the log.
+    spans = {"seeds": 4, 0: 2, 1: 2, 2: 4}
+    assert read.keys() == {2, 4, 16, 20}
     assert read.total() <= len(undisturbed.history)
     assert all(read[size] <= sum(spans.get(line["stage"]) == size for line in undisturbed.history) for size in (2, 4))
 

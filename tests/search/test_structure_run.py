@@ -578,7 +578,7 @@ def test_spdy_is_a_seed_within_the_budget(
     result, lines = result_of(run), lines_of(run)
     assert result["evaluations"] == 20 == sum(line["counted"] for line in lines)
     asked = [line for line in lines if line["origin"] == "seed:spdy" and line["stage"] == "seeds"]
-    assert len(asked) == 11 and all(line["counted"] and line["windows"] == [0, 8] for line in asked)
+    assert len(asked) == 11 and all(line["counted"] and line["windows"] == [0, 4] for line in asked)
     assert [line["birth"] for line in asked] == list(range(3, 14))  # after uniform, dp and flap
     genomes = [tuple(line["genome"]) for line in lines if line["stage"] == "seeds"]
     assert len(set(genomes)) == len(genomes)
