@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evoprune.fitness.allocators.dp import least_error
 from evoprune.fitness.part_merges import Merged, read_block, spelled_block
 from evoprune.fitness.unit_costs import Kept, MlpCost, PartCosts, UnitCosts
 from evoprune.fitness.units import PARTS
@@ -33,6 +34,8 @@ STEPS = 32
 _TIME_SLACK = 200
 # Parts of all costs that sums are told apart by, to say which budget could be met.
 _BUCKETS = 20_000
+# Ten thousandths below a budget that are tried, to say one that can be met.
+_TRIES = 10
 # A budget that can be met whatever may go.
 _HARDLY = 1e-6
 _NAMES = {"kv_bytes": "bytes of keys and values", "flops": "operations", "latency": "time", "parameters": "parameters"}
@@ -226,6 +229,24 @@ class StructureSpace(PartSpace):
         options = {name: value for name, value in values.items() if name not in ("costs", "fraction")}
         return cls(UnitCosts.from_json(values["costs"]), values["fraction"], **options)
 
+    def repaired(self, options: Sequence[int], rng: random.Random) -> Genome:
+        try:
+            return super().repaired(options, rng)
+        except InvalidInput:
+            # Where steps are coarse, moves drawn at random miss what meets the budget.
+            if (found := self._by_program(options, self.budget, self.budget + self.tolerance)) is None:
+                raise
+            return found
+
+    def _by_program(self, options: Sequence[int], least: int, most: int) -> Genome | None:
+        """The genome nearest to these options that removes so much; None if there is none."""
+        costs = [[gene.removed[choice] for choice in gene.choices] for gene in self.parts]
+        here = [gene.removed[option] for gene, option in zip(self.parts, options, strict=True)]
+        moved = [[abs(cost - removed) for cost in row] for row, removed in zip(costs, here, strict=True)]
+        levels = least_error(moved, costs, max(least, 0), most=most)
+        found = tuple(gene.choices[level] for gene, level in zip(self.parts, levels, strict=True))
+        return found if least <= self.removed(found) <= most else None
+
     def _unreachable(self) -> InvalidInput:
         return InvalidInput(
             f"no shape was found that removes {self._words(self.fraction)} of heads and MLPs, or up to "
@@ -241,7 +262,7 @@ class StructureSpace(PartSpace):
         return f"{words} (a speedup of {math.floor(1e3 * self.costs.speedup_at(fraction)) / 1e3:g})"
 
     def _nearest_reachable(self) -> float:
-        """The fraction next to the budget that some sum of rungs removes, to within rounding."""
+        """The fraction next to the budget that some sum of rungs removes, in ten thousandths."""
         unit = max(self.costs.dense // _BUCKETS, 1)
         reached = np.zeros(2 * _BUCKETS, dtype=bool)
         reached[0] = True
@@ -252,7 +273,15 @@ class StructureSpace(PartSpace):
             reached = after
         sums = np.flatnonzero(reached)
         beyond = [place for place in sums if not self.budget <= place * unit <= self.budget + self.tolerance]
-        return float(min(beyond, key=lambda place: abs(place * unit - self.budget)) * unit / self.costs.dense)
+        nearest = float(min(beyond, key=lambda place: abs(place * unit - self.budget)) * unit / self.costs.dense)
+        dense = [0] * len(self.parts)
+        # Sums of rounded costs are not the sums themselves, and a budget is met from above.
+        for below in range(_TRIES):
+            fraction = math.floor(1e4 * nearest - below) / 1e4
+            least = removed_count(fraction, self.costs.dense)
+            if fraction > 0 and self._by_program(dense, least, least + self.tolerance) is not None:
+                return fraction
+        return nearest
 
 
 def shape_text(shape: Sequence[Sequence[int]]) -> str:

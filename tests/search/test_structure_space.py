@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -320,8 +321,10 @@ def test_a_budget_between_all_shapes_says_which_is_near() -> None:
     """The least that a part can keep costs more than a hundredth here, so all has to go."""
     costs, options = CASES["biased, drops"]
     space = StructureSpace(costs, 0.99, **options)
-    with pytest.raises(InvalidInput, match=r"no shape was found .* such as 0.9885"):
+    with pytest.raises(InvalidInput, match=r"no shape was found .* such as 0.9884"):
         space.near(space.even(), random.Random(0))
+    again = StructureSpace(costs, 0.9884, **options)
+    assert again.removed(again.near(again.even(), random.Random(0))) >= again.budget
     assert 1 - parameters(4, 8, 97, biased=True).attention[0].at(1, 1) / costs.dense == pytest.approx(0.9885, abs=1e-4)
 
 
@@ -331,3 +334,16 @@ def test_wishes_and_shapes_of_another_model() -> None:
         space.near([0.4] * 7, random.Random(0))
     with pytest.raises(InvalidInput, match="3 blocks for a model of 4"):
         space.near_shape([(1, 1, 1)] * 3, random.Random(0))
+
+
+def test_coarse_budgets_are_met_wherever_some_sum_of_steps_meets_them() -> None:
+    """Against all shapes that there are."""
+    costs = parameters(4, 8, 96, blocks=3)
+    options: dict[str, Any] = {"heads": "whole", "drop": "parts", "multiple": 48, "residual": False}
+    genes = StructureSpace(costs, 0.5, **options).parts
+    sums = {sum(gone) for gone in itertools.product(*([gene.removed[at] for at in gene.choices] for gene in genes))}
+    for fraction in (at / 100 for at in range(2, 98, 3)):
+        space = StructureSpace(costs, fraction, **options)
+        assert any(space.budget <= total <= space.budget + space.tolerance for total in sums)
+        genome = space.near(space.even(), random.Random(0))
+        assert space.budget <= space.removed(genome) <= space.budget + space.tolerance
