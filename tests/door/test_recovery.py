@@ -83,6 +83,22 @@ def test_a_shape_is_recovered_from(run: Run, tiny: Path, story: Path, place: Pat
     assert load_model(str(place / "out")).cut
 
 
+def test_what_a_method_leaves_is_recovered_and_timed(run: Run, tiny: Path, story: Path, place: Path) -> None:
+    words = ("prune", tiny, "--method", "laco", "--sparsity", 0.5, "--method-set", "highest=2", "--calibration", story)
+    done = run(*words, "--recovery", "full", *TRAINING, "--out", "out", "--json")
+    assert done.code == 0, done.err
+    found = done.json["recovery"]
+    assert found["after"]["kl"] < found["before"]["kl"]
+    measured = run("eval", "out", "--dense", tiny, "--data", story, "--json").json
+    assert measured["kl"] == pytest.approx(found["after"]["kl"], abs=1e-6)
+    assert [row["cut"] < row["dense"] for row in done.json["milliseconds"]] == [True, True]
+    record = json.loads((place / "out" / "evoprune.json").read_text())["recipe"]
+    assert (record["method"], record["recovery"]["method"]) == ("laco", "full")
+    assert "| ms for prefill of 1 x 64 tokens |" in (place / "out" / "README.md").read_text()
+    untimed = run(*words, "--no-latency", "--out", "untimed", "--json")
+    assert (untimed.code, untimed.json["milliseconds"]) == (0, [])
+
+
 def test_the_same_call_goes_on_after_a_kill(
     run: Run, tiny: Path, story: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -359,6 +359,12 @@ def test_options(refused: Callable[..., str], tiny: Path, place: Path, allocated
         *search, "--set", "searcher.seeds=[flop]"
     )
     assert "no method 'lako'; did you mean 'laco'" in refused(*search, "--set", "searcher.methods=[lako]")
+    assert "a path of merged parts is not rebuilt around: leave out --merge, or path accumulation" in refused(
+        *search, "--merge", "--accumulation", "path"
+    )
+    assert "what is merged has no path refit: leave out --merge, or path-refit selection" in refused(
+        *search, "--merge", "--selection", "path-refit"
+    )
     assert "searcher.islands: no such option" in refused(*search, "--set", "searcher.islands=2")
     assert "'half' is not one of 'whole', 'groups'" in refused(*search, "--heads", "half")
     assert "give --population 8 or more" in refused(*search, "--population", 4)

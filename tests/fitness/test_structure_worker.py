@@ -211,13 +211,19 @@ MERGES = {
 }
 
 
-@pytest.mark.parametrize("case", MERGES)
-def test_merged_parts_are_those_of_the_plain_way(case: str, tried: Tried) -> None:
-    """In the search, before and after other candidates, and in the model that `prune --shape` writes."""
+def merging_shape(case: str, tried: Tried) -> tuple[Shape, list[tuple[bool, bool]], Shape]:
+    """One of `MERGES` for this model: what is kept, what is merged, and both as candidates say it."""
     kept, merging = MERGES[case]
     most = tried.whole[0]
     shape = [(groups * most[0] // 2, min(heads, most[1]), neurons) for groups, heads, neurons in kept]
-    spelled = [tuple(spelled_block(block, merged)) for block, merged in zip(shape, merging, strict=True)]
+    spelled = [spelled_block(block, merged) for block, merged in zip(shape, merging, strict=True)]
+    return shape, merging, [(groups, heads, neurons) for groups, heads, neurons in spelled]
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_merged_parts_are_those_of_the_plain_way(case: str, tried: Tried) -> None:
+    """In the search, before and after other candidates, and in the model that `prune --shape` writes."""
+    shape, merging, spelled = merging_shape(case, tried)
     draw = random.Random(7)
     parent = tried.random_shape(draw)
     tried.ask(parent, parent, 0, 4)
@@ -234,6 +240,26 @@ def test_merged_parts_are_those_of_the_plain_way(case: str, tried: Tried) -> Non
     with torch.no_grad():
         assert torch.allclose(written(windows).logits, evaluator.language_model.model(windows).logits, atol=1e-5)
     tried.check(parent, parent, 0, 4)
+
+
+@pytest.mark.parametrize("trainable", ["outputs", "all"])
+def test_training_begins_with_what_is_merged_and_leaves_it(trainable: str, tried: Tried) -> None:
+    shape, merging, spelled = merging_shape("two attentions into a whole one", tried)
+    asked = {**tried.named, "shape": spelled, "selection": asked_after("training-aware")}
+    training = {**asked["selection"]["training"], "trainable": trainable}
+    still = {**asked, "selection": {**asked["selection"], "training": {**training, "learning_rate": 1e-12}}}
+    learning = {**asked, "selection": {**asked["selection"], "training": training}}
+    with merged_by_hand(tried, shape, merging):
+        expected = tried.by_hand(shape, "search", 0, WINDOWS)
+    assert expected.kl is not None
+    before = tried.ask(spelled, shape, 0, WINDOWS)
+    assert tried.worker.handle("recovered", still)["kl"] == pytest.approx(expected.kl.tolist(), rel=1e-3)
+    first = tried.worker.handle("recovered", learning)
+    assert first["recovered"] < 0.99 * before["kl"]
+    assert tried.ask(spelled, shape, 0, WINDOWS) == before
+    assert tried.worker.handle("recovered", learning) == first
+    with pytest.raises(InvalidInput, match="what is merged has no path refit"):
+        tried.worker.handle("recovered", {**asked, "selection": asked_after("path-refit")})
 
 
 @contextmanager
