@@ -414,7 +414,7 @@ def test_a_folder_without_permission(refused: Callable[..., str], tiny: Path, pl
 
 def test_a_read_only_folder(refused: Callable[..., str], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `os.access` tells it, root or not."""
-    monkeypatch.setattr("evoprune.commands_model.os.access", lambda path, mode: False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
     assert "is read-only; give a folder that can be written" in refused("prune", tiny, "--out", "out")
 
 
