@@ -30,7 +30,7 @@ class Recovery(Protocol):
     Attributes:
         packages: what it imports beside evoprune's own requirements.
         source: the paper it is from.
-        learning_rate: of AdamW, behind the warm-up; 0 leaves it to the width of the model.
+        learning_rate: of AdamW, behind the warm-up; None leaves it to the width of the model.
         rate_by_width: what is then divided by the hidden size.
         schedule: one of `SCHEDULES`: what becomes of the learning rate.
         batch_tokens: tokens in a step.
@@ -43,7 +43,7 @@ class Recovery(Protocol):
     def source(self) -> str: ...
 
     @property
-    def learning_rate(self) -> float: ...
+    def learning_rate(self) -> float | None: ...
 
     @property
     def rate_by_width(self) -> float: ...
@@ -75,7 +75,7 @@ class Training:
     """The parameters that every recovery of ours has.
 
     Attributes:
-        learning_rate: of AdamW, behind the warm-up; 0 takes `rate_by_width` / hidden size.
+        learning_rate: of AdamW, behind the warm-up; None takes `rate_by_width` / hidden size.
         schedule: ``cosine`` falls to zero, ``constant`` stays.
         batch_tokens: tokens in a step.
 
@@ -83,14 +83,15 @@ class Training:
     Adam for the matrices inside a model go as 1 / width.
     """
 
-    learning_rate: float = 0.0
+    learning_rate: float | None = None
     schedule: str = "cosine"
     batch_tokens: int = 2048
 
     packages: ClassVar[tuple[str, ...]] = ("accelerate",)
 
     def __post_init__(self) -> None:
-        check_range("learning_rate", self.learning_rate, 0, 1)
+        if self.learning_rate is not None:
+            check_range("learning_rate", self.learning_rate, 0, 1)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_range("batch_tokens", self.batch_tokens, 1, _MOST_BATCH_TOKENS)
 
@@ -103,7 +104,7 @@ def configured(name: str, given: Mapping[str, object] | None = None) -> Recovery
 def learning_rate(recovery: Recovery, language_model: LanguageModel) -> float:
     """The one that was given, or what follows from the width of the model."""
     hidden: int = language_model.model.config.get_text_config().hidden_size
-    return recovery.learning_rate or recovery.rate_by_width / hidden
+    return recovery.rate_by_width / hidden if recovery.learning_rate is None else recovery.learning_rate
 
 
 def check_packages(name: str, recovery: Recovery) -> None:
