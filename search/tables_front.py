@@ -67,7 +67,7 @@ def front_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         *_end_to_end(result, None),
         *_what(result, None),
         f"{dense['perplexity']:,.2f}",
-        f"{dense['loss']:.4f} ± {dense['stderr']:.4f}",
+        f"{dense['loss']:.4f}",
         "",
         "",
     )
@@ -81,7 +81,7 @@ def front_rows(result: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             *_end_to_end(result, row),
             *_what(result, row),
             f"{heldout['perplexity']:,.2f}",
-            f"{heldout['loss']:.4f} ± {heldout['stderr']:.4f}",
+            f"{heldout['loss']:.4f}",
             f"{heldout['kl']:.4f}",
             "" if beside is None else f"{beside['loss']:+.4f} ± {beside['stderr']:.4f}",
         )
@@ -136,8 +136,8 @@ def front_caption(result: Mapping[str, Any]) -> str:
         f"Saved: {what_is_saved(result['kind'], result['pareto']['cost'])}{times}"
         f"{'; ms: the whole model without them, measured at the end' if _end_to_end_head(result) else ''}. "
         f"{result['dense']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), "
-        f"{measured_on(result)}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
-        f"The last column is the loss minus that of {reference} at the same cost, ± paired standard error."
+        f"{measured_on(result)}. Loss and KL from the dense model in nats per token. "
+        f"The last column is the loss minus that of {reference} at the same cost, ± paired standard error over windows."
         f"{others}"
     )
 

@@ -41,7 +41,7 @@ def test_a_front_from_the_command_line(run: Run, tiny: Path, story: Path, front_
     assert shown.code == 0
     measured = [row for row in result["front"] if row["heldout"] is not None]
     for row in measured:
-        assert f"{row['saved']}%" in shown.out and f"{row['heldout']['loss']:.4f} ±" in shown.out
+        assert f"{row['saved']}%" in shown.out and f"{row['heldout']['loss']:.4f} " in shown.out
     document = run("show", folder, "--json").json
     assert document["front"] == result["front"] and document["best"] == result["best"]
     assert document["best"] == min(document["front"], key=lambda row: abs(row["sparsity"] - 0.5))
