@@ -62,7 +62,7 @@ def heldout_caption(result: Mapping[str, Any]) -> str:
     alone = ""
     if result["kind"] == "structure":
         alone = (
-            " All but those alone have the units and the refitted weights of the database; a criterion alone has its "
+            " All but those alone have the units of the database and refitted weights; a criterion alone has its "
             "own units and their weights as they were."
         )
     return (
