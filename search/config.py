@@ -13,6 +13,7 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
+from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.config_structure import StructureSearchConfig
 
@@ -21,6 +22,7 @@ CONFIGS: dict[str, type[SearchConfig]] = {
     "allocation": AllocationSearchConfig,
     "joint": JointSearchConfig,
     "structure": StructureSearchConfig,
+    "policy": PolicySearchConfig,
 }
 """Of each kind of search."""
 

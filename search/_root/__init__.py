@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
     from evoprune.searches_joint import search_joint
+    from evoprune.searches_policy import search_policy
     from evoprune.searches_structure import search_structure
     from evoprune.shapes import prune_shape, prune_structure
 
@@ -55,6 +56,7 @@ _HOMES = {
     "search_allocation": "evoprune.searches",
     "search_joint": "evoprune.searches_joint",
     "search_metric": "evoprune.searches",
+    "search_policy": "evoprune.searches_policy",
     "search_structure": "evoprune.searches_structure",
 }
 
@@ -82,6 +84,7 @@ __all__ = [
     "search_allocation",
     "search_joint",
     "search_metric",
+    "search_policy",
     "search_structure",
 ]
 

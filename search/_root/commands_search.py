@@ -8,6 +8,7 @@ import typer
 
 from evoprune import completion
 from evoprune.commands_joint import search_joint
+from evoprune.commands_policy import search_policy
 from evoprune.commands_structure import search_structure
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
@@ -50,7 +51,6 @@ from evoprune.options import (
 from evoprune.search_output import command_line, finish, show_config
 
 NOT_LANDED = {
-    "policy": "learn Bernoulli mask policies by policy gradient",
     "experts": "mixture of experts: which stay, and how many are active",
 }
 
@@ -64,6 +64,7 @@ def register(app: typer.Typer) -> None:
     search.command("allocation")(search_allocation)
     search.command("joint")(search_joint)
     search.command("structure")(search_structure)
+    search.command("policy")(search_policy)
     for kind, what in NOT_LANDED.items():
         search.command(kind, help=f"{what[0].upper()}{what[1:]} (not landed yet).", context_settings=ANY_WORDS)(
             _not_landed(kind)
@@ -75,8 +76,8 @@ def register(app: typer.Typer) -> None:
 def _not_landed(kind: str) -> Any:
     def command() -> None:
         raise InvalidInput(
-            f"`evoprune search {kind}` has not landed yet; `search metric`, `search allocation`, `search joint` and "
-            "`search structure` have"
+            f"`evoprune search {kind}` has not landed yet; `search metric`, `search allocation`, `search joint`, "
+            "`search structure` and `search policy` have"
         )
 
     return command

@@ -13,6 +13,7 @@ from evoprune.search.config import Config, resolve, resolve_as
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.config_metric import MetricSearchConfig
+from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.given import allocation_file
@@ -86,6 +87,14 @@ STRUCTURE_KEYS = {
     **{name: f"target.{name}" for name in ("drop", "merge", "step", "accumulation")},
     "pareto": "target.pareto",
     "sparsity_range": "target.sparsity_range",
+}
+
+# Of a policy search, where it differs.
+POLICY_KEYS = {
+    **{name: key for name, key in KEYS.items() if name not in ("group", "allocation")},
+    "population": "searcher.samples",
+    "prior": "searcher.prior",
+    **{name: f"target.{name}" for name in ("units", "metrics", "cost", "budget", "drop")},
 }
 
 _EITHER = (KEYS["sparsity"], KEYS["pattern"])
@@ -178,6 +187,39 @@ def structure_config(
     return config
 
 
+def policy_config(
+    options: Mapping[str, Any],
+    *,
+    files: Iterable[Path] = (),
+    settings: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+) -> PolicySearchConfig:
+    """`metric_config` for a policy search, with the options of `POLICY_KEYS`.
+
+    Units and metrics are names separated by commas, or a sequence of them. A metric in a file that the policy starts
+    from is read, and its expression is what the configuration says.
+    """
+    if options.get("sparsity") is not None and options.get("pattern") is not None:
+        raise InvalidInput("give --sparsity or --pattern, not both")
+    given = {POLICY_KEYS[name]: value for name, value in options.items() if value is not None}
+    for key in (POLICY_KEYS["units"], POLICY_KEYS["metrics"]):
+        if isinstance(given.get(key), str):
+            given[key] = [name.strip() for name in given[key].split(",")]
+    if isinstance(samples := given.get(POLICY_KEYS["population"]), str) and samples.isdecimal():
+        given[POLICY_KEYS["population"]] = int(samples)
+    assignments, values = list(assignments), given | dict(settings or {})
+    cleared = _cleared(_EITHER, values, assignments)
+    config = _settled(resolve_as(PolicySearchConfig, files, values, [*cleared, *assignments]))
+    prior = config.searcher.prior
+    if config.prior_criterion is not None or prior in CRITERIA:
+        return config
+    inside = load_metric(prior)
+    if not isinstance(inside, Metric):
+        return config
+    searcher = config.searcher.model_copy(update={"prior": inside.expression.text})
+    return config.model_copy(update={"searcher": searcher})
+
+
 def _cleared(either: tuple[str, str], values: Mapping[str, Any], assignments: Iterable[str]) -> list[str]:
     """Assignments by which one of two keys, given here, replaces the other where a file has it."""
     named = {*values, *(assignment.partition("=")[0] for assignment in assignments)}
@@ -200,6 +242,7 @@ def config_again(
         "allocation": allocation_config,
         "joint": joint_config,
         "structure": structure_config,
+        "policy": policy_config,
     }
     return resolvers[kind_of(run.kind).name](
         {}, files=[run.path / "config.yaml"], settings=settings, assignments=assignments

@@ -17,7 +17,7 @@ _FROM_RESULT = ("best", "dense", "front", "evaluations", "distinct")
 # Of a baseline; `result.json` says more. Beside a front, one allocator is there once for each budget.
 _BASELINE = ("name", "expression", "sparsity", "cost", "fitness", "heldout")
 # Of a best candidate: its fitness, and what it is, by the name that its kind of search gives it.
-_GENOMES = ("fitness", "expression", "allocation", "shape")
+_GENOMES = ("fitness", "expression", "allocation", "shape", "policy")
 
 
 def run_document(run: RunDirectory) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from evoprune.search.rundir import RunDirectory
     from evoprune.search.worker_session import Resources
 
-KINDS = ("metric", "allocation", "joint", "structure")
+KINDS = ("metric", "allocation", "joint", "structure", "policy")
 
 
 class WatchedSearch(BirthSearch, Protocol):

@@ -1,0 +1,54 @@
+"""Masks of a policy search as trials of the board."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from evoprune.search.engine.trial_record import Range, TrialRecord
+from evoprune.search.trials import Trials
+
+
+class PolicyTrials(Trials):
+    """One trial for each mask that was measured."""
+
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "step": (0, 100_000),
+        "role": ["sample", "reference", "mode"],
+        "stage": ["initialisation", "step", "validation", "final"],
+    }
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self._best: float | None = None
+
+    def take(self, line: Mapping[str, Any], telemetry: Mapping[str, Any] | None = None) -> Sequence[TrialRecord]:
+        loss, times = line["loss"], telemetry or {}
+        # Masks of a step are measured on other text than modes, which alone make the front.
+        leads = loss is not None and line["role"] == "mode" and line["stage"] != "final"
+        leads = leads and (self._best is None or loss < self._best)
+        if leads:
+            self._best = loss
+        return (
+            TrialRecord(
+                state="fail" if loss is None else "complete",
+                value=loss,
+                rungs={} if loss is None else {0: loss},
+                attributes={
+                    "birth": line["birth"],
+                    "mask": line["mask"],
+                    "cost": line["step"],
+                    "reason": line["reason"],
+                },
+                descriptors={name: line[name] for name in self.ranges},
+                front=leads,
+                started=times.get("started"),
+                finished=times.get("finished"),
+            ),
+        )
+
+    def reached(self, line: Mapping[str, Any]) -> Iterable[int]:
+        return (0,)
+
+    def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
+        return ()
