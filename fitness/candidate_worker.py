@@ -45,10 +45,6 @@ class CandidateWorker(ModelWorker, Generic[Evaluator]):
     def candidate(self, spelled: Any) -> Any:
         """A candidate as the evaluator takes it, from what a job says."""
 
-    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
-        self._restore()
-        return super()._prepare(payload)
-
     def _measured(self, payload: dict[str, Any], spelled: Any) -> dict[str, Any]:
         """``kl`` and ``nll`` of a candidate on the windows that a job names, and the standard error of the first."""
         evaluator = self.evaluator(payload)
@@ -97,6 +93,5 @@ class CandidateWorker(ModelWorker, Generic[Evaluator]):
         return heldout_answer(window_losses(self.language_model.model, evaluator.head, windows, teacher), windows)
 
     def _restore(self) -> None:
-        """Make the model dense, for whoever reads its weights."""
         if self._kept is not None:
             self._kept[1].restore()

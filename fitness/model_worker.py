@@ -71,7 +71,11 @@ class ModelWorker:
             self._prepared = Prepared.open(name)
         return self._prepared
 
+    def _restore(self) -> None:
+        """Make the model dense, for whoever reads its weights; workers that leave candidates in it say how."""
+
     def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
         prepared = prepare(self.language_model, self.context)
         deliver(prepared.name)
         windows, _ = prepared.text("search")

@@ -150,6 +150,11 @@ class Samples:
         assert all(batch.rows == 1 for batch in self._batches)
         return self._of(self._batches[sequences])
 
+    def take(self, indices: Sequence[int]) -> Samples:
+        """These sequences in this order, where every batch holds one."""
+        assert all(batch.rows == 1 for batch in self._batches)
+        return self._of([self._batches[index] for index in indices])
+
     @property
     def sequences(self) -> int:
         """Sequences in all batches."""
@@ -206,6 +211,17 @@ def first_batch(sequences: Sequences, tokens: int = 8) -> Batch:
     if isinstance(sequences, Samples):
         return next(iter(sequences))
     return Batch({"input_ids": sequences[:1, :tokens]})
+
+
+def taken(sequences: Sequences, indices: Sequence[int]) -> Sequences:
+    """These sequences in this order.
+
+    Raises:
+        InvalidInput: there is none, or one does not exist.
+    """
+    if not indices or not all(type(index) is int and 0 <= index < len(sequences) for index in indices):
+        raise InvalidInput(f"windows {str(list(indices))[:60]} of {len(sequences)}: give one or more, from 0")
+    return sequences.take(indices) if isinstance(sequences, Samples) else sequences[list(indices)]
 
 
 def n_tokens(sequences: Sequences) -> int:

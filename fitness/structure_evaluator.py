@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.part_merges import Merges, Sources, merges_of, read_block
@@ -132,20 +132,9 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Sequence[int]], tuple[Planne
         with trained(self.language_model, self._units, self.head, training, text):
             yield
 
-    @contextmanager
-    def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:
-        """Inside, the model is cut to somebody else's choice of units, whose weights stay as they are.
-
-        Args:
-            shape: what every block keeps.
-            additions: [out] each, added to what the output matrix of this name gives; None adds nothing.
-        """
-        self._surgeon.apply(shape, {})
-        with ExitStack() as stack:
-            for name, added in additions.items():
-                if added is not None:
-                    stack.enter_context(_adding(self.language_model.model.get_submodule(name), added))
-            yield
+    def cut(self, shape: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> AbstractContextManager[None]:
+        """Inside, the model is cut to somebody else's choice of units; see `Surgeon.chosen`."""
+        return self._surgeon.chosen(shape, additions)
 
     def restore(self) -> None:
         self._surgeon.restore()
@@ -174,17 +163,3 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Sequence[int]], tuple[Planne
         while self._solved_bytes > MAX_SOLVED_BYTES and len(self._solved) > 1:
             self._solved_bytes -= self._solved.popitem(last=False)[1].nbytes
         return found
-
-
-@contextmanager
-def _adding(module: nn.Module, added: Tensor) -> Iterator[None]:
-    """Inside, `module` gives [out] more."""
-
-    def more(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + added.to(output.device, output.dtype)
-
-    handle = module.register_forward_hook(more)
-    try:
-        yield
-    finally:
-        handle.remove()

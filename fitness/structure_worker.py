@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
-
 from evoprune.fitness.allocator_worker import AllocatorWorker
 from evoprune.fitness.candidate_worker import MAX_PREFIX_BYTES
 from evoprune.fitness.context import EvaluationContext
@@ -26,10 +24,9 @@ from evoprune.fitness.structure_build import build_structure_block, build_struct
 from evoprune.fitness.structure_database import StructureDatabase
 from evoprune.fitness.structure_evaluator import StructureEvaluator
 from evoprune.fitness.teacher import linear_head, window_losses
-from evoprune.fitness.unit_choice import choose_units
-from evoprune.fitness.unit_costs import UnitCosts, kept_by, unit_costs
-from evoprune.fitness.unit_criteria import UNIT_CRITERIA, Compensating, score_units
-from evoprune.fitness.units import PARTS, BlockUnits, find_units
+from evoprune.fitness.unit_costs import kept_by
+from evoprune.fitness.unit_worker import UnitWorker
+from evoprune.fitness.units import PARTS
 from evoprune.metrics.shape import BlockShape
 from evoprune.metrics.shape_file import from_rows, to_rows
 
@@ -39,11 +36,10 @@ def build(context: dict[str, Any]) -> StructureWorker:
     return StructureWorker(EvaluationContext.from_json(context))
 
 
-class StructureWorker(AllocatorWorker[StructureEvaluator]):
+class StructureWorker(AllocatorWorker[StructureEvaluator], UnitWorker):
     """Answers jobs about shapes: what every block keeps, as [KV groups, query heads in each, neurons], or is merged.
 
-    Jobs (kind and payload):
-        costs: ``quantity``, ``batch``, ``sequence`` (None: as `Work.of` has it); returns `UnitCosts`.
+    Jobs (kind and payload), beside those of any `UnitWorker`:
         latency: ``batch``, ``sequence``, ``decode``, ``neurons`` to measure of each block, ``table`` (a document of
             another run's in place of that, or None); returns a `LatencyTable`.
         whole-latency: ``pass`` (a `Work`), ``shapes`` (None: the dense model); returns ``nanoseconds`` of each, end to
@@ -52,8 +48,6 @@ class StructureWorker(AllocatorWorker[StructureEvaluator]):
             the name of the structured ``database``.
         rebuilt: what ``database`` was given and its name, ``shape``; returns the name of a ``database`` that is built
             around the units of this shape, and these as its ``path``.
-        choose: ``prepared``, ``criterion``, ``costs``, ``fraction`` of these that goes, ``spread`` (None: the
-            criterion's own); returns what this choice of units ``kept``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
         method: ``method``, by its name, and the ``sparsity`` that it is asked for; returns what it ``kept``.
         errors: ``database``; returns output ``errors`` at every width, of the attention and the MLP of each block in
@@ -77,11 +71,9 @@ class StructureWorker(AllocatorWorker[StructureEvaluator]):
     def jobs(self) -> Mapping[str, Handler]:
         return {
             **super().jobs,
-            "costs": self._costs,
             "latency": self._latency,
             "whole-latency": self._whole_latency,
             "database": self._database,
-            "choose": self._choose,
             "rebuilt": self._rebuilt,
             "block": self._block,
             "method": self._method,
@@ -97,15 +89,6 @@ class StructureWorker(AllocatorWorker[StructureEvaluator]):
     def _calibration(self) -> Sequences:
         """Text A."""
         return calibration_windows(self.language_model, self.context)
-
-    @cached_property
-    def _units(self) -> list[BlockUnits]:
-        return find_units(self.language_model)
-
-    def _costs(self, payload: dict[str, Any]) -> dict[str, Any]:
-        work = Work.of(self.language_model, payload["batch"], payload["sequence"], decode=False)
-        quantity = payload["quantity"]
-        return unit_costs(self.language_model, quantity, batch=work.batch, sequence=work.sequence).to_json()
 
     def _latency(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
@@ -156,17 +139,6 @@ class StructureWorker(AllocatorWorker[StructureEvaluator]):
         database = StructureDatabase.open(payload["database"], self.language_model, self._units)
         blocks = range(len(self._units))
         return {"errors": [database.errors(block, part).tolist() for block in blocks for part in PARTS]}
-
-    def _choose(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return {"kept": [list(kept_by(block)) for block in self._chosen(payload)]}
-
-    def _chosen(self, payload: dict[str, Any]) -> list[BlockShape]:
-        """What a criterion's own choice of units keeps of every block."""
-        self._restore()
-        criterion = UNIT_CRITERIA[payload["criterion"]]
-        scores = score_units(self.language_model, criterion, self.prepared(payload["prepared"]).statistics())
-        costs = UnitCosts.from_json(payload["costs"])
-        return choose_units(scores, costs, payload["fraction"], spread=payload["spread"] or criterion.spread)
 
     def _shape(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["shape"])
@@ -220,16 +192,8 @@ class StructureWorker(AllocatorWorker[StructureEvaluator]):
             return heldout_answer(losses, windows)
         if "criterion" not in payload:
             return self._heldout_of(payload, payload["shape"])
-        prepared, shape = self.prepared(payload["prepared"]), self._chosen(payload)
-        criterion, statistics = UNIT_CRITERIA[payload["criterion"]], prepared.statistics()
-        additions: dict[str, Tensor | None] = {}
-        if isinstance(criterion, Compensating):
-            for units, kept in zip(self._units, shape, strict=True):
-                additions |= criterion.additions(units, kept, statistics)
-        evaluator, (windows, teacher) = self.evaluator(payload), prepared.text("heldout")
-        with evaluator.cut(shape, additions):
-            losses = window_losses(self.language_model.model, evaluator.head, windows, teacher)
-        return {**heldout_answer(losses, windows), "kept": [list(kept_by(block)) for block in shape]}
+        evaluator = self.evaluator(payload)
+        return self._heldout_of_choice(payload, evaluator.head, evaluator.cut)
 
     def candidate(self, spelled: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         return spelled

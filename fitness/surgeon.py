@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +58,7 @@ class Surgeon:
     """
 
     def __init__(self, language_model: Prunable, units: Sequence[BlockUnits]) -> None:
+        self._model = language_model.model
         self._blocks = [_Block(language_model.model, block) for block in units]
         self._merged: dict[tuple[int, PartName, Sources], dict[str, Tensor]] = {}
 
@@ -80,6 +83,22 @@ class Surgeon:
             InvalidInput: a shape that its block cannot have, or a tensor of another size.
         """
         self._cut(blocks, outputs, [None] * len(self._blocks), merges)
+
+    @contextmanager
+    def chosen(self, blocks: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:
+        """Inside, the model is cut to somebody's choice of units, whose weights stay as they are; cut it stays.
+
+        Args:
+            blocks: as in `apply`.
+            additions: [out] each, added to what the output matrix of this name gives; None adds nothing.
+        """
+        self.apply(blocks, {})
+        with ExitStack() as stack:
+            for name, added in additions.items():
+                if added is not None:
+                    hook = partial(_more, added)
+                    stack.callback(self._model.get_submodule(name).register_forward_hook(hook).remove)
+            yield
 
     def merged(self, block: int, part: PartName, sources: Sources) -> dict[str, Tensor]:
         """Weights, [out, in], and biases of a part that has taken in those of other blocks, by full name."""
@@ -233,6 +252,10 @@ class _Wanted:
     def dense(self) -> bool:
         """Whether nothing is put in place of what the part has."""
         return self.output is None and self.place is None and self.given is None
+
+
+def _more(added: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + added.to(output.device, output.dtype)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

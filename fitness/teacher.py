@@ -60,6 +60,10 @@ class Teacher:
     def __getitem__(self, sequences: slice) -> Teacher:
         return Teacher(**{name: tensor[sequences] for name, tensor in self.tensors().items()})
 
+    def take(self, sequences: list[int]) -> Teacher:
+        """Copies of these sequences, in this order."""
+        return Teacher(**{name: tensor[sequences] for name, tensor in self.tensors().items()})
+
     def flat(self) -> Teacher:
         """The same memory, with all predictions along one axis."""
         return Teacher(**{name: tensor.view(-1, *tensor.shape[2:]) for name, tensor in self.tensors().items()})

@@ -1,0 +1,162 @@
+"""What runs in a worker process of a policy search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.mask_units import Mask, UnitTable, unit_table
+from evoprune.fitness.masked_model import MaskedModel
+from evoprune.fitness.maskers import ByUnits, Masker, masker_from
+from evoprune.fitness.model_worker import Handler, criterion_from, heldout_answer
+from evoprune.fitness.resident_evaluator import finite
+from evoprune.fitness.samples import Sequences, taken
+from evoprune.fitness.surgeon import Surgeon
+from evoprune.fitness.teacher import Teacher, linear_head, window_losses
+from evoprune.fitness.unit_criteria import UNIT_CRITERIA
+from evoprune.fitness.unit_scores import mask_unit_scores
+from evoprune.fitness.unit_worker import UnitWorker
+from evoprune.metrics.shape import BlockShape
+
+
+def build(context: dict[str, Any]) -> PolicyWorker:
+    """The factory that executors call, with `EvaluationContext.to_json` as its argument."""
+    return PolicyWorker(EvaluationContext.from_json(context))
+
+
+class Masking(Protocol):
+    """How masks of a model's units are tried on it."""
+
+    def kept(self, mask: Mask) -> AbstractContextManager[None]:
+        """Inside, the model is what the mask leaves."""
+
+    def relaxed(self, values: Tensor) -> AbstractContextManager[None]:
+        """Inside, units count as much as their values say; gradients with respect to these flow back.
+
+        Raises:
+            InvalidInput: these units have no such values.
+        """
+
+    def restore(self) -> None:
+        """Make the model dense."""
+
+
+class PolicyWorker(UnitWorker):
+    """Answers jobs about masks of units. A ``masker`` says what a unit is, as `masker_from` reads it.
+
+    Jobs (kind and payload), beside those of any `UnitWorker`:
+        units: ``masker``, ``quantity``; returns the `UnitTable` as ``units``.
+        unit-scores: ``prepared``, ``masker``, ``criterion``: the name of a unit criterion, or a criterion of weights,
+            whose scores of the columns of output matrices are added up; returns ``scores`` by unit, low = goes first.
+        mask: ``prepared``, ``masker``, ``kept`` (`UnitTable.packed`; None: all of the model), ``windows`` (indices into
+            text B); returns ``kl`` and ``nll``, each by window.
+        heldout: ``prepared``, ``masker`` and ``kept`` (None: the dense model), or what ``choose`` was given, for the
+            model as that criterion leaves it; returns losses on text C, by window.
+    """
+
+    def __init__(self, context: EvaluationContext) -> None:
+        super().__init__(context)
+        self._tables: dict[tuple[Masker, str], UnitTable] = {}
+        self._kept: tuple[Any, Masking] | None = None
+        self._text: tuple[str, Sequences, Teacher, nn.Linear | None] | None = None
+
+    @property
+    def jobs(self) -> Mapping[str, Handler]:
+        return {
+            **super().jobs,
+            "units": self._unit_table,
+            "unit-scores": self._scores,
+            "mask": self._mask,
+            "heldout": self._heldout,
+        }
+
+    def _unit_table(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return {"units": self._table(masker_from(payload["masker"]), payload["quantity"]).to_json()}
+
+    def _scores(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        masker, given = masker_from(payload["masker"]), payload["criterion"]
+        criterion = UNIT_CRITERIA[given] if isinstance(given, str) else criterion_from(given)
+        prepared = self.prepared(payload["prepared"])
+        scores = mask_unit_scores(
+            self.language_model,
+            self._table(masker),
+            criterion,
+            prepared.statistics(),
+            prepared.facts["identity"]["sparsity"],
+        )
+        return {"scores": scores.tolist()}
+
+    def _mask(self, payload: dict[str, Any]) -> dict[str, Any]:
+        windows, teacher, head = self._search_text(payload["prepared"])
+        indices = payload["windows"]
+        with self._masked(payload):
+            model, chosen = self.language_model.model, taken(windows, indices)
+            losses = finite(window_losses(model, head, chosen, teacher.take(indices)))
+        assert losses.kl is not None
+        return {"kl": losses.kl.tolist(), "nll": losses.nll.tolist()}
+
+    def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
+        prepared = self.prepared(payload["prepared"])
+        _, _, head = self._search_text(payload["prepared"])
+        if "criterion" in payload:
+            return self._heldout_of_choice(payload, head, self._cut)
+        windows, teacher = prepared.text("heldout")
+        with self._masked(payload):
+            losses = finite(window_losses(self.language_model.model, head, windows, teacher))
+        return heldout_answer(losses, windows)
+
+    @contextmanager
+    def _masked(self, payload: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the model is what a job's mask leaves."""
+        if payload["kept"] is None:
+            self._restore()
+            yield
+            return
+        masker = masker_from(payload["masker"])
+        mask = self._table(masker).unpacked(payload["kept"])
+        with self._masking(masker, payload["prepared"]).kept(mask):
+            yield
+
+    @contextmanager
+    def _cut(self, blocks: Sequence[BlockShape], additions: Mapping[str, Tensor | None]) -> Iterator[None]:
+        surgeon = Surgeon(self.language_model, self._units)
+        try:
+            with surgeon.chosen(blocks, additions):
+                yield
+        finally:
+            surgeon.restore()
+
+    def _table(self, masker: Masker, quantity: str = "parameters") -> UnitTable:
+        """The units of the model; which they are does not depend on what they cost."""
+        if (masker, quantity) not in self._tables:
+            self._tables[masker, quantity] = unit_table(self.language_model, masker, quantity)
+        return self._tables[masker, quantity]
+
+    def _masking(self, masker: Masker, prepared: str) -> Masking:
+        """How masks of these units are tried on the model; kept until a job names something else."""
+        named = masker, prepared
+        if self._kept is None or self._kept[0] != named:
+            self._restore()
+            self._kept = named, self._built(masker, prepared)
+        return self._kept[1]
+
+    def _built(self, masker: Masker, prepared: str) -> Masking:
+        assert isinstance(masker, ByUnits)
+        return MaskedModel(self.language_model, self._units, self._table(masker))
+
+    def _search_text(self, prepared: str) -> tuple[Sequences, Teacher, nn.Linear | None]:
+        """Windows of text B, their teacher and the head of the model; kept until another set is named."""
+        if self._text is None or self._text[0] != prepared:
+            self._restore()
+            windows, teacher = self.prepared(prepared).text("search")
+            self._text = prepared, windows, teacher, linear_head(self.language_model.model, windows)
+        return self._text[1:]
+
+    def _restore(self) -> None:
+        if self._kept is not None:
+            self._kept[1].restore()
