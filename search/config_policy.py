@@ -25,7 +25,8 @@ class PolicyTarget(Section):
     """What a mask keeps or removes as one, and how much goes."""
 
     sparsity: Sparsity | None = Field(
-        None, description="fraction of what the heads and MLPs of all blocks cost that goes, in (0, 1); 0.3 unless given"
+        None,
+        description="fraction of what the heads and MLPs of all blocks cost that goes, in (0, 1); 0.3 unless given",
     )
     units: tuple[str, ...] = Field(
         DEFAULT_UNITS,
@@ -113,7 +114,9 @@ class PolicySearcher(Section):
     )
     windows: int = Field(256, ge=2, description="windows of text B that minibatches are drawn from")
     batch: int = Field(8, ge=1, description="windows of a minibatch, the same for all masks of a step")
-    validation: int = Field(64, ge=2, description="further windows of text B, on which modes of the policy are compared")
+    validation: int = Field(
+        64, ge=2, description="further windows of text B, on which modes of the policy are compared"
+    )
     validate_every: int = Field(20, ge=1, description="steps between two such comparisons")
 
     @field_validator("samples")

@@ -12,7 +12,6 @@ from evoprune.fitness.mask_units import UnitTable
 from evoprune.fitness.maskers import ByMetrics, ByUnits
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.unit_costs import UnitCosts
-from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.search.config_policy import PolicySearchConfig
@@ -20,8 +19,8 @@ from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.policy import KIND
 from evoprune.search.learner_options import learner_options
 from evoprune.search.learners import LEARNERS, Problem
-from evoprune.search.policies.start import start_logits, z_scores
 from evoprune.search.level_run import criterion_json, sites_of
+from evoprune.search.policies.start import start_logits, z_scores
 from evoprune.search.policy_budget import budget_of
 from evoprune.search.policy_result import PolicyComparison
 from evoprune.search.policy_search import FINALISTS, PolicySearch, Texts
@@ -141,7 +140,9 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
         """[n] scores of the units by the prior."""
         self.phase("scoring the units")
         asked = {**payload, "criterion": self._prior()}
-        (outcome,) = ask([Job(content_hash([self.identity, "unit-scores", asked]), "unit-scores", asked)], limited=False)
+        (outcome,) = ask(
+            [Job(content_hash([self.identity, "unit-scores", asked]), "unit-scores", asked)], limited=False
+        )
         if outcome.status != "ok":
             raise failure(outcome)
         return np.asarray(outcome.values["scores"], dtype=np.float64)

@@ -52,7 +52,9 @@ class Texts:
     def minibatch(self, seed: int, step: int) -> list[int]:
         """The windows of a step, ascending: each goes around all of them before it takes one again."""
         lap, at = divmod(step, self.windows // self.batch)
-        order = np.random.Generator(np.random.Philox(key=derived_seed(seed, "minibatches", lap))).permutation(self.windows)
+        order = np.random.Generator(np.random.Philox(key=derived_seed(seed, "minibatches", lap))).permutation(
+            self.windows
+        )
         return sorted(order[at * self.batch : (at + 1) * self.batch].tolist())
 
     @property
@@ -312,7 +314,7 @@ class PolicySearch:
             windows, gradient = answer["windows"], answer["gradient"]
             loss = None if windows is None else math.fsum(windows) / len(windows)
             given = Answer(loss, None if gradient is None else np.asarray(gradient), windows)
-            by_trial |= {trial: given for trial in asked.trials}
+            by_trial |= dict.fromkeys(asked.trials, given)
         self._lost_steps = 0 if any(answer["windows"] is not None for answer in answers) else self._lost_steps + 1
         if self._lost_steps == DIVERGED == self.step + 1:
             raise InvalidInput(
@@ -397,7 +399,8 @@ class PolicySearch:
             "finals": [asdict(mode) for mode in self.finals],
             "modes": [asdict(mode) for mode in self._modes],
             "round": [
-                {**asdict(asked), "values": None if asked.values is None else list(asked.values)} for asked in self._round
+                {**asdict(asked), "values": None if asked.values is None else list(asked.values)}
+                for asked in self._round
             ],
             "answers": self._answers,
             "waiting": list(self._waiting),

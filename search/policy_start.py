@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evoprune.fitness.maskers import ByUnits, parts_of
 from evoprune.fitness.mask_units import UnitRow, UnitTable
-from evoprune.fitness.units import PARTS
+from evoprune.fitness.maskers import ByUnits, parts_of
 from evoprune.fitness.policy_file import FORMAT, PolicyFile, read_policy
+from evoprune.fitness.units import PARTS
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.errors import InvalidInput

@@ -131,8 +131,8 @@ class PolicyKind:
         from evoprune.fitness.maskers import masker_from
         from evoprune.fitness.unit_criteria import UNIT_CRITERIA
         from evoprune.metrics.exported import load_metric
-        from evoprune.search.learners import configured
         from evoprune.search.learner_options import learner_options
+        from evoprune.search.learners import configured
         from evoprune.search.policy_start import given_start
 
         for name in config.searcher.baselines:
