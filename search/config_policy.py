@@ -141,7 +141,7 @@ class PolicySearchConfig(SearchConfig):
     searcher: PolicySearcher = PolicySearcher()
     objective: Literal["kl", "ce", "ce-residual"] = Field(
         "kl",
-        description="what masks are compared by: KL from the dense model, cross entropy, or what of it is more than the "
+        description="what masks are compared by: KL from the dense model, cross entropy, or what of it exceeds the "
         "dense model's",
     )
     evaluations: int | None = Field(

@@ -40,9 +40,10 @@ def budget_of(table: UnitTable, target: PolicyTarget, prior: NDArray[np.float64]
     keep = np.array([count - _removed(target.sparsity, int(count)) for count in counts], dtype=np.int64)
     least = np.bincount(labels, weights=pinned, minlength=len(counts)) if pinned is not None else np.zeros(len(counts))
     if (keep < least).any() or not keep.any():
+        where = " in every block" if target.budget == "block" else ""
         raise InvalidInput(
-            f"{target.sparsity:g} of every kind of unit cannot go{' in every block' if target.budget == 'block' else ''} "
-            "while some of it stays: give a lower --sparsity, or smaller units"
+            f"{target.sparsity:g} of every kind of unit cannot go{where} while some of it stays: give a lower "
+            "--sparsity, or smaller units"
         )
     return Strata(labels, keep, pinned)
 

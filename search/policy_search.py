@@ -318,8 +318,8 @@ class PolicySearch:
         self._lost_steps = 0 if any(answer["windows"] is not None for answer in answers) else self._lost_steps + 1
         if self._lost_steps == DIVERGED == self.step + 1:
             raise InvalidInput(
-                "no mask of the first steps has a finite loss: the model is ruined by what is asked for; ask for a lower "
-                "sparsity, or give another dtype"
+                "no mask of the first steps has a finite loss: so much ruins the model; give a lower --sparsity, or "
+                "another --dtype"
             )
         note: dict[str, Any] = dict(self.learner.tell(self.step, [by_trial[trial] for trial in sorted(by_trial)]))
         probabilities = self.learner.probabilities()

@@ -40,8 +40,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "keeps": policy_text(best),
             **({"removed": removed_text(result)} if "sparsity" not in best else {}),
             "found": found,
-            "search": f"{result['evaluations']} evaluations of {result['distinct']} masks, {result['samples']} a step on "
-            f"{result['batch_tokens']:,} tokens, seed {result['seed']}",
+            "search": f"{result['evaluations']} evaluations of {result['distinct']} masks, {result['samples']} a step "
+            f"on {result['batch_tokens']:,} tokens, seed {result['seed']}",
             **numerics,
         }
     )
