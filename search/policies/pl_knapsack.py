@@ -1,0 +1,113 @@
+"""Plackett-Luce for unequal costs: each pick by a softmax over what still fits."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from evoprune.search.policies import (
+    POLICIES,
+    Draws,
+    Floats,
+    Ints,
+    Knapsack,
+    Mask,
+    PolicyPlugin,
+    chunks,
+    fitting,
+    joined,
+)
+from evoprune.search.policies.pl import bounded_weights, race_times
+from evoprune.search.policies.shift import RACE, shifts
+
+
+class PlackettLuceKnapsack:
+    """Picks until nothing fits any more: what is left of the budget is less than the cheapest unit that is not kept.
+
+    In the race of clocks that Plackett-Luce is, units that no longer fit when their clock rings are passed over.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def __init__(self, budget: Knapsack) -> None:
+        self.budget = budget
+        self.n = budget.n
+        self._units = np.flatnonzero(budget.open)
+        self._costs = budget.costs[self._units]
+
+    def sample(self, logits: Floats, count: int, rng: np.random.Generator) -> Draws:
+        """Independent masks with their orders, [K, most picks], -1 after the last pick."""
+        parts = chunks(count, self.n)
+        return joined([self.draw(logits, rng.random((part.stop - part.start, self.n))) for part in parts])
+
+    def draw(self, logits: Floats, uniforms: Floats) -> Draws:
+        """Units by the times at which their clocks ring, each taken if it still fits; arguments as in `Policy.draw`."""
+        masks = np.repeat(self.budget.always[None], len(uniforms), axis=0)
+        first = np.argsort(race_times(logits[self._units], uniforms[:, self._units]), axis=1)
+        taken = fitting(self._costs[first], self.budget.left)
+        # Picks to the left, in their order.
+        places = np.argsort(~taken, axis=1, kind="stable")
+        counts = taken.sum(axis=1)
+        width = int(counts.max(initial=0))
+        order = self._units[np.take_along_axis(first, places, axis=1)[:, :width]]
+        order[np.arange(width) >= counts[:, None]] = -1
+        rows, columns = np.nonzero(order >= 0)
+        masks[rows, order[rows, columns]] = True
+        return Draws(masks, order)
+
+    def log_prob(self, logits: Floats, draws: Draws) -> Floats:
+        """[K]: log-probability of the picks in their order."""
+        weights = bounded_weights(logits[self._units])
+        found = np.zeros(len(draws.masks))
+        for row in range(len(found)):
+            order, _, sums = self._replay(weights, draws, row)
+            found[row] = (np.log(weights[order]) - np.log(sums)).sum()
+        return found
+
+    def score(self, logits: Floats, draws: Draws) -> Floats:
+        """[K, n]: whether i was picked, less w_i times the sum of 1 / c_t over the picks t for which i stood ready.
+
+        w = exp(logit); c_t is the sum of w over what stood ready for pick t: not yet picked, and it fitted.
+        """
+        weights = bounded_weights(logits[self._units])
+        found = np.zeros(draws.masks.shape)
+        for row in range(len(found)):
+            order, ready, sums = self._replay(weights, draws, row)
+            held = np.concatenate([[0.0], np.cumsum(1.0 / sums)])
+            values = -weights * held[ready]
+            values[order] += 1.0
+            found[row, self._units] = values
+        return found
+
+    def _replay(self, weights: Floats, draws: Draws, row: int) -> tuple[Ints, Ints, Floats]:
+        """Picks as places among the open units; for how many picks each unit stood ready; c_t of each pick."""
+        assert draws.order is not None
+        picked = draws.order[row][draws.order[row] >= 0]
+        order = np.searchsorted(self._units, picked).astype(np.int64)
+        spent = np.cumsum(self._costs[order])
+        left = self.budget.left - np.concatenate([[0], spent[:-1]]) if len(order) else spent
+        # What is left falls, so a unit stands ready for the first few picks: until it is picked or does not fit.
+        ready = np.searchsorted(-left, -self._costs, side="right")
+        ready[order] = np.arange(1, len(order) + 1)
+        by_ready = np.bincount(ready, weights=weights, minlength=len(order) + 1)
+        sums: Floats = np.cumsum(by_ready[::-1])[::-1][1:].astype(np.float64)
+        return order, ready.astype(np.int64), sums
+
+    def inclusion(self, logits: Floats) -> Floats:
+        """[n]: an approximation: 1 - exp(-w_i t) with t so that expected costs are the budget, as if all units were
+        taken whose clocks ring before one time; better the smaller each cost is beside the budget."""
+        found = self.budget.always.astype(np.float64)
+        if self.budget.left >= self._costs.sum():
+            found[self._units] = 1.0
+        elif len(self._units):
+            rows = logits[self._units][None]
+            shift = shifts(rows, self.budget.left, RACE, self._costs.astype(np.float64))
+            found[self._units] = RACE.value(rows[0] + shift[0])
+        return found
+
+    def mode(self, logits: Floats) -> Mask:
+        return self.budget.best(logits)
+
+
+POLICIES.add("pl-knapsack", PolicyPlugin("Plackett-Luce while something fits", PlackettLuceKnapsack, (Knapsack,)))
