@@ -13,6 +13,7 @@ from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
+from evoprune.search.policy_search import PolicySearch
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
@@ -156,6 +157,36 @@ def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str
             *_table(("block", "KV groups", "query heads", "neurons"), rows),
             "",
             *_picture("convergence.svg", "best so far by evaluations", artifacts),
+        ]
+    )
+
+
+def searching_policy_note(config: SearchConfig, search: PolicySearch, evaluations: int) -> str:
+    """How far a policy search is; arguments as of `searching_generations_note`."""
+    budget = "" if config.evaluations is None else f" of {config.evaluations:,}"
+    time = "" if config.minutes is None else f", at most {config.minutes:g} min"
+    rows = [("evaluations", f"{evaluations:,}{budget}{time}"), ("step", f"{search.step:,}")]
+    if search.leader is not None:
+        fitness, words = search.leader
+        rows = [("fitness", f"{fitness:.5f} ({config.objective} on text B; lower is better)"), ("best", words), *rows]
+    return "\n".join(["## Searching", "", *_table(("", ""), rows)])
+
+
+def finished_policy_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
+    """What a policy search has found: everyone on held-out text; arguments as in `finished_note`."""
+    best = result["best"]
+    found = f"before step {best['step'] + 1} of {result['steps']}" if best["step"] else "as the initialisation"
+    return "\n".join(
+        [
+            f"## Winner: {result['model']} at {target_text(result)}",
+            "",
+            *_heldout(result),
+            f"Found {found} in {result['evaluations']:,} evaluations, seed {result['seed']}; fitness "
+            f"{best['fitness']:.5f} ({result['objective']} on text B). The policy and the report are among the study's "
+            "artifacts.",
+            "",
+            *_picture("probabilities.svg", "keep probabilities by block and unit", artifacts),
+            *_picture("convergence.svg", "losses by step", artifacts),
         ]
     )
 

@@ -341,6 +341,8 @@ def target_text(result: Mapping[str, Any]) -> str:
             return f"{result['speedup']:g} times the speed"
         less = "less time" if result["cost"] == "latency" else f"fewer {COUNTED[result['cost']]}"
         return f"{100 * float(target):.4g}% {less} in heads and MLPs"
+    if result["kind"] == "policy":
+        return target if ":" in target else f"{100 * float(target):.4g}% fewer {COUNTED[result['cost']]} in heads and MLPs"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":
