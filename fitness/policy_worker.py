@@ -6,21 +6,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.mask_units import Mask, UnitTable, unit_table
 from evoprune.fitness.masked_model import MaskedModel
-from evoprune.fitness.maskers import ByUnits, Masker, masker_from
+from evoprune.fitness.maskers import ByMetrics, ByUnits, Masker, masker_from
+from evoprune.fitness.matrix_masks import MetricMasks, WeightMasks
 from evoprune.fitness.model_worker import Handler, criterion_from, heldout_answer
 from evoprune.fitness.resident_evaluator import finite
-from evoprune.fitness.samples import Sequences, taken
+from evoprune.fitness.samples import Samples, Sequences, forward_batches, taken
 from evoprune.fitness.surgeon import Surgeon
-from evoprune.fitness.teacher import Teacher, linear_head, window_losses
+from evoprune.fitness.teacher import BATCH, Teacher, batch_loss, linear_head, window_losses
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.fitness.unit_scores import mask_unit_scores
 from evoprune.fitness.unit_worker import UnitWorker
+from evoprune.metrics.errors import InvalidCandidate, UnknownName
 from evoprune.metrics.shape import BlockShape
+
+OBJECTIVES = ("kl", "nll")
+"""What gradients can be taken of."""
+
+# Restore the dense model and compare its checksum once in so many evaluations.
+_CHECK_EVERY = 200
 
 
 def build(context: dict[str, Any]) -> PolicyWorker:
@@ -54,6 +63,9 @@ class PolicyWorker(UnitWorker):
             whose scores of the columns of output matrices are added up; returns ``scores`` by unit, low = goes first.
         mask: ``prepared``, ``masker``, ``kept`` (`UnitTable.packed`; None: all of the model), ``windows`` (indices into
             text B); returns ``kl`` and ``nll``, each by window.
+        gradient: ``prepared``, ``masker``, ``values`` by unit, ``windows``, ``objective`` (``kl``, where it is not
+            said, or ``nll``); returns ``kl`` and ``nll`` of the relaxed mask, each by window, and the ``gradient`` of
+            the mean of the objective, by unit.
         heldout: ``prepared``, ``masker`` and ``kept`` (None: the dense model), or what ``choose`` was given, for the
             model as that criterion leaves it; returns losses on text C, by window.
     """
@@ -62,6 +74,7 @@ class PolicyWorker(UnitWorker):
         super().__init__(context)
         self._tables: dict[tuple[Masker, str], UnitTable] = {}
         self._kept: tuple[Any, Masking] | None = None
+        self._evaluations = 0
         self._text: tuple[str, Sequences, Teacher, nn.Linear | None] | None = None
 
     @property
@@ -71,6 +84,7 @@ class PolicyWorker(UnitWorker):
             "units": self._unit_table,
             "unit-scores": self._scores,
             "mask": self._mask,
+            "gradient": self._gradient,
             "heldout": self._heldout,
         }
 
@@ -94,11 +108,40 @@ class PolicyWorker(UnitWorker):
     def _mask(self, payload: dict[str, Any]) -> dict[str, Any]:
         windows, teacher, head = self._search_text(payload["prepared"])
         indices = payload["windows"]
+        self._evaluations += 1
+        if self._evaluations % _CHECK_EVERY == 0:
+            self._restore()
         with self._masked(payload):
             model, chosen = self.language_model.model, taken(windows, indices)
             losses = finite(window_losses(model, head, chosen, teacher.take(indices)))
         assert losses.kl is not None
         return {"kl": losses.kl.tolist(), "nll": losses.nll.tolist()}
+
+    def _gradient(self, payload: dict[str, Any]) -> dict[str, Any]:
+        objective = payload.get("objective", "kl")
+        if objective not in OBJECTIVES:
+            raise UnknownName("objective of a mask", str(objective), OBJECTIVES)
+        windows, teacher, head = self._search_text(payload["prepared"])
+        masking = self._masking(masker_from(payload["masker"]), payload["prepared"])
+        values = torch.tensor(payload["values"], dtype=torch.float32, requires_grad=True)
+        model, indices = self.language_model.model, payload["windows"]
+        text, kl, nll = taken(windows, indices), [], []
+        per_pass = 1 if isinstance(text, Samples) else BATCH
+        for first in range(0, len(indices), per_pass):
+            part = slice(first, first + per_pass)
+            taught = teacher.take(indices[part])
+            with masking.relaxed(values):
+                measured = finite(window_losses(model, head, text[part], taught))
+                assert measured.kl is not None
+                kl += measured.kl.tolist()
+                nll += measured.nll.tolist()
+                (batch,) = forward_batches(text[part], per_pass, model.device)
+                loss = batch_loss(model, head, batch, taught if objective == "kl" else None)
+                (loss * (batch.rows / len(indices))).backward()
+        assert values.grad is not None
+        if not bool(values.grad.isfinite().all()):
+            raise InvalidCandidate("NONFINITE", "the gradient of a relaxed mask is not finite")
+        return {"gradient": values.grad.tolist(), "kl": kl, "nll": nll}
 
     def _heldout(self, payload: dict[str, Any]) -> dict[str, Any]:
         prepared = self.prepared(payload["prepared"])
@@ -146,8 +189,12 @@ class PolicyWorker(UnitWorker):
         return self._kept[1]
 
     def _built(self, masker: Masker, prepared: str) -> Masking:
-        assert isinstance(masker, ByUnits)
-        return MaskedModel(self.language_model, self._units, self._table(masker))
+        model, table, opened = self.language_model, self._table(masker), self.prepared(prepared)
+        if isinstance(masker, ByUnits):
+            return MaskedModel(model, self._units, table)
+        if isinstance(masker, ByMetrics):
+            return MetricMasks(model, opened.dense, table, opened.statistics())
+        return WeightMasks(model, opened.dense, table)
 
     def _search_text(self, prepared: str) -> tuple[Sequences, Teacher, nn.Linear | None]:
         """Windows of text B, their teacher and the head of the model; kept until another set is named."""

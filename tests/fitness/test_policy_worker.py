@@ -16,12 +16,14 @@ from evoprune.fitness.mask_units import UnitTable, shape_of
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.policy_worker import PolicyWorker, build
 from evoprune.fitness.prepare import Prepared
+from evoprune.fitness.pruning import mask_rule, prune_model
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.teacher import WindowLosses, linear_head, window_losses
 from evoprune.fitness.unit_choice import choose_units
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA, score_units
 from evoprune.fitness.units import find_units
+from evoprune.metrics.criterion import CRITERIA
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from tests.models import save_tiny
 
@@ -202,3 +204,64 @@ def test_held_out_losses_of_a_criterion_s_own_choice(tried: Tried, criterion: st
         assert answer["kl"] == expected.kl.tolist()
     # The model is whole again.
     assert sum(heldout(tried, masker=UNITS, kept=None)["kl"]) < 1e-5
+
+
+CHOICES = {"kind": "metrics", "pattern": "2:4", "metrics": ["wanda", "magnitude"]}
+WEIGHTS = {"kind": "weights", "pattern": "2:4", "metric": "wanda"}
+
+
+def test_choices_of_metrics_between_other_masks(tried: Tried) -> None:
+    """One metric everywhere is what pruning by it gives, whatever was measured before and after."""
+    table = tried.table(CHOICES)
+    dense = tried.mask(UNITS, None, [0, 1])
+    by_metric = [np.tile([metric == 0, metric == 1], table.n // 2) for metric in (0, 1)]
+    found = [tried.mask(CHOICES, mask, [0, 1]) for mask in by_metric]
+    assert tried.mask(UNITS, None, [0, 1]) == dense
+    pruned = load_model(tried.worker.context.model)
+    criterion = CRITERIA["magnitude"]
+    prune_model(pruned, criterion, mask_rule(criterion, None, "2:4", None))
+    text, teacher = tried.prepared.text("search")
+    expected = window_losses(pruned.model, linear_head(pruned.model, text), text[:2], teacher[:2])
+    assert expected.kl is not None
+    assert found[1]["kl"] == pytest.approx(expected.kl.tolist(), rel=1e-6)
+    assert found[0]["kl"] != found[1]["kl"]
+    assert [tried.mask(CHOICES, mask, [0, 1]) for mask in by_metric] == found
+
+
+def gradient(tried: Tried, masker: dict[str, Any], values: np.ndarray, windows: list[int], **more: Any) -> Any:
+    payload = {**tried.named, "masker": masker, "values": values.tolist(), "windows": windows, **more}
+    return tried.worker.handle("gradient", payload)
+
+
+@pytest.mark.parametrize("objective", ["kl", "nll"])
+@pytest.mark.parametrize("masker", [UNITS, CHOICES])
+def test_gradients_are_differences_of_losses(tried: Tried, masker: dict[str, Any], objective: str) -> None:
+    draw = np.random.default_rng(5)
+    table = tried.table(masker)
+    values = draw.uniform(0.3, 0.7, table.n)
+    windows = [5, 1, 0, 2, 3]
+    answer = gradient(tried, masker, values, windows, objective=objective)
+    direction = draw.standard_normal(table.n)
+    ahead, behind = (
+        np.mean(gradient(tried, masker, values + sign * 3e-3 * direction, windows)[objective]) for sign in (1, -1)
+    )
+    assert (ahead - behind) / 6e-3 == pytest.approx(float(np.dot(answer["gradient"], direction)), rel=3e-2)
+
+
+@pytest.mark.parametrize("masker", [UNITS, CHOICES, WEIGHTS])
+def test_losses_beside_gradients_are_those_of_the_mask(tried: Tried, masker: dict[str, Any]) -> None:
+    table = tried.table(masker)
+    mask = some(table)
+    if table.strata is not None:
+        labels, keep = table.strata
+        mask = np.arange(table.n) % (table.n // (int(labels[-1]) + 1)) < keep
+    answer, expected = gradient(tried, masker, mask.astype(float), [2, 4]), tried.mask(masker, mask, [2, 4])
+    for objective in ("kl", "nll"):
+        assert answer[objective] == pytest.approx(expected[objective], rel=1e-5)
+    assert len(answer["gradient"]) == table.n
+    assert json.dumps(answer, allow_nan=False)
+
+
+def test_another_objective_is_refused(tried: Tried) -> None:
+    with pytest.raises(InvalidInput, match="latency"):
+        gradient(tried, UNITS, np.ones(tried.table(UNITS).n), [0], objective="latency")
