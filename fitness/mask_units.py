@@ -11,14 +11,14 @@ go.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evoprune.fitness.maskers import ByMetrics, ByUnits, ByWeights, Masker, masker_from, neurons_in, parts_of
+from evoprune.fitness.maskers import ByMetrics, ByUnits, ByWeights, Masker, is_ranked, masker_from, neurons_in, parts_of
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.unit_costs import AttentionCost, Quantity, UnitCosts, unit_costs
 from evoprune.fitness.units import BlockUnits, find_units
@@ -43,6 +43,7 @@ class UnitRow:
             choose from, or weights.
         size: members in a unit; where it does not divide `of` the last unit has fewer.
         cost: of a member.
+        order: members as they are dealt to units, each once; empty if they are dealt as they come.
     """
 
     kind: str
@@ -51,15 +52,32 @@ class UnitRow:
     of: int
     size: int
     cost: int
+    order: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, which `row_from` reads; without an order if there is none."""
+        values = asdict(self)
+        order = values.pop("order")
+        return {**values, "order": list(order)} if order else values
 
     @property
     def count(self) -> int:
         """How many units there are."""
         return -(-self.of // self.size)
 
-    def members(self, index: int) -> range:
+    def members(self, index: int) -> Sequence[int]:
         """The members that one of these units holds."""
-        return range(index * self.size, min((index + 1) * self.size, self.of))
+        dealt = range(index * self.size, min((index + 1) * self.size, self.of))
+        return self.order[dealt.start : dealt.stop] if self.order else dealt
+
+    def by_member(self, values: NDArray[Any]) -> NDArray[Any]:
+        """[of]: the value of the unit that each member is in, from [units]."""
+        dealt = np.repeat(values, self.size)[: self.of]
+        if not self.order:
+            return dealt
+        found = np.empty_like(dealt)
+        found[list(self.order)] = dealt
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +93,7 @@ class Unit:
 
     row: UnitRow
     index: int
-    members: range
+    members: Sequence[int]
     cost: int
 
 
@@ -197,7 +215,7 @@ class UnitTable:
             "quantity": self.quantity,
             "dense": self.dense,
             "rest": self.rest,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [row.to_json() for row in self.rows],
         }
 
     @classmethod
@@ -230,24 +248,33 @@ def row_from(values: Any, index: int) -> UnitRow:
     Raises:
         InvalidInput: it is none.
     """
-    names = [field.name for field in fields(UnitRow)]
-    if not isinstance(values, Mapping) or set(values) != set(names):
+    names = [field.name for field in fields(UnitRow) if field.name != "order"]
+    if not isinstance(values, Mapping) or set(values) - {"order"} != set(names):
         raise InvalidInput(f"entry {index + 1} of the units does not have {', '.join(map(repr, names))}")
     for name in ("kind", "name"):
         if not isinstance(values[name], str):
             raise InvalidInput(f"{name!r} of entry {index + 1} of the units is no text")
     for name, least in (("block", 0), ("of", 1), ("size", 1), ("cost", 0)):
         _check_count(values[name], f"{name!r} of entry {index + 1} of the units", least)
-    return UnitRow(**values)
+    order = values.get("order", [])
+    if order and (not isinstance(order, list) or sorted(order) != list(range(values["of"]))):
+        raise InvalidInput(f"'order' of entry {index + 1} of the units does not name each of its members once")
+    return UnitRow(**{**values, "order": tuple(order)})
 
 
-def unit_table(language_model: LanguageModel, masker: Masker, quantity: str = "parameters") -> UnitTable:
+def unit_table(
+    language_model: LanguageModel,
+    masker: Masker,
+    quantity: str = "parameters",
+    orders: Sequence[Sequence[int]] = (),
+) -> UnitTable:
     """The units of a dense model.
 
     Args:
         language_model: its weights are not read.
         masker: says what a unit is.
         quantity: what costs count; units of matrices have none.
+        orders: of the neurons of every block, as they are dealt to ranked units; see `neuron_orders`.
 
     Raises:
         InvalidInput: the model cannot be cut; KV groups are asked for where every block has one; M does not divide the
@@ -258,7 +285,7 @@ def unit_table(language_model: LanguageModel, masker: Masker, quantity: str = "p
         if quantity not in get_args(Quantity):
             raise UnknownName("quantity of unit costs", quantity, get_args(Quantity))
         costs: UnitCosts = unit_costs(language_model, quantity)  # type: ignore[arg-type]
-        return _table_of_units(masker, find_units(language_model), costs)
+        return _table_of_units(masker, find_units(language_model), costs, orders)
     sites = [bound.site for bound in language_model.sites]
     for site in sites:
         check_pattern(masker.pattern, site.in_features, site.name)
@@ -282,7 +309,7 @@ def kept_units(table: UnitTable, mask: Mask, widths: Sequence[BlockWidths]) -> t
     table.check(mask)
     found = [width.whole for width in widths]
     for index, row in enumerate(table.rows):
-        kept = np.repeat(mask[table.of_row(index)], row.size)[: row.of]
+        kept = row.by_member(mask[table.of_row(index)])
         block, width = found[row.block], widths[row.block]
         for part in parts_of(row.kind):
             if part == "mlp":
@@ -341,14 +368,16 @@ def unit_columns(table: UnitTable, units: Sequence[BlockUnits]) -> dict[str, NDA
     found: dict[str, NDArray[np.int64]] = {}
     for index, row in enumerate(table.rows):
         block, start = units[row.block], int(table.starts[index])
-        of_members = start + np.arange(row.of, dtype=np.int64) // row.size
+        of_members = row.by_member(start + np.arange(row.count, dtype=np.int64))
         for part in parts_of(row.kind):
             output = block.attention.output if part == "attention" else block.mlp.output
             found[output.site.name] = np.repeat(of_members, output.site.in_features // row.of)
     return found
 
 
-def _table_of_units(masker: ByUnits, units: Sequence[BlockUnits], costs: UnitCosts) -> UnitTable:
+def _table_of_units(
+    masker: ByUnits, units: Sequence[BlockUnits], costs: UnitCosts, orders: Sequence[Sequence[int]]
+) -> UnitTable:
     if "kv-group" in masker.kinds and all(block.widths.groups == 1 for block in units):
         raise InvalidInput(
             "every block of this model has one KV group, so that is the whole attention: give query-head, or attention"
@@ -357,7 +386,8 @@ def _table_of_units(masker: ByUnits, units: Sequence[BlockUnits], costs: UnitCos
     ordered = sorted(masker.kinds, key=lambda kind: parts_of(kind)[0])
     for block in units:
         for kind in ordered:
-            rows.append(_row(kind, block, costs))
+            row = _row(kind, block, costs)
+            rows.append(replace(row, order=tuple(orders[block.block])) if is_ranked(kind) else row)
     return UnitTable(masker, costs.quantity, tuple(rows), costs.dense, costs.rest)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from evoprune.fitness.unit_criteria import UNIT_CRITERIA, UnitCriterion
 from evoprune.fitness.units import PARTS, PartName
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput, UnknownName
@@ -22,21 +23,30 @@ UNIT_KINDS: Mapping[str, tuple[PartName, ...]] = {
     "mlp": ("mlp",),
     "block": PARTS,
 }
-"""Kinds of units, and the parts of a block that they divide or are; ``neurons:N`` is N consecutive neurons in one."""
+"""Kinds of units, and the parts of a block that they divide or are.
 
-_NEURONS = re.compile(r"neurons:([1-9]\d{0,6})")
+Two more hold several neurons in one: ``neurons:N`` N consecutive ones, ``ranked:N`` N that a criterion ranks next to
+each other in their block: neurons in a row differ in what they are worth, and what goes with a bad one is often good.
+"""
+
+_NEURONS = re.compile(r"(neurons|ranked):([1-9]\d{0,6})")
 
 
 @dataclass(frozen=True, slots=True)
 class ByUnits:
     """A unit is what `kinds` say: KV groups, query heads, neurons, or whole parts.
 
+    Attributes:
+        ranked_by: the criterion that ranks neurons, a unit criterion's name or an expression of weights; None where no
+            kind is of ranked ones.
+
     Raises:
-        InvalidInput: there is no kind, or two of them hold the same.
-        UnknownName: no such kind.
+        InvalidInput: there is no kind, two of them hold the same, or neurons are ranked by nothing.
+        UnknownName: no such kind, or no such criterion.
     """
 
     kinds: tuple[str, ...]
+    ranked_by: str | None = None
     kind: ClassVar[str] = "units"
 
     def __post_init__(self) -> None:
@@ -50,15 +60,27 @@ class ByUnits:
                         f"units {owners[part]!r} and {kind!r} overlap in the {part}: give one kind for each part"
                     )
                 owners[part] = kind
+        if self.ranked != (self.ranked_by is not None):
+            raise InvalidInput("ranked neurons, and no others, are ranked by a criterion: name both or neither")
+        if self.ranked_by is not None:
+            unit_criterion_named(self.ranked_by)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether some units hold neurons that a criterion ranks next to each other."""
+        return any(map(is_ranked, self.kinds))
 
     @property
     def needs(self) -> frozenset[str]:
         """Names of the statistics without which it cannot be applied."""
-        return frozenset()
+        if self.ranked_by is None:
+            return frozenset()
+        return unit_criterion_named(self.ranked_by).needs & STATISTICS
 
     def to_json(self) -> dict[str, Any]:
         """What `masker_from` reads."""
-        return {"kind": self.kind, "units": list(self.kinds)}
+        ranked = {} if self.ranked_by is None else {"ranked_by": self.ranked_by}
+        return {"kind": self.kind, "units": list(self.kinds), **ranked}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +163,12 @@ def masker_from(value: Any) -> Masker:
     kind = value.get("kind") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise InvalidInput(f"a masker of kind {str(kind)[:40]!r}; the kinds are {', '.join(_FIELDS)}")
-    if set(value) != {"kind", *_FIELDS[kind]}:
+    optional = {"ranked_by"} if kind == ByUnits.kind else set()
+    if set(value) - optional != {"kind", *_FIELDS[kind]}:
         raise InvalidInput(f"a masker of kind {kind!r} has 'kind' and {' and '.join(map(repr, _FIELDS[kind]))} alone")
     if kind == ByUnits.kind:
-        return ByUnits(_texts(value["units"], "units"))
+        ranked = _texts([value["ranked_by"]], "ranked_by") if "ranked_by" in value else (None,)
+        return ByUnits(_texts(value["units"], "units"), *ranked)
     if not isinstance(value["pattern"], str):
         raise InvalidInput(f"pattern {str(value['pattern'])[:40]!r} is not text such as 2:4")
     pattern = parse_pattern(value["pattern"])
@@ -162,14 +186,30 @@ def parts_of(kind: str) -> tuple[PartName, ...]:
     if _NEURONS.fullmatch(kind):
         return ("mlp",)
     if kind not in UNIT_KINDS:
-        raise UnknownName("kind of unit", kind, [*UNIT_KINDS, "neurons:64"])
+        raise UnknownName("kind of unit", kind, [*UNIT_KINDS, "neurons:64", "ranked:32"])
     return UNIT_KINDS[kind]
 
 
 def neurons_in(kind: str) -> int:
-    """How many consecutive neurons one unit of this kind has; 0 if it is none of neurons."""
+    """How many neurons one unit of this kind has; 0 if it is none of neurons."""
     found = _NEURONS.fullmatch(kind)
-    return int(found[1]) if found else int(kind == "neuron")
+    return int(found[2]) if found else int(kind == "neuron")
+
+
+def is_ranked(kind: str) -> bool:
+    """Whether its neurons are those that a criterion ranks next to each other."""
+    found = _NEURONS.fullmatch(kind)
+    return found is not None and found[1] == "ranked"
+
+
+def unit_criterion_named(text: str) -> UnitCriterion | Criterion:
+    """The unit criterion of this name, else the criterion of weights of this name or with this expression.
+
+    Raises:
+        InvalidInput: it is neither.
+        UnknownName: no such criterion.
+    """
+    return UNIT_CRITERIA[text] if text in UNIT_CRITERIA else criterion_named(text)
 
 
 def criterion_named(text: str) -> Criterion:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.mask_units import Mask, UnitTable, unit_table
 from evoprune.fitness.masked_model import MaskedModel
-from evoprune.fitness.maskers import ByMetrics, ByUnits, Masker, masker_from
+from evoprune.fitness.maskers import ByMetrics, ByUnits, Masker, masker_from, unit_criterion_named
 from evoprune.fitness.matrix_masks import MetricMasks, WeightMasks
 from evoprune.fitness.model_worker import Handler, criterion_from, heldout_answer
 from evoprune.fitness.resident_evaluator import finite
@@ -20,7 +20,7 @@ from evoprune.fitness.samples import Samples, Sequences, forward_batches, taken
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.teacher import BATCH, Teacher, batch_loss, linear_head, window_losses
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
-from evoprune.fitness.unit_scores import mask_unit_scores
+from evoprune.fitness.unit_scores import mask_unit_scores, neuron_orders
 from evoprune.fitness.unit_worker import UnitWorker
 from evoprune.metrics.errors import InvalidCandidate, UnknownName
 from evoprune.metrics.shape import BlockShape
@@ -58,7 +58,7 @@ class PolicyWorker(UnitWorker):
     """Answers jobs about masks of units. A ``masker`` says what a unit is, as `masker_from` reads it.
 
     Jobs (kind and payload), beside those of any `UnitWorker`:
-        units: ``masker``, ``quantity``; returns the `UnitTable` as ``units``.
+        units: ``prepared``, ``masker``, ``quantity``; returns the `UnitTable` as ``units``.
         unit-scores: ``prepared``, ``masker``, ``criterion``: the name of a unit criterion, or a criterion of weights,
             whose scores of the columns of output matrices are added up; returns ``scores`` by unit, low = goes first.
         mask: ``prepared``, ``masker``, ``kept`` (`UnitTable.packed`; None: all of the model), ``windows`` (indices into
@@ -72,7 +72,7 @@ class PolicyWorker(UnitWorker):
 
     def __init__(self, context: EvaluationContext) -> None:
         super().__init__(context)
-        self._tables: dict[tuple[Masker, str], UnitTable] = {}
+        self._tables: dict[tuple[Masker, str, str], UnitTable] = {}
         self._kept: tuple[Any, Masking] | None = None
         self._evaluations = 0
         self._text: tuple[str, Sequences, Teacher, nn.Linear | None] | None = None
@@ -89,7 +89,8 @@ class PolicyWorker(UnitWorker):
         }
 
     def _unit_table(self, payload: dict[str, Any]) -> dict[str, Any]:
-        return {"units": self._table(masker_from(payload["masker"]), payload["quantity"]).to_json()}
+        masker = masker_from(payload["masker"])
+        return {"units": self._table(masker, payload["prepared"], payload["quantity"]).to_json()}
 
     def _scores(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
@@ -98,7 +99,7 @@ class PolicyWorker(UnitWorker):
         prepared = self.prepared(payload["prepared"])
         scores = mask_unit_scores(
             self.language_model,
-            self._table(masker),
+            self._table(masker, payload["prepared"]),
             criterion,
             prepared.statistics(),
             prepared.facts["identity"]["sparsity"],
@@ -161,7 +162,7 @@ class PolicyWorker(UnitWorker):
             yield
             return
         masker = masker_from(payload["masker"])
-        mask = self._table(masker).unpacked(payload["kept"])
+        mask = self._table(masker, payload["prepared"]).unpacked(payload["kept"])
         with self._masking(masker, payload["prepared"]).kept(mask):
             yield
 
@@ -174,11 +175,18 @@ class PolicyWorker(UnitWorker):
         finally:
             surgeon.restore()
 
-    def _table(self, masker: Masker, quantity: str = "parameters") -> UnitTable:
+    def _table(self, masker: Masker, prepared: str, quantity: str = "parameters") -> UnitTable:
         """The units of the model; which they are does not depend on what they cost."""
-        if (masker, quantity) not in self._tables:
-            self._tables[masker, quantity] = unit_table(self.language_model, masker, quantity)
-        return self._tables[masker, quantity]
+        named = masker, prepared, quantity
+        if named not in self._tables:
+            orders: Sequence[Sequence[int]] = ()
+            if isinstance(masker, ByUnits) and masker.ranked_by is not None:
+                self._restore()
+                known = self.prepared(prepared)
+                criterion, sparsity = unit_criterion_named(masker.ranked_by), known.facts["identity"]["sparsity"]
+                orders = neuron_orders(self.language_model, criterion, known.statistics(), sparsity)
+            self._tables[named] = unit_table(self.language_model, masker, quantity, orders)
+        return self._tables[named]
 
     def _masking(self, masker: Masker, prepared: str) -> Masking:
         """How masks of these units are tried on the model; kept until a job names something else."""
@@ -189,7 +197,7 @@ class PolicyWorker(UnitWorker):
         return self._kept[1]
 
     def _built(self, masker: Masker, prepared: str) -> Masking:
-        model, table, opened = self.language_model, self._table(masker), self.prepared(prepared)
+        model, table, opened = self.language_model, self._table(masker, prepared), self.prepared(prepared)
         if isinstance(masker, ByUnits):
             return MaskedModel(model, self._units, table)
         if isinstance(masker, ByMetrics):

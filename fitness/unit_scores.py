@@ -48,16 +48,7 @@ def mask_unit_scores(
     """
     masker = table.masker
     if isinstance(masker, ByUnits):
-        if not isinstance(criterion, Criterion):
-            return _added_up(table, score_units(language_model, criterion, statistics))
-        rule, weights = MaskRule(sparsity), criterion
-        return _added_up(
-            table,
-            [
-                output_sums(block, lambda bound: site_scores(bound, weights, rule, statistics).sum(0))
-                for block in find_units(language_model)
-            ],
-        )
+        return _added_up(table, _scored(language_model, criterion, statistics, sparsity))
     if not isinstance(criterion, Criterion):
         raise InvalidInput(f"a criterion of units does not score {masker.kind}: give one of weights, such as wanda")
     if isinstance(masker, ByMetrics):
@@ -70,6 +61,34 @@ def mask_unit_scores(
     return torch.cat(scores).double().numpy()
 
 
+def neuron_orders(
+    language_model: LanguageModel, criterion: UnitCriterion | Criterion, statistics: Statistics, sparsity: float
+) -> list[tuple[int, ...]]:
+    """The neurons of every block, the highest score first; of equal ones the lower index.
+
+    Args:
+        language_model, criterion, statistics, sparsity: see `mask_unit_scores`.
+
+    Raises:
+        InvalidInput: see `mask_unit_scores`.
+    """
+    found = _scored(language_model, criterion, statistics, sparsity)
+    return [tuple(torch.argsort(-scores.neurons, stable=True).tolist()) for scores in found]
+
+
+def _scored(
+    language_model: LanguageModel, criterion: UnitCriterion | Criterion, statistics: Statistics, sparsity: float
+) -> list[UnitScores]:
+    """Scores of KV groups, query heads and neurons of every block."""
+    if not isinstance(criterion, Criterion):
+        return score_units(language_model, criterion, statistics)
+    rule, weights = MaskRule(sparsity), criterion
+    return [
+        output_sums(block, lambda bound: site_scores(bound, weights, rule, statistics).sum(0))
+        for block in find_units(language_model)
+    ]
+
+
 def _added_up(table: UnitTable, found: Sequence[UnitScores]) -> NDArray[np.float64]:
     """The scores of the blocks, by unit of the table."""
     parts = []
@@ -80,5 +99,6 @@ def _added_up(table: UnitTable, found: Sequence[UnitScores]) -> NDArray[np.float
         if row.of == 1:
             parts.append(np.array([sum(value.sum() for value in values)]))
         else:
-            parts.append(np.add.reduceat(values[0], np.arange(0, row.of, row.size)))
+            dealt = values[0][list(row.order)] if row.order else values[0]
+            parts.append(np.add.reduceat(dealt, np.arange(0, row.of, row.size)))
     return np.concatenate(parts)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.maskers import is_ranked
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.metrics.errors import EvopruneError
 from evoprune.metrics.exported import load_metric
@@ -14,7 +15,7 @@ from evoprune.metrics.records import parse_pattern
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 
 DEFAULT_SPARSITY = 0.3
-DEFAULT_UNITS = ("kv-group", "neurons:64")
+DEFAULT_UNITS = ("kv-group", "ranked:32")
 DEFAULT_METRICS = ("magnitude", "nowag", "obs", "ria", "stade", "symwanda", "wanda")
 """Those that need no gradients."""
 WEIGHTS = "weights"
@@ -30,7 +31,8 @@ class PolicyTarget(Section):
     )
     units: tuple[str, ...] = Field(
         DEFAULT_UNITS,
-        description="what goes as one: kv-group, query-head, neuron, neurons:N (blocks of N), attention, mlp, block",
+        description="what goes as one: kv-group, query-head, neuron, neurons:N (N consecutive ones), ranked:N (N that "
+        "what the policy starts from ranks next to each other), attention, mlp, block",
     )
     cost: Literal["parameters", "flops"] = Field("parameters", description="what is counted")
     budget: Literal["global", "kind", "block"] = Field(
@@ -86,14 +88,6 @@ class PolicyTarget(Section):
             raise ValueError("give --metrics to choose from, such as ria,wanda")
         return self
 
-    @property
-    def masker(self) -> dict[str, Any]:
-        """What masks mean, as jobs say it."""
-        if self.pattern is None:
-            return {"kind": "units", "units": list(self.units)}
-        if self.units:
-            return {"kind": "weights", "pattern": self.pattern, "metric": self.metrics[0]}
-        return {"kind": "metrics", "pattern": self.pattern, "metrics": list(self.metrics)}
 
 
 class PolicySearcher(Section):
@@ -155,6 +149,17 @@ class PolicySearchConfig(SearchConfig):
         if target.pattern is not None:
             return target.pattern
         return f"{target.sparsity:g} of the {target.cost} of heads and MLPs"
+
+    @property
+    def masker(self) -> dict[str, Any]:
+        """What masks mean, as jobs say it."""
+        target = self.target
+        if target.pattern is None:
+            ranked = {"ranked_by": self.searcher.prior} if any(map(is_ranked, target.units)) else {}
+            return {"kind": "units", "units": list(target.units), **ranked}
+        if target.units:
+            return {"kind": "weights", "pattern": target.pattern, "metric": target.metrics[0]}
+        return {"kind": "metrics", "pattern": target.pattern, "metrics": list(target.metrics)}
 
     @property
     def text_windows(self) -> int:

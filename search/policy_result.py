@@ -100,7 +100,7 @@ class PolicyComparison:
             "target": config.target.pattern or f"{config.target.sparsity:g}",
             "cost": config.target.cost,
             "budget": config.target.budget,
-            "masker": config.target.masker,
+            "masker": config.masker,
             "units": {"n": table.n, "hash": table.hash, "rows": [_row(row) for row in table.rows]},
             "objective": config.objective,
             "searcher": searcher.name,

@@ -49,7 +49,7 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
     def prepare(self, first: First, ask: Ask) -> Summary:
         prepared = super().prepare(first, ask)
         target = self.config.target
-        asked = {"masker": target.masker, "quantity": target.cost}
+        asked = {"prepared": prepared.name, "masker": self.config.masker, "quantity": target.cost}
         self._table = UnitTable.from_json(first("units", asked)["units"])
         if isinstance(self._table.masker, ByUnits):
             costs = {"quantity": target.cost, "batch": 1, "sequence": None}
@@ -100,7 +100,7 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
 
     def build_search(self, prepared: Summary, ask: Ask) -> PolicySearch:
         config, table = self.config, self._table
-        payload = {"prepared": prepared.name, "masker": config.target.masker}
+        payload = {"prepared": prepared.name, "masker": config.masker}
         scores = self._scores(payload, ask)
         budget = budget_of(table, config.target, scores)
         prior = z_scores(scores, table.groups)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.learners import Answer, Learner, Trial
@@ -217,7 +217,9 @@ class PolicySearch:
         if asked.values is not None:
             payload["values"] = list(asked.values)
             key = content_hash([self._identity, "gradient", payload["values"], windows, self._objective])
-            return Birth(number, record, Job(key, "gradient", {**payload, "objective": self._objective}))
+            # A constant by window has no gradient.
+            objective = "kl" if self._objective == "kl" else "nll"
+            return Birth(number, record, Job(key, "gradient", {**payload, "objective": objective}))
         payload["kept"] = asked.kept
         return Birth(number, record, Job(content_hash([self._identity, "mask", asked.kept, windows]), "mask", payload))
 
@@ -317,6 +319,8 @@ class PolicySearch:
             by_trial |= dict.fromkeys(asked.trials, given)
         self._lost_steps = 0 if any(answer["windows"] is not None for answer in answers) else self._lost_steps + 1
         if self._lost_steps == DIVERGED == self.step + 1:
+            if not self.reasons["NONFINITE"]:
+                raise EvopruneError(f"no mask of the first steps could be measured: {', '.join(self.reasons)}")
             raise InvalidInput(
                 "no mask of the first steps has a finite loss: so much ruins the model; give a lower --sparsity, or "
                 "another --dtype"

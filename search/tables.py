@@ -342,7 +342,8 @@ def target_text(result: Mapping[str, Any]) -> str:
         less = "less time" if result["cost"] == "latency" else f"fewer {COUNTED[result['cost']]}"
         return f"{100 * float(target):.4g}% {less} in heads and MLPs"
     if result["kind"] == "policy":
-        return target if ":" in target else f"{100 * float(target):.4g}% fewer {COUNTED[result['cost']]} in heads and MLPs"
+        fewer = f"fewer {COUNTED[result['cost']]} in heads and MLPs"
+        return target if ":" in target else f"{100 * float(target):.4g}% {fewer}"
     if result["kind"] == "joint":
         return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":

@@ -58,10 +58,10 @@ def search_policy(
         option(
             "--units",
             metavar="KIND,KIND",
-            help="what goes as one: kv-group, query-head, neuron, neurons:N, attention, mlp, block; or weights, which "
-            "is experimental, with --pattern",
+            help="what goes as one: kv-group, query-head, neuron, neurons:N in a row, ranked:N by --metric, attention, "
+            "mlp, block; or weights, which is experimental, with --pattern",
             panel=TARGET,
-            default="kv-group,neurons:64",
+            default="kv-group,ranked:32",
         ),
     ] = None,
     pattern: Pattern = None,

@@ -142,7 +142,7 @@ class PolicyKind:
         for name in config.target.metrics if config.target.pattern is not None else ():
             load_metric(name)
         configured(config.searcher.name, learner_options(config.searcher))
-        masker_from(config.target.masker)
+        masker_from(config.masker)
         given_start(config.seed_from)
 
 
