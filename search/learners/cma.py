@@ -10,7 +10,7 @@ import numpy as np
 from deap.cma import Strategy
 
 from evoprune.metrics.errors import InvalidInput
-from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Problem, Trial
+from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Problem, Trial, reported
 from evoprune.search.learners.answers import told
 from evoprune.search.learners.monitor import Monitor, Spread, certainty
 from evoprune.search.learners.vectors import VectorOptions, Vectors, floats
@@ -73,14 +73,16 @@ class CmaLearner:
             self._strategy.update([_ranked(child, loss) for child, loss in zip(children, losses, strict=True)])
             self._spread.update(heard.values, heard.windows)
         self._monitor.mask(step, self.mode())
-        return {
-            **heard.diagnostics(),
-            **certainty(self.probabilities(), self._problem.budget.open),
-            "rho": rho,
-            "rate": float(self._strategy.sigma),
-            "samples": float(options.samples),
-            "jaccard": self._monitor.jaccard,
-        }
+        return reported(
+            {
+                **heard.diagnostics(),
+                **certainty(self.probabilities(), self._problem.budget.open),
+                "rho": rho,
+                "rate": float(self._strategy.sigma),
+                "samples": float(options.samples),
+                "jaccard": self._monitor.jaccard,
+            }
+        )
 
     def probabilities(self) -> Floats:
         """[n]: how often units are kept under the distribution, by a fixed sample of vectors."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.parameters import check_range
-from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator
+from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator, reported
 from evoprune.search.learners.answers import told
 from evoprune.search.learners.monitor import Monitor, Scale, Spread, certainty
 from evoprune.search.learners.vectors import floats
@@ -112,15 +112,17 @@ class GumbelLearner:
             self._scale.update(whole)
             self._spread.update(heard.values, heard.windows)
         self._monitor.mask(step, self.mode())
-        return {
-            **heard.diagnostics(),
-            **certainty(self.probabilities(), self._problem.budget.open),
-            "rho": rho,
-            "rate": rate,
-            "samples": float(options.samples),
-            "cosine": self._monitor.cosine,
-            "jaccard": self._monitor.jaccard,
-        }
+        return reported(
+            {
+                **heard.diagnostics(),
+                **certainty(self.probabilities(), self._problem.budget.open),
+                "rho": rho,
+                "rate": rate,
+                "samples": float(options.samples),
+                "cosine": self._monitor.cosine,
+                "jaccard": self._monitor.jaccard,
+            }
+        )
 
     def probabilities(self) -> Floats:
         return self._policy.inclusion(self._phi)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evoprune.metrics.errors import InvalidInput
-from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Problem, Trial, cosine
+from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Problem, Trial, cosine, reported
 from evoprune.search.learners.answers import told
 from evoprune.search.learners.monitor import Monitor, Scale, Spread, certainty
 from evoprune.search.learners.vectors import VectorOptions, Vectors, floats
@@ -84,16 +84,18 @@ class PgpeLearner:
             self._scale.update(bounded)
             self._spread.update(heard.values, heard.windows)
         self._monitor.mask(step, self.mode())
-        return {
-            **heard.diagnostics(),
-            **certainty(self.probabilities(), self._problem.budget.open),
-            "rho": rho,
-            "clipped": clipped,
-            "rate": rate,
-            "samples": float(options.samples),
-            "cosine": self._monitor.cosine,
-            "jaccard": self._monitor.jaccard,
-        }
+        return reported(
+            {
+                **heard.diagnostics(),
+                **certainty(self.probabilities(), self._problem.budget.open),
+                "rho": rho,
+                "clipped": clipped,
+                "rate": rate,
+                "samples": float(options.samples),
+                "cosine": self._monitor.cosine,
+                "jaccard": self._monitor.jaccard,
+            }
+        )
 
     def probabilities(self) -> Floats:
         """[n]: how often units are kept around the centre, by a fixed sample of vectors."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Problem, Trial
+from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Problem, Trial, reported
 from evoprune.search.learners.answers import told
 from evoprune.search.learners.monitor import Monitor, Spread
 from evoprune.search.learners.vectors import VectorOptions, Vectors, floats
@@ -52,12 +52,14 @@ class RandomLearner:
                 self._best = self._drawn(step)[heard.used[first]]
             self._spread.update(heard.values, heard.windows)
         self._monitor.mask(step, self.mode())
-        return {
-            **heard.diagnostics(),
-            "rho": rho,
-            "samples": float(self._options.samples),
-            "jaccard": self._monitor.jaccard,
-        }
+        return reported(
+            {
+                **heard.diagnostics(),
+                "rho": rho,
+                "samples": float(self._options.samples),
+                "jaccard": self._monitor.jaccard,
+            }
+        )
 
     def probabilities(self) -> Floats:
         """[n]: 1 or 0, as the best mask keeps them."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.parameters import check_choice, check_range
-from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator
+from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator, reported
 from evoprune.search.learners.answers import told
 from evoprune.search.learners.monitor import Monitor, Spread, certainty
 from evoprune.search.policies import Floats, Ints, Knapsack, Mask, Strata, fitting
@@ -108,15 +108,17 @@ class ReleasedLearner:
                 self._p[units] = project(moved[units], total)
             self._spread.update(heard.values, heard.windows)
         self._monitor.mask(step, self.mode())
-        return {
-            **heard.diagnostics(),
-            **certainty(self._p, self._problem.budget.open),
-            "rho": rho,
-            "baseline": self._mean,
-            "rate": rate,
-            "samples": float(options.samples),
-            "jaccard": self._monitor.jaccard,
-        }
+        return reported(
+            {
+                **heard.diagnostics(),
+                **certainty(self._p, self._problem.budget.open),
+                "rho": rho,
+                "baseline": self._mean,
+                "rate": rate,
+                "samples": float(options.samples),
+                "jaccard": self._monitor.jaccard,
+            }
+        )
 
     def probabilities(self) -> Floats:
         return self._p.copy()
