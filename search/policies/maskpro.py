@@ -45,12 +45,14 @@ class MaskPro(PlackettLuce):
         found = np.zeros(draws.masks.shape)
         for part in chunks(len(found), self.n):
             for table, kept, p, rest in self._rows(logits, draws, part):
-                # p d, which stays finite where p is small.
-                pulled = kept.astype(np.float64)
+                # p d = m + p r / (1 - p), and of that each unit keeps 1 - p, and gives p of it to the others: added up
+                # so that nothing is lost where p is nearly 1.
+                pulled, own = kept.astype(np.float64), np.where(kept, rest, 0.0)
                 if table.keep == 2:
                     each = np.where(kept, 1.0 / rest, 0.0)
-                    pulled = pulled + p * each * each / each.sum(axis=2, keepdims=True)
-                found[part, table.units] = pulled - p * pulled.sum(axis=2, keepdims=True)
+                    share = each / each.sum(axis=2, keepdims=True)
+                    pulled, own = pulled + p * share * each, own + p * share
+                found[part, table.units] = own - p * sums_of_others(pulled)
         return found
 
     def _rows(self, logits: Floats, draws: Draws, part: slice) -> Iterator[tuple[Table, Mask, Floats, Floats]]:

@@ -116,7 +116,8 @@ def race_times(logits: Floats, uniforms: Floats) -> Floats:
 
 def bounded_weights(rows: Floats) -> Floats:
     """exp(logit) over the largest of each row, [rows, size], positive."""
-    found: Floats = np.exp(np.maximum(rows - rows.max(axis=-1, keepdims=True), -_FURTHEST))
+    largest = rows.max(axis=-1, keepdims=True, initial=-np.inf)
+    found: Floats = np.exp(np.maximum(rows - largest, -_FURTHEST))
     return found
 
 
@@ -130,13 +131,13 @@ def _few(weights: Floats, keep: int) -> Floats:
 
 
 def sums_of_others(weights: Floats) -> Floats:
-    """[rows, size]: the sum of each row less the unit itself, added up from both sides.
+    """[..., size]: the sum of each row less the unit itself, added up from both sides.
 
     A difference would lose it where one weight is nearly all there is.
     """
     found = np.zeros(weights.shape)
-    found[:, 1:] = np.cumsum(weights[:, :-1], axis=1)
-    found[:, :-1] += np.cumsum(weights[:, :0:-1], axis=1)[:, ::-1]
+    found[..., 1:] = np.cumsum(weights[..., :-1], axis=-1)
+    found[..., :-1] += np.cumsum(weights[..., :0:-1], axis=-1)[..., ::-1]
     return found
 
 

@@ -21,6 +21,8 @@ from evoprune.search.policies import (
 from evoprune.search.policies.pl import bounded_weights, race_times
 from evoprune.search.policies.shift import RACE, shifts
 
+_FEW, _LOOKS = 400, 1000
+
 
 class PlackettLuceKnapsack:
     """Picks until nothing fits any more: what is left of the budget is less than the cheapest unit that is not kept.
@@ -106,8 +108,15 @@ class PlackettLuceKnapsack:
         return picks.astype(np.int64), real, ready, np.where(real, sums, 1.0)
 
     def inclusion(self, logits: Floats) -> Floats:
-        """[n]: an approximation: 1 - exp(-w_i t) with t so that expected costs are the budget, as if all units were
-        taken whose clocks ring before one time; better the smaller each cost is beside the budget."""
+        """[n]: an approximation.
+
+        Up to 400 units, how often each is in 1,000 masks that are made of always the same numbers (standard error below
+        0.016). For more 1 - exp(-w_i t) with t so that expected costs are the budget, as if all units were taken whose
+        clocks ring before one time; this is the better the smaller costs are beside the budget.
+        """
+        if self.n <= _FEW:
+            looks = np.random.Generator(np.random.Philox(key=0)).random((_LOOKS, self.n))
+            return self.draw(logits, looks).masks.mean(axis=0)
         found = self.budget.always.astype(np.float64)
         if len(self._units):
             rows = logits[self._units][None]
