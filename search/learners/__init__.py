@@ -22,6 +22,23 @@ from evoprune.search.policies import Budget, Floats, Ints, Mask
 
 Role = Literal["sample", "reference"]
 Diagnostics = dict[str, float | None]
+DIAGNOSTICS = {
+    "loss": "mean loss of the sampled masks",
+    "loss_std": "its standard deviation between them",
+    "reference": "loss of the reference mask, where the learner asks for it",
+    "failed": "trials without a finite loss",
+    "samples": "masks of the step, the reference not counted",
+    "rho": "variance of the minibatch over that of the masks, from earlier steps",
+    "baseline": "what was subtracted from the losses, on average",
+    "clipped": "share of advantages that were clipped",
+    "rate": "learning rate; the step size of cma",
+    "kl": "how far the step moved the policy, in nats",
+    "cosine": "of the gradients of two halves of the masks over the last 20 steps",
+    "entropy": "mean over units that may go, in nats",
+    "undecided": "share of them with a probability in (0.05, 0.95)",
+    "jaccard": "of the mode and the one 20 steps ago",
+}
+"""What `Learner.tell` says, by name; None where a learner has no such thing or does not know it yet."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +123,7 @@ class Learner(Protocol):
         """The masks of a step: a function of the state and the step, so that it may be asked again."""
 
     def tell(self, step: int, answers: Sequence[Answer]) -> Diagnostics:
-        """Take in what was asked for, in the same order; says how it goes, None where that is not known (yet)."""
+        """Take in what was asked for, in the same order; says how it goes: `DIAGNOSTICS`."""
 
     def probabilities(self) -> Floats:
         """[n]: how probable it is that each unit is kept."""
@@ -176,6 +193,12 @@ class Options(ABC):
 def generator(seed: int, stream: str, step: int) -> np.random.Generator:
     """A counter-based generator that depends on nothing but its arguments."""
     return np.random.Generator(np.random.Philox(key=derived_seed(seed, stream, step)))
+
+
+def reported(known: Mapping[str, float | None]) -> Diagnostics:
+    """All of `DIAGNOSTICS`, in their order, None where nothing is known."""
+    assert known.keys() <= DIAGNOSTICS.keys()
+    return {name: known.get(name) for name in DIAGNOSTICS}
 
 
 def cosine(step: int, steps: int, last: float) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.parameters import check_choice, check_range
 from evoprune.search.estimators import ESTIMATORS, Losses
-from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator
+from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator, reported
 from evoprune.search.learners.answers import told
 from evoprune.search.learners.monitor import Monitor, Scale, Spread, certainty
 from evoprune.search.policies import POLICIES, Draws, Floats, Mask, Strata
@@ -133,11 +133,8 @@ class ScoreFunctionLearner:
         found = {
             **heard.diagnostics(),
             "rho": self._spread.rho,
-            "baseline": None,
-            "clipped": None,
-            "kl": None,
             "rate": rate,
-            "samples": float(self._samples),
+            "samples": float(len(draws.masks)),
         }
         losses = Losses(heard.values, heard.reference, self._spread.rho)
         if heard.enough and (heard.reference is not None or not estimator.reference):
@@ -159,7 +156,7 @@ class ScoreFunctionLearner:
             self._free()
         self._monitor.mask(step, self.mode())
         found.update(certainty(self.probabilities(), self._problem.budget.open))
-        return {**found, "cosine": self._monitor.cosine, "jaccard": self._monitor.jaccard}
+        return reported({**found, "cosine": self._monitor.cosine, "jaccard": self._monitor.jaccard})
 
     def probabilities(self) -> Floats:
         return self.policy.inclusion(self.logits)

@@ -91,7 +91,9 @@ class Strata:
         sizes = np.bincount(self.labels[units], minlength=len(self.keep))
         keep = self.keep - self._pins
         found = []
-        for size, count in sorted({(int(s), int(k)) for s, k in _distinct(sizes, keep) if s}):
+        # Pairs as single numbers, of which the distinct ones are found faster.
+        base = self.n + 1
+        for size, count in (divmod(int(pair), base) for pair in np.unique(sizes * base + keep) if pair >= base):
             rows = (sizes == size) & (keep == count)
             found.append(Table(units[rows[self.labels[units]]].reshape(-1, size), count))
         return tuple(found)
@@ -155,10 +157,11 @@ class Knapsack:
 
     @cached_property
     def always(self) -> Mask:
-        """[n] bool: units that every mask keeps, being pinned or because the budget is enough for all."""
-        if int(self.costs.sum()) <= self.budget:
-            return np.ones(self.n, bool)
-        return np.zeros(self.n, bool) if self.pinned is None else self.pinned
+        """[n] bool: units that every mask keeps, being pinned or as the budget is enough for all that fit."""
+        pinned = np.zeros(self.n, bool) if self.pinned is None else self.pinned
+        left = self.budget - int(self.costs[pinned].sum())
+        fits = ~pinned & (self.costs <= left)
+        return pinned | fits if int(self.costs[fits].sum()) <= left else pinned
 
     @cached_property
     def left(self) -> int:
@@ -349,9 +352,3 @@ def _counts(labels: Ints, chosen: Mask | None, strata: int) -> Ints:
     if chosen is None:
         return np.zeros(strata, dtype=np.int64)
     return np.bincount(labels[chosen], minlength=strata).astype(np.int64)
-
-
-def _distinct(sizes: Ints, keep: Ints) -> list[list[int]]:
-    """The different pairs."""
-    found: list[list[int]] = np.unique(np.stack([sizes, keep], axis=1), axis=0).tolist()
-    return found

@@ -74,8 +74,7 @@ class Bernoulli:
         if isinstance(self.budget, Knapsack):
             units = np.flatnonzero(self.budget.open)
             costs = self.budget.costs[units].astype(np.float64)
-            # Where all that fits alone fits together, nothing is left to choose.
-            if len(units) and self.budget.left < costs.sum():
+            if len(units):
                 yield units[None], float(self.budget.left), costs
         else:
             for table in self.budget.tables:

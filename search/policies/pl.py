@@ -66,7 +66,7 @@ class PlackettLuce:
             rows = found[part]
             for table, picks, weights, sums in self._picks(logits, draws, part):
                 held = np.cumsum(1.0 / sums, axis=2)
-                rows[:, table.units] = -_weights(logits, table)[None] * held[:, :, -1:]
+                rows[:, table.units] = -row_weights(logits, table)[None] * held[:, :, -1:]
                 flat = (len(rows), -1)
                 np.put_along_axis(rows, picks.reshape(flat), (1.0 - weights * held).reshape(flat), axis=1)
         return found
@@ -80,14 +80,14 @@ class PlackettLuce:
             picks = draws.order[part, begin : begin + strata * table.keep].reshape(-1, strata, table.keep)
             begin += strata * table.keep
             by_unit = np.empty(self.n)
-            by_unit[table.units] = _weights(logits, table)
+            by_unit[table.units] = row_weights(logits, table)
             weights = by_unit[picks]
             rest = np.where(draws.masks[part][:, table.units], 0.0, by_unit[table.units]).sum(axis=2)
             sums = rest[:, :, None] + np.cumsum(weights[:, :, ::-1], axis=2)[:, :, ::-1]
             yield table, picks, weights, sums
 
     def inclusion(self, logits: Floats) -> Floats:
-        """[n]: exact where one of a stratum is kept.
+        """[n]: exact where one or two of a stratum are kept.
 
         Else the approximation 1 - exp(-w_i t), with t so that the probabilities add up to the count: units whose
         clocks ring before a time that does not depend on them (Rosén 1972). Its error is about 0.01 for ten units and
@@ -96,9 +96,8 @@ class PlackettLuce:
         found = self.budget.always.astype(np.float64)
         for table in self.budget.tables:
             rows = logits[table.units]
-            if table.keep == 1:
-                weights = _weights(logits, table)
-                found[table.units] = weights / weights.sum(axis=1, keepdims=True)
+            if table.keep <= 2:
+                found[table.units] = _few(row_weights(logits, table), table.keep)
             else:
                 found[table.units] = RACE.value(rows + shifts(rows, table.keep, RACE)[:, None])
         return found
@@ -117,11 +116,33 @@ def race_times(logits: Floats, uniforms: Floats) -> Floats:
 
 def bounded_weights(rows: Floats) -> Floats:
     """exp(logit) over the largest of each row, [rows, size], positive."""
-    found: Floats = np.exp(np.maximum(rows - rows.max(axis=-1, keepdims=True), -_FURTHEST))
+    largest = rows.max(axis=-1, keepdims=True, initial=-np.inf)
+    found: Floats = np.exp(np.maximum(rows - largest, -_FURTHEST))
     return found
 
 
-def _weights(logits: Floats, table: Table) -> Floats:
+def _few(weights: Floats, keep: int) -> Floats:
+    """[rows, size]: inclusion if one is kept, w_i / sum w; or two: that, and first another and then i."""
+    first = weights / weights.sum(axis=1, keepdims=True)
+    if keep == 1:
+        return first
+    odds = weights / sums_of_others(weights)
+    return first + first * (odds.sum(axis=1, keepdims=True) - odds)
+
+
+def sums_of_others(weights: Floats) -> Floats:
+    """[..., size]: the sum of each row less the unit itself, added up from both sides.
+
+    A difference would lose it where one weight is nearly all there is.
+    """
+    found = np.zeros(weights.shape)
+    found[..., 1:] = np.cumsum(weights[..., :-1], axis=-1)
+    found[..., :-1] += np.cumsum(weights[..., :0:-1], axis=-1)[..., ::-1]
+    return found
+
+
+def row_weights(logits: Floats, table: Table) -> Floats:
+    """[strata, size]: `bounded_weights` of the units of a table."""
     return bounded_weights(logits[table.units])
 
 

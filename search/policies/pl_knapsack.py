@@ -21,6 +21,8 @@ from evoprune.search.policies import (
 from evoprune.search.policies.pl import bounded_weights, race_times
 from evoprune.search.policies.shift import RACE, shifts
 
+_FEW, _LOOKS = 400, 1000
+
 
 class PlackettLuceKnapsack:
     """Picks until nothing fits any more: what is left of the budget is less than the cheapest unit that is not kept.
@@ -60,9 +62,9 @@ class PlackettLuceKnapsack:
         """[K]: log-probability of the picks in their order."""
         weights = bounded_weights(logits[self._units])
         found = np.zeros(len(draws.masks))
-        for row in range(len(found)):
-            order, _, sums = self._replay(weights, draws, row)
-            found[row] = (np.log(weights[order]) - np.log(sums)).sum()
+        for part in chunks(len(found), self.n):
+            picks, real, _, sums = self._replay(weights, draws, part)
+            found[part] = np.where(real, np.log(weights[picks]) - np.log(sums), 0.0).sum(axis=1)
         return found
 
     def score(self, logits: Floats, draws: Draws) -> Floats:
@@ -72,35 +74,51 @@ class PlackettLuceKnapsack:
         """
         weights = bounded_weights(logits[self._units])
         found = np.zeros(draws.masks.shape)
-        for row in range(len(found)):
-            order, ready, sums = self._replay(weights, draws, row)
-            held = np.concatenate([[0.0], np.cumsum(1.0 / sums)])
-            values = -weights * held[ready]
-            values[order] += 1.0
-            found[row, self._units] = values
+        for part in chunks(len(found), self.n):
+            _, _, ready, sums = self._replay(weights, draws, part)
+            held = np.concatenate([np.zeros((len(sums), 1)), np.cumsum(1.0 / sums, axis=1)], axis=1)
+            picked = draws.masks[part][:, self._units]
+            found[part, self._units] = picked - weights * np.take_along_axis(held, ready, axis=1)
         return found
 
-    def _replay(self, weights: Floats, draws: Draws, row: int) -> tuple[Ints, Ints, Floats]:
-        """Picks as places among the open units; for how many picks each unit stood ready; c_t of each pick."""
+    def _replay(self, weights: Floats, draws: Draws, part: slice) -> tuple[Ints, Mask, Ints, Floats]:
+        """What stood ready when.
+
+        Returns:
+            [K, picks] picks as places among the open units, whether they are picks or fill a row up; [K, open] for how
+            many picks each unit stood ready; [K, picks] c_t of each pick, 1 for what fills up.
+        """
         assert draws.order is not None
-        picked = draws.order[row][draws.order[row] >= 0]
-        order = np.searchsorted(self._units, picked).astype(np.int64)
-        spent = np.cumsum(self._costs[order])
-        left = self.budget.left - np.concatenate([[0], spent[:-1]]) if len(order) else spent
+        order = draws.order[part]
+        real = order >= 0
+        picks = np.searchsorted(self._units, np.where(real, order, 0)).clip(max=max(0, len(self._units) - 1))
+        costs = np.where(real, self._costs[picks], 0)
+        left = np.where(real, self.budget.left - np.cumsum(costs, axis=1) + costs, -1)
         # What is left falls, so a unit stands ready for the first few picks: until it is picked or does not fit.
-        ready = np.searchsorted(-left, -self._costs, side="right")
-        ready[order] = np.arange(1, len(order) + 1)
-        by_ready = np.bincount(ready, weights=weights, minlength=len(order) + 1)
-        sums: Floats = np.cumsum(by_ready[::-1])[::-1][1:].astype(np.float64)
-        return order, ready.astype(np.int64), sums
+        ready = np.zeros((len(order), len(self._units)), dtype=np.int64)
+        for cost in np.unique(self._costs):
+            ready[:, self._costs == cost] = (left >= cost).sum(axis=1)[:, None]
+        rows, places = np.nonzero(real)
+        ready[rows, picks[rows, places]] = places + 1
+        width = order.shape[1] + 1
+        flat = (np.arange(len(order))[:, None] * width + ready).reshape(-1)
+        spread = np.broadcast_to(weights, ready.shape).reshape(-1)
+        by_ready = np.bincount(flat, weights=spread, minlength=len(order) * width).reshape(-1, width)
+        sums = np.cumsum(by_ready[:, ::-1], axis=1)[:, ::-1][:, 1:]
+        return picks.astype(np.int64), real, ready, np.where(real, sums, 1.0)
 
     def inclusion(self, logits: Floats) -> Floats:
-        """[n]: an approximation: 1 - exp(-w_i t) with t so that expected costs are the budget, as if all units were
-        taken whose clocks ring before one time; better the smaller each cost is beside the budget."""
+        """[n]: an approximation.
+
+        Up to 400 units, how often each is in 1,000 masks that are made of always the same numbers (standard error below
+        0.016). For more 1 - exp(-w_i t) with t so that expected costs are the budget, as if all units were taken whose
+        clocks ring before one time; this is the better the smaller costs are beside the budget.
+        """
+        if self.n <= _FEW:
+            looks = np.random.Generator(np.random.Philox(key=0)).random((_LOOKS, self.n))
+            return self.draw(logits, looks).masks.mean(axis=0)
         found = self.budget.always.astype(np.float64)
-        if self.budget.left >= self._costs.sum():
-            found[self._units] = 1.0
-        elif len(self._units):
+        if len(self._units):
             rows = logits[self._units][None]
             shift = shifts(rows, self.budget.left, RACE, self._costs.astype(np.float64))
             found[self._units] = RACE.value(rows[0] + shift[0])

@@ -10,9 +10,9 @@ import numpy as np
 
 from evoprune.search.policies import Floats
 
-# Newton's method needs under ten; bisection alone would be done after these.
-_ROUNDS = 100
-_CLOSE = 1e-14
+# Newton's method needs about ten; bisection alone would be done after these.
+_ROUNDS = 60
+_CLOSE = 1e-13
 
 
 @dataclass(frozen=True)
