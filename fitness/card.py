@@ -223,10 +223,10 @@ def _results(report: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple
 
 
 def _without_matrices(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without the lines that an allocation has for each matrix, and a shape for each block."""
+    """The recipe without the lines that allocations and policies have for each matrix, and a shape for each block."""
     return {
         name: {key: inner for key, inner in value.items() if key not in ("sites", "blocks")}
-        if name in ("allocation", "shape") and isinstance(value, Mapping)
+        if name in ("allocation", "shape", "policy") and isinstance(value, Mapping)
         else value
         for name, value in recipe.items()
     }

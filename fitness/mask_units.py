@@ -116,6 +116,20 @@ class UnitTable:
     dense: int
     rest: int
 
+    def __post_init__(self) -> None:
+        masker = self.masker
+        for row in self.rows:
+            if isinstance(masker, ByUnits):
+                fits = row.kind in masker.kinds and row.size == max(min(neurons_in(row.kind), row.of), 1)
+            elif isinstance(masker, ByMetrics):
+                fits = (row.of, row.size) == (len(masker.metrics), 1)
+            else:
+                fits = row.size == 1 and row.of % masker.pattern[1] == 0
+            if not fits:
+                raise InvalidInput(f"{row.name[:80]} cannot have its units, {row.of} of {row.kind[:40]} by {row.size}")
+        if not self.rows:
+            raise InvalidInput("a unit table has no units")
+
     @cached_property
     def n(self) -> int:
         """How many units there are."""
@@ -228,6 +242,15 @@ class UnitTable:
         names = [field.name for field in fields(cls)]
         if not isinstance(values, dict) or set(values) != set(names):
             raise InvalidInput(f"a unit table has {', '.join(map(repr, names))} alone")
+        return cls.from_parts(values)
+
+    @classmethod
+    def from_parts(cls, values: Mapping[str, Any]) -> UnitTable:
+        """`from_json`, from a document that may hold more.
+
+        Raises:
+            InvalidInput: see `from_json`.
+        """
         masker = masker_from(values["masker"])
         if not isinstance(values["quantity"], str):
             raise InvalidInput(f"'quantity' of a unit table is {str(values['quantity'])[:40]!r}: give text")

@@ -122,7 +122,10 @@ class MetricMasks(MatrixMasks):
         super().__init__(language_model, dense, table)
         assert isinstance(table.masker, ByMetrics)
         self._packed = [
-            [np.packbits(keep.numpy()) for keep in metric_masks(bound, table.masker, statistics)]
+            [
+                np.packbits(metric_mask(bound, metric, table.masker.pattern, statistics).numpy())
+                for metric in table.masker.metrics
+            ]
             for bound in language_model.sites
         ]
 
@@ -154,18 +157,19 @@ class WeightMasks(MatrixMasks):
 
 
 @torch.no_grad()
-def metric_masks(bound: SiteModule, masker: ByMetrics, statistics: Statistics | None) -> Iterator[Tensor]:
-    """[out, in] bool on the CPU: the mask of a dense matrix by each metric in turn.
+def metric_mask(bound: SiteModule, metric: str, pattern: tuple[int, int], statistics: Statistics | None) -> Tensor:
+    """[out, in] bool on the CPU, True = keep: the N:M mask of a dense matrix by a metric.
 
     Args:
-        statistics: at least those that the metrics need; None if they need none.
+        metric: as `criterion_named` takes it.
+        pattern: (N, M).
+        statistics: at least those that the metric needs; None if it needs none.
 
     Raises:
-        InvalidInput: a metric cannot score this matrix, or M does not divide its width.
+        InvalidInput: the metric cannot score this matrix, or M does not divide its width.
     """
-    rule = MaskRule(None, masker.pattern)
-    for metric in masker.metrics:
-        yield mask_of(site_scores(bound, criterion_named(metric), rule, statistics), rule).cpu()
+    rule = MaskRule(None, pattern)
+    return mask_of(site_scores(bound, criterion_named(metric), rule, statistics), rule).cpu()
 
 
 @contextmanager

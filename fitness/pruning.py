@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -138,11 +138,36 @@ def prune_model(
                 f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}"
             )
         check_allocation(language_model, allocation)
-    layers = []
     if COMPRESSORS[compressor].reads_criterion:
         goals = _masks(language_model, criterion, rule, statistics, allocation)
     else:
         goals = _counts(language_model, rule, allocation)
+    return reach(language_model, goals, statistics=statistics, compressor=compressor, progress=progress)
+
+
+@torch.no_grad()
+def reach(
+    language_model: Prunable,
+    goals: Iterable[tuple[SiteModule, Goal]],
+    *,
+    statistics: Statistics | None = None,
+    compressor: str = "mask",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PrunedLayer, ...]:
+    """Replace the weights of every prunable matrix by those that meet its goal, in place.
+
+    Args:
+        language_model: its weights are compressed as they are.
+        goals: what has to go from each matrix, in model order; the next is asked for when the last is met.
+        statistics, compressor, progress: as of `prune_model`.
+
+    Returns:
+        One entry per matrix, in model order.
+
+    Raises:
+        InvalidInput: the compressor can make nothing of the statistics. The model may then be pruned in part.
+    """
+    layers = []
     for bound, goal in goals:
         site, weight = bound.site, bound.weight()
         names = set(COMPRESSORS[compressor].needs)

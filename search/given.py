@@ -1,4 +1,4 @@
-"""Allocations and shapes that a configuration names: a file, or a run that left one."""
+"""Allocations, shapes and policies that a person names: a file, or a run that left one."""
 
 from __future__ import annotations
 
@@ -62,6 +62,23 @@ def shape_file(source: str) -> Path:
     if run.result is None:
         raise InvalidInput(f"run {source} is not finished: resume it first")
     return run.path / "export" / "shape.json"
+
+
+def policy_file(source: str) -> Path:
+    """The file of the mask policy that `source` names: itself, or what a finished run exported.
+
+    Raises:
+        InvalidInput: a run that is not finished, or that searched something else.
+    """
+    path = Path(source)
+    if path.suffix == ".json" and not path.is_dir():
+        return path
+    run = RunDirectory.open(source)
+    if run.kind != "policy":
+        raise InvalidInput(f"run {source} searched {run.kind}s: a run that searched a policy is needed")
+    if run.result is None:
+        raise InvalidInput(f"run {source} is not finished: resume it first")
+    return run.path / "export" / "policy.json"
 
 
 def given_shape(source: str | None) -> Shape | None:

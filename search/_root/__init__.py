@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from evoprune.metrics.shape import Shape
     from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
+    from evoprune.policies import prune_policy
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
     from evoprune.searches_joint import search_joint
@@ -50,6 +51,7 @@ _HOMES = {
     "load_pipeline": "evoprune.pipelines",
     "prune": "evoprune.api",
     "prune_pipeline": "evoprune.pipelines",
+    "prune_policy": "evoprune.policies",
     "prune_shape": "evoprune.shapes",
     "prune_structure": "evoprune.shapes",
     "resume": "evoprune.searches",
@@ -78,6 +80,7 @@ __all__ = [
     "load_pipeline",
     "prune",
     "prune_pipeline",
+    "prune_policy",
     "prune_shape",
     "prune_structure",
     "resume",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from evoprune.allocations import GivenAllocation, allocate
 from evoprune.calibration import (
@@ -28,6 +28,7 @@ from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.numerics import torch_threads
+from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics import Statistics
@@ -38,10 +39,20 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
-from evoprune.outcomes import Evaluation, Pruned, criterion_label
+from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
 from evoprune.recoveries import given_recovery
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
+
+
+@overload
+def prune(model: str | LanguageModel = ..., *, policy: None = None, **options: Any) -> Pruned: ...
+
+
+@overload
+def prune(
+    model: str | LanguageModel = ..., *, policy: str | Path | LearnedPolicy, **options: Any
+) -> Pruned | CutModel: ...
 
 
 def prune(
@@ -55,6 +66,7 @@ def prune(
     allocation_parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str | None = None,
+    policy: str | Path | LearnedPolicy | None = None,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
     recovery_loss: str | None = None,
@@ -67,7 +79,7 @@ def prune(
     seed: int = 0,
     progress: Progress = silent,
     **loading: Any,
-) -> Pruned:
+) -> Pruned | CutModel:
     """Remove the weights that a criterion scores lowest, and write a checkpoint if asked to.
 
     Args:
@@ -86,6 +98,7 @@ def prune(
         compressor: a name of `evoprune list compressors`: what happens to the weights that stay. ``mask`` leaves them
             as they are; ``sparsegpt`` chooses itself what goes, and lets the weights that stay make up for it. None is
             the one that `allocation` was searched for, if its file says so, else ``mask``.
+        policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
         recovery_tokens: how many tokens it is trained on; None takes 300,000. They are from text A of `calibration`, of
@@ -102,6 +115,33 @@ def prune(
     Raises:
         InvalidInput: something of the above does not exist or does not fit; no checkpoint is written.
     """
+    if policy is not None:
+        from evoprune.policies import prune_policy
+
+        beside = {
+            "sparsity": sparsity,
+            "pattern": pattern,
+            "group": group,
+            "allocation": allocation,
+            "allocation_parameters": allocation_parameters,
+            "budgets": budgets,
+            "compressor": compressor,
+        }
+        if told := [name for name, value in beside.items() if value is not None]:
+            raise InvalidInput(f"a policy says by itself what goes: leave out {told[0]}")
+        return prune_policy(
+            model,
+            policy,
+            recovery=recovery,
+            recovery_tokens=recovery_tokens,
+            recovery_loss=recovery_loss,
+            recovery_parameters=recovery_parameters,
+            calibration=calibration,
+            seed=seed,
+            out=out,
+            progress=progress,
+            **loading,
+        )
     criterion = load_metric(metric) if isinstance(metric, str) else metric
     named = "uniform" if allocation is None and budgets else allocation
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})

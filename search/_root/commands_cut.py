@@ -1,4 +1,4 @@
-"""What `prune` does with `--shape` and `--method`: the model gets smaller."""
+"""What `prune` does with `--shape`, `--method` and `--policy`: most of these make the model smaller."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import user_path
 
 if TYPE_CHECKING:
-    from evoprune.outcomes import CutModel, Smaller
+    from evoprune.outcomes import Smaller
 
 
 def prune_to_shape(output: Output, model: str, shape: Path, beside: dict[str, Any], options: dict[str, Any]) -> None:
@@ -53,6 +53,27 @@ def prune_by_method(output: Output, model: str, method: str, beside: dict[str, A
     _show(output, model, prune_structure(model, method, progress=output.step, **options))
 
 
+def prune_by_policy(output: Output, model: str, policy: str, beside: dict[str, Any], options: dict[str, Any]) -> None:
+    """Remove from a model what a policy search found can go.
+
+    Args:
+        output, model, policy: as given.
+        beside: values of options that say something else than a policy.
+        options: further arguments of `prune_policy`, `out` among them.
+
+    Raises:
+        InvalidInput: a policy and something else say what goes, or `prune_policy` refuses.
+    """
+    _check("--policy", model, beside, options["out"])
+    from evoprune.outcomes import CutModel
+    from evoprune.policies import FOREIGN, prune_policy
+
+    done = prune_policy(model, policy, progress=output.step, **options)
+    if done.foreign if isinstance(done, CutModel) else done.doubt is not None:
+        output.tell(FOREIGN)
+    _show(output, model, done)
+
+
 def of_recovery(done: Smaller) -> Iterator[str]:
     """Where the training of a recovery began, if not at the beginning; what was there before, if it was of no use."""
     if done.recovery is None:
@@ -64,7 +85,7 @@ def of_recovery(done: Smaller) -> Iterator[str]:
         yield f"the recovery went on from step {training.continued:,} of {training.steps:,}"
 
 
-def _show(output: Output, model: str, done: CutModel) -> None:
+def _show(output: Output, model: str, done: Smaller) -> None:
     from evoprune.search.tables import layers_table
 
     for remark in of_recovery(done):

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from evoprune import completion
-from evoprune.commands_cut import check_writable, key_values, of_recovery, prune_by_method, prune_to_shape
+from evoprune.commands_cut import (
+    check_writable,
+    key_values,
+    of_recovery,
+    prune_by_method,
+    prune_by_policy,
+    prune_to_shape,
+)
 from evoprune.console import Output
 from evoprune.metrics.errors import InvalidInput
 from evoprune.options import (
@@ -125,6 +132,16 @@ def prune(
         Path | None,
         option("--shape", metavar="F", help="a .json of the heads and neurons that every block keeps", panel=TARGET),
     ] = None,
+    policy: Annotated[
+        str | None,
+        option(
+            "--policy",
+            metavar="F|RUN",
+            help="what a policy search keeps: its policy.json, or the run",
+            panel=TARGET,
+            autocompletion=completion.runs,
+        ),
+    ] = None,
     recovery: Annotated[
         str | None,
         option(
@@ -157,9 +174,9 @@ def prune(
         Literal["auto", "plain", "padded", "compact", "masked"],
         typer.Option(
             "--form",
-            help="of what is cut by --shape or --method: plain has one width in all blocks, padded fills up with "
-            "zeros, compact is as small as the shape, masked has zeros only; auto is plain if the shape allows it, "
-            "else compact",
+            help="of what is cut by --shape, --method or --policy: plain has one width in all blocks, padded fills up "
+            "with zeros, compact is as small as the shape, masked has zeros only; auto is plain if the shape allows "
+            "it, else compact",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
@@ -167,7 +184,7 @@ def prune(
         bool,
         typer.Option(
             "--latency/--no-latency",
-            help="of what is cut by --shape or --method: measure how fast it is, for the model card",
+            help="of what is cut by --shape, --method or --policy: measure how fast it is, for the model card",
             rich_help_panel=OUTPUT,
         ),
     ] = True,
@@ -204,25 +221,31 @@ def prune(
         text = _calibration(calibration, calibration_sequences, calibration_window)
         written = {"form": form, "out": out, "latency": latency, "seed": seed}
         if method is not None:
-            beside["--shape"] = shape
+            beside |= {"--shape": shape, "--policy": policy}
             if tokens != "all":
                 beside["--tokens"] = tokens
             parameters = key_values("--method-set", method_set or [], "protect_last=1")
             target = {"sparsity": sparsity, "parameters": parameters, **written, **text}
             prune_by_method(output, model, method, beside, target | training | loading)
             return
-        if shape is not None:
+        if shape is not None or policy is not None:
             # Only a recovery reads text here.
             read = {"calibration": text.pop("calibration")} if recovery and calibration is not None else {}
             beside |= {"--sparsity": sparsity, "--method-set": method_set}
             beside |= {f"--{name.replace('_', '-')}": value for name, value in text.items()}
-            prune_to_shape(output, model, shape, beside, written | read | training | loading)
+            options = written | read | training | loading
+            if shape is not None:
+                prune_to_shape(output, model, shape, beside | {"--policy": policy}, options)
+            elif policy is not None:
+                if tokens != "all":
+                    beside["--tokens"] = tokens
+                prune_by_policy(output, model, policy, beside, options)
             return
         if method_set:
             raise InvalidInput("--method-set is a parameter of a method: name one by --method")
         if form not in ("auto", "plain"):
             raise InvalidInput(
-                f"--form {form} goes with --shape or --method: a mask keeps every width, so give --form plain"
+                f"--form {form} goes with --shape, --method or --policy: a mask keeps every width, so give --form plain"
             )
         if sparsity is not None and not 0 < sparsity < 1:
             raise InvalidInput(

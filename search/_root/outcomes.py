@@ -56,11 +56,13 @@ class Smaller:
     Attributes:
         layers: one entry per matrix, in model order.
         recovery: how what is left was trained; None if it was not.
+        policy: the summary of the mask policy that said what goes; None if something else did.
         out: folder of the checkpoint; None if none was asked for.
     """
 
     layers: tuple[PrunedLayer, ...]
     recovery: MeasuredRecovery | None = None
+    policy: Mapping[str, Any] | None = None
     out: Path | None = None
 
     @property
@@ -90,6 +92,7 @@ class Smaller:
             "compressor": None,
             "allocation": None,
             "recovery": None if self.recovery is None else self.recovery.to_json(),
+            **({} if self.policy is None else {"policy": dict(self.policy)}),
             "layers": [
                 {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
                 for layer in self.layers

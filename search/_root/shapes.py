@@ -80,7 +80,7 @@ def prune_shape(
         recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
     )
     given = shape if isinstance(shape, Shape) else read_shape(shape)
-    language_model = _dense(model, loading, progress)
+    language_model = dense_model(model, loading, progress)
     units = find_units(language_model)
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     chosen = form_of(language_model, units, given.blocks, form)
@@ -88,7 +88,7 @@ def prune_shape(
     edit = _edit(given, language_model, units, progress)
     recipe = {"shape": to_json(given), "form": chosen}
     foreign = given.fingerprint != language_model.fingerprint
-    done = _done(given, language_model, units, edit, chosen, begun, out, latency, recipe, progress)
+    done = cut_and_written(given, language_model, units, edit, chosen, begun, out, latency, recipe, progress)
     return replace(done, foreign=foreign)
 
 
@@ -138,7 +138,7 @@ def prune_structure(
     recovers = given_recovery(
         recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
     )
-    language_model = _dense(model, loading, progress)
+    language_model = dense_model(model, loading, progress)
     units = find_units(language_model)
     begun = None if recovers is None else recovers.started(language_model)
     window = default_window(language_model, calibration_window)
@@ -164,11 +164,11 @@ def prune_structure(
             "seed": seed,
         },
     }
-    done = _done(shape, language_model, units, edit, written, begun, out, latency, recipe, progress)
+    done = cut_and_written(shape, language_model, units, edit, written, begun, out, latency, recipe, progress)
     return replace(done, method=method, found=edit.found)
 
 
-def _dense(model: str | LanguageModel, loading: Mapping[str, Any], progress: Progress) -> LanguageModel:
+def dense_model(model: str | LanguageModel, loading: Mapping[str, Any], progress: Progress) -> LanguageModel:
     """The model to cut, which is nobody else's.
 
     Raises:
@@ -180,7 +180,7 @@ def _dense(model: str | LanguageModel, loading: Mapping[str, Any], progress: Pro
     return found
 
 
-def _done(
+def cut_and_written(
     shape: Shape,
     language_model: LanguageModel,
     units: list[BlockUnits],

@@ -88,7 +88,9 @@ def test_names_and_models_that_do_not_fit(refused: Callable[..., str], four: Pat
     assert "no method 'lacoo'; did you mean 'laco'?" in refused("prune", four, "--method", "lacoo", "--out", "out")
     told = refused("prune", four, "--method-set", "layers=3", "--out", "out")
     assert "--method-set is a parameter of a method: name one by --method" in told
-    assert "--form padded goes with --shape or --method" in refused("prune", four, "--form", "padded", "--out", "out")
+    assert "--form padded goes with --shape, --method or --policy" in refused(
+        "prune", four, "--form", "padded", "--out", "out"
+    )
     olmo = save_tiny(place / "olmo", "olmo2")
     told = refused("prune", olmo, "--method", "laco", "--out", "out")
     assert "q_norm.weight [32] beside its matrices: it cannot be cut" in told

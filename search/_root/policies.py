@@ -1,0 +1,156 @@
+"""Models pruned as a policy search found: cut where a shape says what stays, else with zeros in place of what goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evoprune.calibration import Progress, collect_statistics, silent
+from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
+from evoprune.fitness.forms import FORMS, form_of
+from evoprune.fitness.maskers import ByUnits
+from evoprune.fitness.methods import ModelEdit
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.numerics import torch_threads
+from evoprune.fitness.policy_file import LearnedPolicy, apply_policy, policy_shape, read_policy
+from evoprune.fitness.pruning import check_rule
+from evoprune.fitness.units import find_units
+from evoprune.metrics.errors import InvalidInput, UnknownName
+from evoprune.metrics.files import content_hash
+from evoprune.metrics.records import MaskRule
+from evoprune.metrics.shape_file import to_json
+from evoprune.outcomes import CutModel, Pruned
+from evoprune.recoveries import Begun, given_recovery
+from evoprune.search.given import policy_file
+from evoprune.shapes import cut_and_written, dense_model
+
+FOREIGN = "the policy was found on other weights of this class"
+
+
+def prune_policy(
+    model: str | LanguageModel = "reference",
+    policy: str | Path | LearnedPolicy = "policy.json",
+    *,
+    form: str = "auto",
+    recovery: str | None = None,
+    recovery_tokens: int | None = None,
+    recovery_loss: str | None = None,
+    recovery_parameters: Mapping[str, Any] | None = None,
+    calibration: str = "corpus",
+    seed: int = 0,
+    out: str | Path | None = None,
+    latency: bool = True,
+    progress: Progress = silent,
+    **loading: Any,
+) -> CutModel | Pruned:
+    """Remove from a model what a policy search found can go, and write a checkpoint if asked to.
+
+    Args:
+        model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is: the result has a copy.
+        policy: a `LearnedPolicy`, a file that holds one, or a finished run that searched one.
+        form: as of `prune_shape`, where a shape says what stays: heads, neurons and blocks. Query heads that differ in
+            number between the KV groups of a block, and masks of matrices, are written with zeros: ``auto`` or
+            ``masked``.
+        recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
+        calibration, seed: the text that a recovery learns from, and the seed of what it draws. Masks of matrices are
+            made from the text that the search read, which the policy names.
+        out: a new or empty folder; None writes nothing.
+        latency: of what gets smaller; see `prune_shape`.
+        progress: told what runs.
+        loading: further arguments of `load_model`, where `model` is a name.
+
+    Raises:
+        InvalidInput: something of the above does not exist or does not fit; no checkpoint is written.
+    """
+    if out is not None:
+        check_out_dir(out)
+    if form not in FORMS:
+        raise UnknownName("form", form, FORMS)
+    recovers = given_recovery(
+        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
+    )
+    given = policy if isinstance(policy, LearnedPolicy) else read_policy(policy_file(str(policy)))
+    if given.pattern is not None and form not in ("auto", "masked"):
+        raise InvalidInput(f"--form {form} is of what gets smaller, and an N:M policy keeps every width: leave it out")
+    language_model = dense_model(model, loading, progress)
+    given.check(language_model)
+    units = find_units(language_model) if isinstance(given.table.masker, ByUnits) else []
+    shape = policy_shape(given, units)
+    summary = given.summary()
+    if shape is None:
+        if form not in ("auto", "masked"):
+            raise InvalidInput(
+                f"--form {form} cannot hold this policy: it keeps different numbers of query heads in the KV groups of "
+                "a block; give masked"
+            )
+        begun = None if recovers is None else recovers.started(language_model)
+        return _masked(language_model, given, begun, out, progress)
+    chosen = form_of(language_model, units, shape.blocks, form)
+    begun = None if recovers is None else recovers.started(language_model)
+    recipe = {"shape": to_json(shape), "form": chosen, "policy": summary}
+    edit = ModelEdit(shape.blocks)
+    done = cut_and_written(shape, language_model, units, edit, chosen, begun, out, latency, recipe, progress)
+    return replace(done, foreign=given.fingerprint != language_model.fingerprint, policy=summary)
+
+
+def _masked(
+    language_model: LanguageModel,
+    policy: LearnedPolicy,
+    begun: Begun | None,
+    out: str | Path | None,
+    progress: Progress,
+) -> Pruned:
+    """Zeros in place of what goes, in place, and the checkpoint that was asked for."""
+    calibration, needs = policy.calibration, policy.needs
+    if policy.pattern is not None:
+        check_rule(language_model, MaskRule(None, policy.pattern))
+    # The masks that the search measured come out again, bit for bit, from sums in the same order.
+    with torch_threads(None if calibration is None else calibration.threads):
+        statistics = None
+        if needs:
+            assert calibration is not None
+            statistics = collect_statistics(
+                language_model,
+                needs,
+                calibration=calibration.text,
+                calibration_sequences=calibration.sequences,
+                calibration_window=calibration.window,
+                seed=calibration.seed,
+                progress=progress,
+            )
+        progress("masking", 0, 1)
+        layers = apply_policy(language_model, policy, statistics)
+        progress("masking", 1, 1)
+    removed, prunable = sum(layer.removed for layer in layers), sum(layer.weights for layer in layers)
+    recovered = None if begun is None else begun.run(language_model, progress)
+    pruned = Pruned(
+        language_model=language_model,
+        criterion=None,
+        rule=MaskRule(removed / prunable) if policy.pattern is None else MaskRule(None, policy.pattern),
+        compressor="mask",
+        layers=layers,
+        recovery=recovered,
+        doubt=None if policy.fingerprint == language_model.fingerprint else FOREIGN,
+        policy=policy.summary() | ({"sites": policy.choices} if policy.choices else {}),
+    )
+    recipe: dict[str, Any] = {
+        "policy": pruned.policy,
+        "pattern": str(pruned.rule) if policy.pattern else None,
+        "compressor": "mask",
+    }
+    kept = ["removed", "prunable", "layers"]
+    if begun is not None and recovered is not None:
+        recipe["recovery"] = begun.given.recipe(recovered.done.learning_rate)
+        kept.append("recovery")
+    if out is not None:
+        progress("writing the checkpoint", 0, 1)
+        report = {name: value for name, value in pruned.to_json().items() if name in kept}
+        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report))
+        progress("writing the checkpoint", 1, 1)
+    if begun is not None:
+        begun.given.finish()
+    # Statistics are cached by fingerprint, and the dense model's are not those of this one.
+    fingerprint = content_hash([language_model.fingerprint, recipe])
+    return replace(pruned, language_model=replace(language_model, fingerprint=fingerprint))

@@ -1,0 +1,195 @@
+"""`prune --policy` and the same in Python: what is cut, masked, written and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import evoprune
+from evoprune.fitness.maskers import ByMetrics, ByUnits, ByWeights
+from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.policy_file import Calibration, policy_shape, write_policy
+from evoprune.fitness.units import find_units
+from evoprune.metrics.errors import InvalidInput
+from evoprune.search.rundir import RunDirectory
+from tests.door.conftest import Run
+from tests.models import random_windows, save_tiny
+from tests.policies import policy_of
+
+UNITS = ByUnits(("kv-group", "neurons:20"))
+# Of each block the KV groups, then the neurons in runs of 20, 20 and 8.
+KEPT = np.array([True, False, True, True, False, True, True, False, False, True])
+
+
+@pytest.fixture(scope="module")
+def dense(tiny: Path) -> LanguageModel:
+    return load_model(str(tiny))
+
+
+@pytest.fixture
+def file(dense: LanguageModel, place: Path) -> Path:
+    return write_policy(policy_of(dense, UNITS, KEPT), place / "policy.json")
+
+
+@pytest.fixture
+def uneven(dense: LanguageModel, place: Path) -> Path:
+    """Of the first KV group one query head goes."""
+    mask = np.ones(8, dtype=bool)
+    mask[0] = False
+    return write_policy(policy_of(dense, ByUnits(("query-head",)), mask), place / "uneven.json")
+
+
+@pytest.mark.parametrize(
+    ("form", "written"), [("auto", "compact"), ("compact", "compact"), ("padded", "padded"), ("masked", "masked")]
+)
+def test_units_are_cut_in_every_form(
+    form: str, written: str, run: Run, tiny: Path, file: Path, dense: LanguageModel, place: Path
+) -> None:
+    words = ("prune", tiny, "--policy", file, "--form", form, "--no-latency", "--out", "out", "--json")
+    done = run(*words)
+    assert done.code == 0, done.err
+    document = done.json
+    # A KV group with its two query heads, 8 + 40 neurons of three vectors.
+    gone = 32 * 8 * (2 + 1 + 1 + 2) + 3 * 32 * (8 + 40)
+    assert (document["form"], document["removed"], document["pattern"]) == (written, gone, None)
+    assert document["policy"]["masker"] == UNITS.to_json()
+    assert (document["policy"]["kept"], document["policy"]["origin"]) == (6, {"run": "policy-1"})
+    record = json.loads((place / "out" / "evoprune.json").read_text())
+    assert record["recipe"]["policy"] == document["policy"]
+    assert record["recipe"]["shape"]["blocks"][1]["neurons"] == "40-47"
+    assert '"hash"' in (place / "out" / "README.md").read_text()
+    shape = policy_shape(policy_of(dense, UNITS, KEPT), find_units(dense))
+    assert shape is not None
+    expected = evoprune.prune_shape(dense, shape, form="compact").language_model
+    found = load_model(str(place / "out"))
+    logits = [model.model(input_ids=random_windows()).logits for model in (expected, found)]
+    assert torch.allclose(*logits, atol=1e-5)
+
+
+def test_query_heads_of_no_shape_are_zeros(
+    run: Run, refused: Callable[..., str], tiny: Path, uneven: Path, place: Path
+) -> None:
+    told = refused("prune", tiny, "--policy", uneven, "--form", "compact", "--out", "out")
+    assert "keeps different numbers of query heads in the KV groups of a block; give masked" in told
+    done = run("prune", tiny, "--policy", uneven, "--out", "out", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["removed"], done.json["compressor"]) == (2 * 8 * 32, "mask")
+    found = load_model(str(place / "out"))
+    attention = found.model.get_submodule("model.layers.0.self_attn")
+    assert not attention.get_parameter("q_proj.weight")[:8].any()
+    assert not attention.get_parameter("o_proj.weight")[:, :8].any()
+    assert attention.get_parameter("k_proj.weight").all()
+
+
+def test_a_finished_run_is_a_policy(run: Run, refused: Callable[..., str], tiny: Path, file: Path, place: Path) -> None:
+    with RunDirectory.create("policy", {}, {}, run_dir=place / "run") as unfinished:
+        (place / "run" / "export").mkdir()
+        (place / "run" / "export" / "policy.json").write_bytes(file.read_bytes())
+        assert "is not finished: resume it first" in refused("prune", tiny, "--policy", "run", "--out", "out")
+        unfinished.write_result({"best": {}})
+    done = run("prune", tiny, "--policy", "run", "--form", "masked", "--out", "out", "--json")
+    assert done.code == 0, done.err
+    assert done.json["policy"]["kept"] == 6
+
+
+def test_a_run_of_another_kind_is_none(refused: Callable[..., str], tiny: Path, place: Path) -> None:
+    RunDirectory.create("structure", {}, {}, run_dir=place / "run").close()
+    told = refused("prune", tiny, "--policy", "run", "--out", "out")
+    assert "searched structures: a run that searched a policy is needed" in told
+
+
+def test_choices_of_metrics_are_written_as_masks(
+    run: Run, dense: LanguageModel, tiny: Path, story: Path, place: Path
+) -> None:
+    """Each matrix is what pruning the whole model by its metric on the same text makes of it."""
+    masker = ByMetrics((2, 4), ("wanda", "magnitude"))
+    sites = [bound.site.name for bound in dense.sites]
+    mask = np.array([[index % 2 == 0, index % 2 == 1] for index in range(len(sites))]).reshape(-1)
+    text = Calibration(str(story), 4, 32, 3, torch.get_num_threads())
+    write_policy(policy_of(dense, masker, mask, calibration=text, fingerprint="another"), place / "policy.json")
+    done = run("prune", tiny, "--policy", "policy.json", "--out", "out", "--json")
+    assert done.code == 0, done.err
+    document = done.json
+    assert (document["pattern"], document["criterion"], document["compressor"]) == ("2:4", None, "mask")
+    assert document["sparsity"] == 0.5
+    assert all(0 < layer["error"] < 1 for layer in document["layers"])
+    assert document["policy"]["sites"] == {name: masker.metrics[at % 2] for at, name in enumerate(sites)}
+    assert "found on other weights of this class" in done.err
+    assert '"sites"' not in (place / "out" / "README.md").read_text()
+    found = load_model(str(place / "out"))
+    for offset, metric in enumerate(masker.metrics):
+        calibration = {"calibration": str(story), "calibration_sequences": 4, "calibration_window": 32, "seed": 3}
+        expected = evoprune.prune(dense, metric=metric, pattern="2:4", **calibration).language_model
+        for here, there in zip(found.sites[offset::2], expected.sites[offset::2], strict=True):
+            assert torch.equal(here.weight(), there.weight())
+
+
+def test_single_weights_in_python(dense: LanguageModel, tmp_path: Path) -> None:
+    policy = policy_of(dense, ByWeights((2, 4), "magnitude"))
+    done = evoprune.prune(dense, policy=policy, out=tmp_path / "out")
+    assert done.sparsity == 0.5
+    assert done.language_model.fingerprint != dense.fingerprint
+    assert all(bound.weight().all() for bound in dense.sites)
+    kept = [bound.weight().flatten() != 0 for bound in load_model(str(tmp_path / "out")).sites]
+    assert torch.cat(kept).tolist() == policy.mask.tolist()
+
+
+def test_in_python_a_policy_says_all(dense: LanguageModel, file: Path) -> None:
+    done = evoprune.prune(dense, policy=file)
+    assert isinstance(done, evoprune.CutModel)
+    assert done.form == "compact"
+    with pytest.raises(InvalidInput, match="leave out sparsity"):
+        evoprune.prune(dense, policy=file, sparsity=0.5)
+    with pytest.raises(InvalidInput, match="no form 'small'"):
+        evoprune.prune_policy(dense, file, form="small")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--sparsity", 0.5),
+        ("--pattern", "2:4"),
+        ("--allocation", "owl"),
+        ("--metric", "wanda"),
+        ("--shape", "shape.json"),
+        ("--method", "shortgpt"),
+        ("--calibration", "corpus"),
+        ("--tokens", "amia"),
+    ],
+)
+def test_nothing_else_says_what_goes(
+    words: tuple[Any, ...], refused: Callable[..., str], tiny: Path, file: Path
+) -> None:
+    told = refused("prune", tiny, "--policy", file, "--out", "out", *words)
+    first, second = ("--policy", words[0]) if words[0] not in ("--shape", "--method") else (words[0], "--policy")
+    assert f"{first} says by itself what goes: leave out {second}" in told
+
+
+def test_policies_that_do_not_fit(refused: Callable[..., str], tiny: Path, file: Path, place: Path) -> None:
+    opt = save_tiny(place / "opt", "opt")
+    told = refused("prune", opt, "--policy", file, "--out", "out")
+    assert "is of another model, LlamaForCausalLM and not this OPTForCausalLM" in told
+    wide = save_tiny(place / "wide", intermediate_size=64)
+    told = refused("prune", wide, "--policy", file, "--out", "out")
+    assert "model.layers.0.mlp has 48 members in units of neurons:20 there" in told
+    document = json.loads(file.read_text())
+    document["units"][0]["of"] = 3
+    file.write_text(json.dumps(document))
+    assert "the file was changed" in refused("prune", tiny, "--policy", file, "--out", "out")
+    assert "no file 'nowhere.json'; give a policy's .json" in refused(
+        "prune", tiny, "--policy", "nowhere.json", "--out", "out"
+    )
+
+
+def test_a_pattern_keeps_every_width(
+    refused: Callable[..., str], dense: LanguageModel, tiny: Path, place: Path
+) -> None:
+    write_policy(policy_of(dense, ByWeights((2, 4), "magnitude")), place / "policy.json")
+    told = refused("prune", tiny, "--policy", "policy.json", "--form", "compact", "--out", "out")
+    assert "an N:M policy keeps every width: leave it out" in told
