@@ -168,6 +168,11 @@ class UnitTable:
             return np.arange(self.n, dtype=np.int64) // m, n
         return None
 
+    @property
+    def orders(self) -> Mapping[int, tuple[int, ...]]:
+        """The order of neurons by block, where they are dealt to ranked units."""
+        return {row.block: row.order for row in self.rows if row.order}
+
     @cached_property
     def hash(self) -> str:
         """Names the content: equal for the same units at the same costs, in the same order."""
@@ -289,7 +294,7 @@ def unit_table(
     language_model: LanguageModel,
     masker: Masker,
     quantity: str = "parameters",
-    orders: Sequence[Sequence[int]] = (),
+    orders: Mapping[int, Sequence[int]] | None = None,
 ) -> UnitTable:
     """The units of a dense model.
 
@@ -297,7 +302,7 @@ def unit_table(
         language_model: its weights are not read.
         masker: says what a unit is.
         quantity: what costs count; units of matrices have none.
-        orders: of the neurons of every block, as they are dealt to ranked units; see `neuron_orders`.
+        orders: of the neurons by block, as they are dealt to ranked units; see `neuron_orders`.
 
     Raises:
         InvalidInput: the model cannot be cut; KV groups are asked for where every block has one; M does not divide the
@@ -308,7 +313,7 @@ def unit_table(
         if quantity not in get_args(Quantity):
             raise UnknownName("quantity of unit costs", quantity, get_args(Quantity))
         costs: UnitCosts = unit_costs(language_model, quantity)  # type: ignore[arg-type]
-        return _table_of_units(masker, find_units(language_model), costs, orders)
+        return _table_of_units(masker, find_units(language_model), costs, orders or {})
     sites = [bound.site for bound in language_model.sites]
     for site in sites:
         check_pattern(masker.pattern, site.in_features, site.name)
@@ -399,7 +404,7 @@ def unit_columns(table: UnitTable, units: Sequence[BlockUnits]) -> dict[str, NDA
 
 
 def _table_of_units(
-    masker: ByUnits, units: Sequence[BlockUnits], costs: UnitCosts, orders: Sequence[Sequence[int]]
+    masker: ByUnits, units: Sequence[BlockUnits], costs: UnitCosts, orders: Mapping[int, Sequence[int]]
 ) -> UnitTable:
     if "kv-group" in masker.kinds and all(block.widths.groups == 1 for block in units):
         raise InvalidInput(
@@ -410,7 +415,12 @@ def _table_of_units(
     for block in units:
         for kind in ordered:
             row = _row(kind, block, costs)
-            rows.append(replace(row, order=tuple(orders[block.block])) if is_ranked(kind) else row)
+            if is_ranked(kind):
+                order = tuple(orders.get(block.block, ()))
+                if sorted(order) != list(range(row.of)):
+                    raise InvalidInput(f"no order of the {row.of} neurons of {row.name} for units {kind!r}")
+                row = replace(row, order=order)
+            rows.append(row)
     return UnitTable(masker, costs.quantity, tuple(rows), costs.dense, costs.rest)
 
 

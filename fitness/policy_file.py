@@ -34,7 +34,7 @@ DIGITS = 6
 
 _TABLE = ("masker", "quantity", "dense", "rest")
 _KEYS = ("format", "model", "fingerprint", *_TABLE, "hash", "calibration", "target", "origin", "units")
-_ROW = tuple(field.name for field in fields(UnitRow))
+_ROW = tuple(field.name for field in fields(UnitRow) if field.name != "order")
 # What is read is written out in memory, so nobody's typing error may ask for billions.
 _MOST_UNITS = 1 << 22
 
@@ -126,7 +126,9 @@ class LearnedPolicy:
         name = type(language_model.model).__name__
         if name != self.model:
             raise InvalidInput(f"the policy is of another model, {self.model[:80]} and not this {name}")
-        here = unit_table(language_model, self.table.masker, self.table.quantity).rows
+        # Which neurons are ranked next to each other is not looked up again: the file says it.
+        orders = self.table.orders
+        here = unit_table(language_model, self.table.masker, self.table.quantity, orders).rows
         if len(here) != len(self.table.rows):
             raise InvalidInput(
                 f"the policy is of another model: it has {len(self.table.rows)} kinds of units in blocks or matrices, "
@@ -210,7 +212,7 @@ def to_json(policy: LearnedPolicy) -> dict[str, Any]:
         kept = policy.mask[part]
         said = np.packbits(kept).tobytes().hex() if bits else to_ranges(np.flatnonzero(kept).tolist())
         surely = {} if policy.probabilities is None else {"keep": policy.probabilities[part].tolist()}
-        units.append({**asdict(row), "kept": said, **surely})
+        units.append({**row.to_json(), "kept": said, **surely})
     return {
         "format": FORMAT,
         "model": policy.model,
@@ -349,10 +351,10 @@ def _row(row: Any, index: int) -> Any:
     Raises:
         InvalidInput: it says something else than it must.
     """
-    if not isinstance(row, dict) or not {*_ROW, "kept"} <= set(row) <= {*_ROW, "kept", "keep"}:
+    if not isinstance(row, dict) or not {*_ROW, "kept"} <= set(row) <= {*_ROW, "kept", "keep", "order"}:
         names = ", ".join(map(repr, (*_ROW, "kept")))
-        raise InvalidInput(f"entry {index + 1} of 'units' must have {names} and may have 'keep'")
-    plain = {name: row[name] for name in _ROW}
+        raise InvalidInput(f"entry {index + 1} of 'units' must have {names} and may have 'keep' and 'order'")
+    plain = {name: row[name] for name in (*_ROW, "order") if name in row}
     units = row_from(plain, index).count
     text = row["kept"]
     if not isinstance(text, str) or (units > _MOST_UNITS and len(text) != -(-units // 8) * 2):

@@ -179,7 +179,7 @@ class PolicyWorker(UnitWorker):
         """The units of the model; which they are does not depend on what they cost."""
         named = masker, prepared, quantity
         if named not in self._tables:
-            orders: Sequence[Sequence[int]] = ()
+            orders: Mapping[int, Sequence[int]] | None = None
             if isinstance(masker, ByUnits) and masker.ranked_by is not None:
                 self._restore()
                 known = self.prepared(prepared)

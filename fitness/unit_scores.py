@@ -63,8 +63,8 @@ def mask_unit_scores(
 
 def neuron_orders(
     language_model: LanguageModel, criterion: UnitCriterion | Criterion, statistics: Statistics, sparsity: float
-) -> list[tuple[int, ...]]:
-    """The neurons of every block, the highest score first; of equal ones the lower index.
+) -> dict[int, tuple[int, ...]]:
+    """The neurons of every block by its index, the highest score first; of equal ones the lower index.
 
     Args:
         language_model, criterion, statistics, sparsity: see `mask_unit_scores`.
@@ -73,7 +73,7 @@ def neuron_orders(
         InvalidInput: see `mask_unit_scores`.
     """
     found = _scored(language_model, criterion, statistics, sparsity)
-    return [tuple(torch.argsort(-scores.neurons, stable=True).tolist()) for scores in found]
+    return {block: tuple(torch.argsort(-scores.neurons, stable=True).tolist()) for block, scores in enumerate(found)}
 
 
 def _scored(

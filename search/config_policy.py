@@ -89,7 +89,6 @@ class PolicyTarget(Section):
         return self
 
 
-
 class PolicySearcher(Section):
     """How the policy learns."""
 

@@ -29,8 +29,8 @@ def budget_of(table: UnitTable, target: PolicyTarget, prior: NDArray[np.float64]
         InvalidInput: so much cannot go.
     """
     if table.strata is not None:
-        labels, keep = table.strata
-        return Strata(labels, np.full(int(labels[-1]) + 1, keep, dtype=np.int64))
+        labels, each = table.strata
+        return Strata(labels, np.full(int(labels[-1]) + 1, each, dtype=np.int64))
     assert target.sparsity is not None
     pinned = _best_of_rows(table, prior) if target.drop == "none" else None
     if target.budget == "global":
@@ -46,6 +46,14 @@ def budget_of(table: UnitTable, target: PolicyTarget, prior: NDArray[np.float64]
             "--sparsity, or smaller units"
         )
     return Strata(labels, keep, pinned)
+
+
+def keep_rates(budget: Budget) -> NDArray[np.float64]:
+    """[n]: the share of what a unit has its budget with that stays."""
+    if isinstance(budget, Knapsack):
+        return np.full(budget.n, budget.budget / int(budget.costs.sum()))
+    found: NDArray[np.float64] = (budget.keep / np.bincount(budget.labels, minlength=len(budget.keep)))[budget.labels]
+    return found
 
 
 def _by_cost(table: UnitTable, target: PolicyTarget, pinned: NDArray[np.bool_] | None) -> Budget:

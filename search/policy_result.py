@@ -9,7 +9,7 @@ import numpy as np
 
 from evoprune.fitness.mask_units import UnitTable, kept_cost, shape_of
 from evoprune.fitness.maskers import ByMetrics, ByUnits
-from evoprune.fitness.policy_file import PolicyFile, read_policy, write_policy
+from evoprune.fitness.policy_file import Calibration, LearnedPolicy, read_policy, to_json, write_policy
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash
@@ -158,16 +158,18 @@ class PolicyComparison:
         asked = {"sparsity": config.target.sparsity, "pattern": config.target.pattern}
         target = {name: value for name, value in asked.items() if value is not None}
         target |= {"cost": config.target.cost, "run": run.run_id}
-        policy = PolicyFile(
+        policy = LearnedPolicy(
             model=model,
             fingerprint=fingerprint,
             table=table,
             mask=table.unpacked(self._best.kept),
-            probabilities=np.round(self._search.learner.probabilities(), 6),
+            probabilities=self._search.learner.probabilities(),
+            calibration=Calibration.of(config.context()),
             target=target,
+            origin={"run": run.run_id, "seed": config.seed, "step": self._best.step},
         )
         write_policy(policy, folder / "policy.json")
-        if read_policy(folder / "policy.json") != policy:
+        if to_json(read_policy(folder / "policy.json")) != to_json(policy):
             raise EvopruneError(f"{folder / 'policy.json'} does not give the policy back")
         if (blocks := self._shape(self._best)) is None or self._costs is None:
             return

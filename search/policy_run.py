@@ -21,7 +21,7 @@ from evoprune.search.learner_options import learner_options
 from evoprune.search.learners import LEARNERS, Problem
 from evoprune.search.level_run import criterion_json, sites_of
 from evoprune.search.policies.start import start_logits, z_scores
-from evoprune.search.policy_budget import budget_of
+from evoprune.search.policy_budget import budget_of, keep_rates
 from evoprune.search.policy_result import PolicyComparison
 from evoprune.search.policy_search import FINALISTS, PolicySearch, Texts
 from evoprune.search.policy_start import check_start, given_start, logits_from
@@ -104,7 +104,8 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
         scores = self._scores(payload, ask)
         budget = budget_of(table, config.target, scores)
         prior = z_scores(scores, table.groups)
-        start = start_logits(config.searcher.mapping, scores, table.groups, budget, config.seed)
+        mapping, rates = config.searcher.mapping, keep_rates(budget)
+        start = start_logits(mapping, scores, table.groups, rates, seed=config.seed)
         if (given := given_start(config.seed_from)) is not None:
             assert config.seed_from is not None
             sites, widths = sites_of(prepared), () if self._costs is None else self._costs.widths

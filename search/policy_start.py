@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evoprune.fitness.mask_units import UnitRow, UnitTable
 from evoprune.fitness.maskers import ByUnits, parts_of
-from evoprune.fitness.policy_file import FORMAT, PolicyFile, read_policy
+from evoprune.fitness.policy_file import FORMAT, LearnedPolicy, read_policy
 from evoprune.fitness.units import PARTS
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
@@ -24,7 +24,7 @@ from evoprune.metrics.shape_file import read_shape
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.structure import part_sparsities
 
-Start = Shape | Allocation | PolicyFile
+Start = Shape | Allocation | LearnedPolicy
 
 PRIOR_SHARE = 0.5
 """What the prior still has to say where something was found before."""
@@ -67,7 +67,7 @@ def check_start(
         InvalidInput: says what differs.
     """
     try:
-        if isinstance(start, PolicyFile):
+        if isinstance(start, LearnedPolicy):
             if start.table.hash != table.hash:
                 raise InvalidInput("the policy is of other units, or of another model: give the same --units")
         elif not isinstance(table.masker, ByUnits):
@@ -94,8 +94,9 @@ def logits_from(
         prior: [n] logits by the prior alone.
         sites: the matrices of the model.
     """
-    if isinstance(start, PolicyFile):
-        return _logit(start.probabilities, 0.0025)
+    if isinstance(start, LearnedPolicy):
+        known = start.mask.astype(np.float64) if start.probabilities is None else start.probabilities
+        return _logit(known, LEAST if start.probabilities is None else 0.0025)
     shares = np.ones(table.n)
     lost = part_sparsities(sites, [site.sparsity for site in start.sites]) if isinstance(start, Allocation) else []
     for index, row in enumerate(table.rows):

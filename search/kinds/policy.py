@@ -118,7 +118,8 @@ class PolicyKind:
         else:
             from evoprune.fitness.policy_file import read_policy
 
-            held = read_policy(file).kept_hex == result["best"]["policy"]["kept"]
+            policy = read_policy(file)
+            held = policy.table.packed(policy.mask) == result["best"]["policy"]["kept"]
         if not held:
             raise InvalidInput(f"{file} does not hold the run's winner: it was changed")
 

@@ -54,6 +54,10 @@ def _random(scores: Floats, rate: float, rng: np.random.Generator) -> Floats:
     return _sigmap(rng.standard_normal(len(scores)), rate, rng)
 
 
+def _flat(scores: Floats, rate: float, rng: np.random.Generator) -> Floats:
+    return np.full(len(scores), rate)
+
+
 def _logit_z(scores: Floats, rate: float, rng: np.random.Generator) -> Floats:
     z = z_scores(scores, np.zeros(len(scores), np.int64))
     if not 0 < rate < 1:
@@ -67,6 +71,7 @@ MAPPINGS: dict[str, Callable[[Floats, float, np.random.Generator], Floats]] = {
     "norm": _norm,
     "const": _const,
     "random": _random,
+    "flat": _flat,
 }
 """From the scores of one group and the share of it that is kept to values whose mean is that share (but for const) and
 that may lie outside [0, 1]."""
