@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.card import public_name
 from evoprune.fitness.compressors import Goal
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.mask_units import Mask, UnitRow, UnitTable, kept_units, row_from, shape_of, unit_table
@@ -141,13 +142,14 @@ class LearnedPolicy:
                 )
 
     def summary(self) -> dict[str, Any]:
-        """What reports and the card of a checkpoint say of it: all but the single units."""
+        """What reports and the card of a checkpoint say of it: all but the single units, and no place of a text."""
+        text = self.calibration
         return {
             "masker": self.table.masker.to_json(),
             "hash": self.table.hash,
             "units": self.table.n,
             "kept": int(self.mask.sum()),
-            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "calibration": None if text is None else asdict(text) | {"text": public_name(text.text)},
             "target": dict(self.target),
             "origin": dict(self.origin),
         }

@@ -125,6 +125,7 @@ def test_choices_of_metrics_are_written_as_masks(
     assert "found on other weights of this class" in told
     assert "removed 7,680 of 15,360 prunable weights (50.00%) by a policy at 2:4" in told
     assert re.search(r"model\.layers\.0\.self_attn\.k_proj +16 × 32 +0\.5000 +0\.\d{5} +magnitude *\n", told)
+    assert document["policy"]["calibration"]["text"] == story.name
     assert '"sites"' not in (place / "out" / "README.md").read_text()
     found = load_model(str(place / "out"))
     for offset, metric in enumerate(masker.metrics):
