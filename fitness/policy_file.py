@@ -135,7 +135,7 @@ class LearnedPolicy:
             )
         for found, row in zip(here, self.table.rows, strict=True):
             # What units cost may depend on the dtype that the model was loaded in.
-            if (found.name, found.kind, found.of) != (row.name, row.kind, row.of):
+            if (found.name, found.block, found.kind, found.of) != (row.name, row.block, row.kind, row.of):
                 raise InvalidInput(
                     f"the policy is of another model: {row.name[:80]} has {row.of} members in units of {row.kind[:40]} "
                     f"there, {found.name} has {found.of} of {found.kind} here"
