@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.card import public_name
 from evoprune.fitness.compressors import Goal
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.mask_units import Mask, UnitRow, UnitTable, kept_units, row_from, shape_of, unit_table
@@ -136,20 +137,21 @@ class LearnedPolicy:
             )
         for found, row in zip(here, self.table.rows, strict=True):
             # What units cost may depend on the dtype that the model was loaded in.
-            if (found.name, found.kind, found.of) != (row.name, row.kind, row.of):
+            if (found.name, found.block, found.kind, found.of) != (row.name, row.block, row.kind, row.of):
                 raise InvalidInput(
                     f"the policy is of another model: {row.name[:80]} has {row.of} members in units of {row.kind[:40]} "
                     f"there, {found.name} has {found.of} of {found.kind} here"
                 )
 
     def summary(self) -> dict[str, Any]:
-        """What reports and the card of a checkpoint say of it: all but the single units."""
+        """What reports and the card of a checkpoint say of it: all but the single units, and no place of a text."""
+        text = self.calibration
         return {
             "masker": self.table.masker.to_json(),
             "hash": self.table.hash,
             "units": self.table.n,
             "kept": int(self.mask.sum()),
-            "calibration": None if self.calibration is None else asdict(self.calibration),
+            "calibration": None if text is None else asdict(text) | {"text": public_name(text.text)},
             "target": dict(self.target),
             "origin": dict(self.origin),
         }

@@ -18,7 +18,7 @@ from evoprune.fitness.model_worker import Handler, criterion_from, heldout_answe
 from evoprune.fitness.resident_evaluator import finite
 from evoprune.fitness.samples import Samples, Sequences, forward_batches, taken
 from evoprune.fitness.surgeon import Surgeon
-from evoprune.fitness.teacher import BATCH, Teacher, batch_loss, linear_head, window_losses
+from evoprune.fitness.teacher import BATCH, Teacher, batch_losses, linear_head, window_losses
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
 from evoprune.fitness.unit_scores import mask_unit_scores, neuron_orders
 from evoprune.fitness.unit_worker import UnitWorker
@@ -128,17 +128,16 @@ class PolicyWorker(UnitWorker):
         model, indices = self.language_model.model, payload["windows"]
         text, kl, nll = taken(windows, indices), [], []
         per_pass = 1 if isinstance(text, Samples) else BATCH
-        for first in range(0, len(indices), per_pass):
-            part = slice(first, first + per_pass)
-            taught = teacher.take(indices[part])
+        for first, batch in zip(
+            range(0, len(indices), per_pass), forward_batches(text, per_pass, model.device), strict=True
+        ):
             with masking.relaxed(values):
-                measured = finite(window_losses(model, head, text[part], taught))
-                assert measured.kl is not None
-                kl += measured.kl.tolist()
-                nll += measured.nll.tolist()
-                (batch,) = forward_batches(text[part], per_pass, model.device)
-                loss = batch_loss(model, head, batch, taught if objective == "kl" else None)
-                (loss * (batch.rows / len(indices))).backward()
+                losses = finite(batch_losses(model, head, batch, teacher.take(indices[first : first + per_pass])))
+                assert losses.kl is not None
+                mean = (losses.kl if objective == "kl" else losses.nll).sum() / len(indices)
+                mean.backward()
+            kl += losses.kl.tolist()
+            nll += losses.nll.tolist()
         assert values.grad is not None
         if not bool(values.grad.isfinite().all()):
             raise InvalidCandidate("NONFINITE", "the gradient of a relaxed mask is not finite")

@@ -254,6 +254,30 @@ def batch_loss(model: PreTrainedModel, head: nn.Linear | None, batch: Batch, tea
     return torch.cat(losses).mean()
 
 
+def batch_losses(model: PreTrainedModel, head: nn.Linear | None, batch: Batch, teacher: Teacher) -> WindowLosses:
+    """What `window_losses` gives of one forward pass, as tensors that gradients can be taken of.
+
+    Args:
+        model, head: as of `window_losses`.
+        batch: on the model's device.
+        teacher: of this batch.
+    """
+    longest = teacher.negative_entropy.shape[1]
+    predicted = batch.predicted
+    every = batch.inputs["input_ids"].shape[1] - 1
+    counts = torch.full((batch.rows,), every) if predicted is None else predicted.sum(1)
+    local = teacher.flat()
+    kl, nll = torch.zeros(batch.rows * longest), torch.zeros(batch.rows * longest)
+    for chunk in _chunks(model, head, batch, longest):
+        normaliser = chunk.logits.logsumexp(1)
+        picked = chunk.logits.gather(1, chunk.targets[:, None]).squeeze(1)
+        where = torch.arange(len(kl))[chunk.places]
+        kl = kl.index_copy(0, where, _divergence(local, chunk, normaliser).cpu())
+        nll = nll.index_copy(0, where, (normaliser - picked).cpu())
+    means = [values.view(batch.rows, longest).double().sum(1) / counts for values in (kl, nll)]
+    return WindowLosses(*means)
+
+
 def _divergence(teacher: Teacher, chunk: _Chunk, normaliser: Tensor) -> Tensor:
     """[k] float32, of the predictions in `chunk`, from the teacher of its forward pass, flattened."""
     device = normaliser.device

@@ -219,11 +219,14 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         document: as `prune --json` prints it.
     """
     measured = any(layer["error"] is not None for layer in document["layers"])
-    table = plain_box("matrix", "shape", "sparsity", *(["output error"] if measured else []))
+    metrics = document.get("policy", {}).get("sites", {})
+    more = [*(["output error"] if measured else []), *(["metric"] if metrics else [])]
+    table = plain_box("matrix", "shape", "sparsity", *more)
     for layer in document["layers"]:
         error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
+        metric = [Text(metrics[layer["name"]], overflow="fold")] if metrics else []
         shape = " × ".join(str(size) for size in layer["shape"])
-        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error)
+        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error, *metric)
     for column in table.columns[1:]:
         column.justify = "right"
     total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
@@ -232,7 +235,8 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
         return Group(table, Text("\n".join([total, *times])), *_recovery_lines(document["recovery"]))
     inside = None if document["compressor"] == "mask" else document["compressor"]
-    by = " and ".join(name for name in (document["criterion"], inside) if name is not None)
+    chosen = "a policy" if "policy" in document else document["criterion"]
+    by = " and ".join(name for name in (chosen, inside) if name is not None)
     total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,11 @@ def test_choices_of_metrics_are_written_as_masks(
     assert document["sparsity"] == 0.5
     assert all(0 < layer["error"] < 1 for layer in document["layers"])
     assert document["policy"]["sites"] == {name: masker.metrics[at % 2] for at, name in enumerate(sites)}
-    assert "found on other weights of this class" in done.err
+    told = run("prune", tiny, "--policy", "policy.json", "--out", "again").err
+    assert "found on other weights of this class" in told
+    assert "removed 7,680 of 15,360 prunable weights (50.00%) by a policy at 2:4" in told
+    assert re.search(r"model\.layers\.0\.self_attn\.k_proj +16 × 32 +0\.5000 +0\.\d{5} +magnitude *\n", told)
+    assert document["policy"]["calibration"]["text"] == story.name
     assert '"sites"' not in (place / "out" / "README.md").read_text()
     found = load_model(str(place / "out"))
     for offset, metric in enumerate(masker.metrics):

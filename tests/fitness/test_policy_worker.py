@@ -257,9 +257,15 @@ def test_losses_beside_gradients_are_those_of_the_mask(tried: Tried, masker: dic
         mask = np.arange(table.n) % (table.n // (int(labels[-1]) + 1)) < keep
     answer, expected = gradient(tried, masker, mask.astype(float), [2, 4]), tried.mask(masker, mask, [2, 4])
     for objective in ("kl", "nll"):
-        assert answer[objective] == pytest.approx(expected[objective], rel=1e-5)
+        assert answer[objective] == pytest.approx(expected[objective], rel=1e-5, abs=1e-6)
     assert len(answer["gradient"]) == table.n
     assert json.dumps(answer, allow_nan=False)
+
+
+def test_all_ones_are_the_dense_model_to_the_last_bit(tried: Tried) -> None:
+    answer = gradient(tried, UNITS, np.ones(tried.table(UNITS).n), [5, 0, 1, 2, 3])
+    expected = tried.mask(UNITS, None, [5, 0, 1, 2, 3])
+    assert (answer["kl"], answer["nll"]) == (expected["kl"], expected["nll"])
 
 
 def test_another_objective_is_refused(tried: Tried) -> None:

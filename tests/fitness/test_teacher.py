@@ -5,7 +5,7 @@ import torch
 
 from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.samples import Batch
-from evoprune.fitness.teacher import batch_loss, build_teacher, linear_head, window_losses
+from evoprune.fitness.teacher import batch_loss, batch_losses, build_teacher, linear_head, window_losses
 from evoprune.metrics.errors import InvalidInput
 from tests.models import FAMILIES, VOCABULARY, random_windows, tiny_model
 
@@ -57,6 +57,21 @@ def test_a_loss_with_gradients_is_the_mean_of_those_without(family):
         assert torch.allclose(found.double(), value, atol=1e-5)
         (one,), (other,) = (torch.autograd.grad(loss, weight, retain_graph=True) for loss in (found, value))
         assert torch.allclose(one, other, atol=1e-4 * other.abs().max())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_losses_by_row_with_gradients_are_those_without(family):
+    model, other = tiny_model(family), tiny_model(family, seed=1)
+    windows = random_windows(3, 12)
+    head = linear_head(model, windows)
+    teacher = build_teacher(model, head, windows)
+    expected = window_losses(other, linear_head(other, windows), windows, teacher)
+    other.requires_grad_(True)
+    found = batch_losses(other, linear_head(other, windows), Batch({"input_ids": windows}), teacher)
+    assert found.kl.tolist() == expected.kl.tolist()
+    assert found.nll.tolist() == expected.nll.tolist()
+    found.kl.sum().backward()
+    assert next(other.parameters()).grad.abs().sum() > 0
 
 
 def test_kl_of_the_teacher_itself_is_zero():
