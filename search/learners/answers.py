@@ -56,8 +56,8 @@ def told(answers: Sequence[Answer], samples: int, ceiling: float | None, block: 
     """
     if len(answers) not in (samples, samples + 1):
         raise EvopruneError(f"{len(answers)} answers to {samples} masks")
-    losses = [_finite(answer.loss) for answer in answers]
-    finite = sum(loss is not None for loss in losses[:samples])
+    losses = [finite(answer.loss) for answer in answers]
+    known = sum(loss is not None for loss in losses[:samples])
     losses = [ceiling if loss is None else loss for loss in losses]
     usable = np.array([loss is not None for loss in losses[:samples]]).reshape(-1, block).all(axis=1).repeat(block)
     used = np.flatnonzero(usable)
@@ -69,10 +69,11 @@ def told(answers: Sequence[Answer], samples: int, ceiling: float | None, block: 
         np.array([losses[index] for index in used], dtype=np.float64),
         windows if windows is not None and bool(np.isfinite(windows).all()) else None,
         losses[samples] if len(losses) > samples else None,
-        sum(_finite(answer.loss) is None for answer in answers),
-        finite >= 2 and len(used) >= least,
+        sum(finite(answer.loss) is None for answer in answers),
+        known >= 2 and len(used) >= least,
     )
 
 
-def _finite(loss: float | None) -> float | None:
+def finite(loss: float | None) -> float | None:
+    """The loss, None if it is none or not finite."""
     return float(loss) if loss is not None and math.isfinite(loss) else None

@@ -11,7 +11,7 @@ import numpy as np
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.parameters import check_range
 from evoprune.search.learners import LEARNERS, Answer, Diagnostics, Options, Problem, Trial, cosine, generator, reported
-from evoprune.search.learners.answers import told
+from evoprune.search.learners.answers import finite, told
 from evoprune.search.learners.monitor import Monitor, Scale, Spread, certainty
 from evoprune.search.learners.vectors import floats
 from evoprune.search.policies import POLICIES, Floats, Mask, Strata
@@ -79,20 +79,19 @@ class GumbelLearner:
         trials = []
         for keys in self._keys(step):
             mask = self._problem.budget.best(keys)
-            relaxed = self._relaxation.inclusion(keys / self._temperature(step))
-            trials.append(Trial(mask, values=mask.astype(np.float64) if self._options.hard else relaxed))
+            values = mask.astype(np.float64)
+            if not self._options.hard:
+                values = self._relaxation.inclusion(keys / self._temperature(step))
+            trials.append(Trial(mask, values=values))
         return trials
 
     def tell(self, step: int, answers: Sequence[Answer]) -> Diagnostics:
         options = self._options
-        if any(answer.loss is not None and answer.gradient is None for answer in answers):
+        if any(finite(answer.loss) is not None and answer.gradient is None for answer in answers):
             raise EvopruneError("the learner gumbel was told a loss without its gradient")
-        finite = [answer.gradient is not None and bool(np.isfinite(answer.gradient).all()) for answer in answers]
-        heard = told(
-            [a if good else replace(a, loss=None) for a, good in zip(answers, finite, strict=True)],
-            options.samples,
-            None,
-        )
+        good = [answer.gradient is not None and bool(np.isfinite(answer.gradient).all()) for answer in answers]
+        usable = [answer if whole else replace(answer, loss=None) for answer, whole in zip(answers, good, strict=True)]
+        heard = told(usable, options.samples, None)
         rate = options.rate * cosine(step, self._problem.steps, options.last)
         rho = self._spread.rho
         if heard.enough:

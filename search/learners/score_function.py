@@ -110,6 +110,7 @@ class ScoreFunctionLearner:
         self._phi = self._parameters.start()
         self._scale, self._spread, self._monitor = Scale(), Spread(), Monitor()
         self._drawn: tuple[int, Draws] | None = None
+        self._inclusion: tuple[Floats, Floats] | None = None
 
     @property
     def exact(self) -> bool:
@@ -144,7 +145,7 @@ class ScoreFunctionLearner:
             clipped = np.clip(advantages, -options.clip * scale, options.clip * scale)
             found["clipped"] = float((clipped != advantages).mean())
             gradient = estimator.gradient(self.policy, logits, draws.take(heard.used), clipped / scale)
-            found["kl"] = self._move(logits, gradient.whole, rate)
+            found["kl"] = self._move(gradient.whole, rate)
             halves = gradient.halves
             ended = self._monitor.halves(None if halves is None else self._parameters.pullback(self._phi, halves))
             self._scale.update(clipped)
@@ -159,7 +160,10 @@ class ScoreFunctionLearner:
         return reported({**found, "cosine": self._monitor.cosine, "jaccard": self._monitor.jaccard})
 
     def probabilities(self) -> Floats:
-        return self.policy.inclusion(self.logits)
+        # A step ends with those that the next begins with.
+        if self._inclusion is None or not np.array_equal(self._inclusion[0], self._phi):
+            self._inclusion = self._phi, self.policy.inclusion(self.logits)
+        return self._inclusion[1].copy()
 
     def mode(self) -> Mask:
         return self.policy.mode(self.logits)
@@ -184,7 +188,7 @@ class ScoreFunctionLearner:
         self._spread.restore(state["spread"])
         self._monitor.restore(state["monitor"])
         self.estimator.restore(state["estimator"])
-        self._drawn = None
+        self._drawn = self._inclusion = None
 
     def _draws(self, step: int) -> Draws:
         if self._drawn is None or self._drawn[0] != step:
@@ -192,14 +196,14 @@ class ScoreFunctionLearner:
             self._drawn = step, self.estimator.draw(self.policy, self.logits, self._samples, rng)
         return self._drawn[1]
 
-    def _move(self, logits: Floats, gradient: Floats, rate: float) -> float:
+    def _move(self, gradient: Floats, rate: float) -> float:
         """Step against a gradient with respect to the logits; returns how far the policy went, in nats.
 
         The information of the logits is taken as diagonal, v = p (1 - p) (Hájek's approximation), which neglects what a
         shift of all of them does, and that is nothing.
         """
         problem, options = self._problem, self._options
-        inclusion = self.policy.inclusion(logits)
+        inclusion = self.probabilities()
         variance = inclusion * (1 - inclusion)
         direction = self._parameters.pullback(self._phi, gradient)
         if (power := self._power()) > 0:
@@ -227,6 +231,7 @@ class ScoreFunctionLearner:
     def _free(self) -> None:
         self._parameters = refined(self._problem.budget, self._parameters, self._phi, self._options.cap)
         self._phi = self._parameters.start()
+        self._inclusion = None
 
     def _resample(self) -> None:
         """Follow the agreement of half gradients with the number of masks of a step."""

@@ -26,6 +26,7 @@ class Bernoulli:
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.n = budget.n
+        self._known: tuple[Floats, Floats] | None = None
 
     def sample(self, logits: Floats, count: int, rng: np.random.Generator) -> Draws:
         inclusion = self.inclusion(logits)
@@ -54,10 +55,13 @@ class Bernoulli:
 
     def effective(self, logits: Floats) -> Floats:
         """[n]: log-odds, logit + shift; +-1000 for units that are always kept or never."""
-        odds = np.where(self.budget.always, _CERTAIN, -_CERTAIN)
-        for units, target, weights in self._rows():
-            odds[units] = logits[units] + shifts(logits[units], target, LOGISTIC, weights)[:, None]
-        return odds
+        # Those of the logits that were asked for last are kept.
+        if self._known is None or not np.array_equal(self._known[0], logits):
+            odds = np.where(self.budget.always, _CERTAIN, -_CERTAIN)
+            for units, target, weights in self._rows():
+                odds[units] = logits[units] + shifts(logits[units], target, LOGISTIC, weights)[:, None]
+            self._known = logits.copy(), odds
+        return self._known[1]
 
     def pullback(self, logits: Floats, gradient: Floats) -> Floats:
         """[..., n]: g_i - w_i v_i (sum g) / (sum w v) in each stratum, v = p (1 - p), w costs (1 for counts)."""

@@ -78,9 +78,9 @@ def _sequential(budget: Budget, logits: Floats) -> Floats:
             ready = _ready(budget, mask_of(code, budget.n))
             if not ready:
                 final[code] += chance
+            total = sum(weights[j] for j in ready)
             for i in ready:
-                share = weights[i] / sum(weights[j] for j in ready)
-                later[code | 1 << i] = later.get(code | 1 << i, 0.0) + chance * share
+                later[code | 1 << i] = later.get(code | 1 << i, 0.0) + chance * weights[i] / total
         reached = later
     return final
 
