@@ -142,6 +142,15 @@ class PolicySearchConfig(SearchConfig):
     )
     window: int = Field(64, ge=1, description="masks that may wait for results; changes no history")
 
+    @model_validator(mode="after")
+    def _enough(self) -> PolicySearchConfig:
+        samples = self.searcher.samples
+        # The first mode, one step, the mode after it, and up to three of them in the finals.
+        least = (8 if samples == "auto" else samples) + 5
+        if self.evaluations is not None and self.evaluations < least:
+            raise ValueError(f"{self.evaluations} evaluations are less than one step takes: give at least {least}")
+        return self
+
     @property
     def aim(self) -> str:
         target = self.target

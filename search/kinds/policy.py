@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import BoardKind, files_of
 from evoprune.search.trials_policy import PolicyTrials
@@ -134,6 +134,7 @@ class PolicyKind:
         from evoprune.metrics.exported import load_metric
         from evoprune.search.learner_options import learner_options
         from evoprune.search.learners import configured
+        from evoprune.search.policies.start import MAPPINGS
         from evoprune.search.policy_start import given_start
 
         for name in config.searcher.baselines:
@@ -144,6 +145,8 @@ class PolicyKind:
             load_metric(name)
         configured(config.searcher.name, learner_options(config.searcher))
         masker_from(config.masker)
+        if config.searcher.mapping not in MAPPINGS:
+            raise UnknownName("mapping", config.searcher.mapping, MAPPINGS)
         given_start(config.seed_from)
 
 

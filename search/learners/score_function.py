@@ -68,6 +68,8 @@ class ScoreFunctionOptions(Options):
     def __post_init__(self) -> None:
         check_choice("parameters", self.parameters, PARAMETERS)
         check_choice("precondition", self.precondition, PRECONDITIONS)
+        check_choice("policy", self.policy, ("auto", *POLICIES))
+        _ = ESTIMATORS[self.estimator]
         check_range("grouped_share", self.grouped_share, 0, 1)
         check_range("samples", self.samples, 0, 10_000)
         check_range("last", self.last, 0, 1)
