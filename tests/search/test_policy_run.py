@@ -262,7 +262,7 @@ def test_a_search_starts_from_a_policy_a_shape_and_an_allocation(
         for at, row in enumerate(found.table.rows)
         if row.kind == "ranked:8"
     ]
-    assert kept[1] <= 1 < 4 <= kept[0]
+    assert kept[1] <= 1 < 3 <= kept[0]
 
 
 def test_a_start_of_another_model_or_of_other_units_is_refused(
