@@ -40,9 +40,10 @@ class ScoreFunctionOptions(Options):
         samples: masks of a step; 0 or auto lets their number follow how far half gradients agree.
         rate: of the first step.
         last: the last rate as a share of the first, along a cosine.
-        precondition: none, half (over the root of each unit's variance), natural (over it); auto is none for up to
-            1,000 free logits, else natural.
-        kl: a step changes the policy by at most this, in nats; auto is 0.001 for each unit, at most 1.
+        precondition: none, half (over the root of each parameter's information), natural (over the information); auto
+            is half for groups and none for units, whose natural step is mostly noise of units that are nearly decided.
+        kl: the first step changes the policy by at most this, in nats, later ones by less as the rate falls; auto is
+            0.001 for each unit, at most 1.
         clip: advantages are clipped at so many of their standard deviations.
         cap: logits stay within this of 0.
         ceiling: takes the place of a loss that is not finite; auto leaves such masks out.
@@ -50,7 +51,7 @@ class ScoreFunctionOptions(Options):
 
     policy: str = "auto"
     parameters: str = "auto"
-    grouped_share: float = 0.5
+    grouped_share: float = 0.3
     estimator: str = "auto"
     samples: int = 8
     rate: float = 0.5
@@ -213,7 +214,8 @@ class ScoreFunctionLearner:
         change = -rate * direction
         pushed = problem.budget.centred(self._parameters.push(self._phi, change), variance + 1e-12)
         kl = float((variance * pushed**2).sum()) / 2
-        most = min(1.0, 0.001 * problem.budget.n) if options.kl is None else options.kl
+        # Divergence goes with the square of the rate: where it is what holds a step, steps fall as rates do.
+        most = (min(1.0, 0.001 * problem.budget.n) if options.kl is None else options.kl) * (rate / options.rate) ** 2
         if kl > most:
             change, kl = change * np.sqrt(most / kl), most
         self._phi = self._parameters.settled(self._phi + change)
@@ -224,8 +226,7 @@ class ScoreFunctionLearner:
         powers = {"none": 0.0, "half": 0.5, "natural": 1.0}
         if self._options.precondition != "auto":
             return powers[self._options.precondition]
-        small = self._parameters is not self._grouped and self._problem.budget.n <= 1000
-        return powers["none" if small else "natural"]
+        return powers["half" if self._parameters is self._grouped else "none"]
 
     def _frees(self, step: int) -> bool:
         return step >= self._options.grouped_share * self._problem.steps
