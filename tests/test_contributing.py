@@ -23,6 +23,9 @@ from evoprune.metrics.emit_formula import latex, to_text
 from evoprune.metrics.expression import parse
 from evoprune.metrics.operators import OPERATORS
 from evoprune.search.breeders import BREEDERS
+from evoprune.search.estimators import ESTIMATORS
+from evoprune.search.learners import LEARNERS
+from evoprune.search.policies import POLICIES
 from evoprune.search.racing import RACING_RULES
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces import SPACES
@@ -38,13 +41,15 @@ RECIPES = {
     "fitness/methods/last_blocks.py": "tests/fitness/test_last_blocks.py",
     "fitness/recoveries/biases.py": "tests/fitness/test_biases.py",
     "fitness/unit_criteria/column_length.py": "tests/fitness/test_column_length.py",
+    "search/estimators/median.py": "tests/search/estimators/test_median.py",
     "fitness/adapters/gpt_neox.py": "tests/fitness/test_gpt_neox.py",
 }
 
 
 @pytest.fixture(autouse=True)
 def _registries_stay_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS, METHODS, RECOVERIES, UNIT_CRITERIA):
+    changed = (CRITERIA, OPERATORS, ADAPTERS, ALLOCATORS, COMPRESSORS, METHODS, RECOVERIES, UNIT_CRITERIA, ESTIMATORS)
+    for registry in changed:
         assert len(registry) > 0  # read, so that what a recipe adds comes on top
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
@@ -110,7 +115,7 @@ def installed(tmp_path: Path) -> Path:
 def test_the_groups_named_are_those_that_are_read() -> None:
     section = TEXT.partition("## From your own package")[2].partition("```")[0]
     registries = (CRITERIA, OPERATORS, ALLOCATORS, COMPRESSORS, UNIT_CRITERIA, ADAPTERS, MULTIMODAL, OBJECTIVES)
-    registries += (METHODS, RACING_RULES, SEARCHERS, BREEDERS, RECOVERIES)
+    registries += (METHODS, RACING_RULES, SEARCHERS, BREEDERS, RECOVERIES, POLICIES, ESTIMATORS, LEARNERS)
     assert set(re.findall(r"`(evoprune\.\w+)`", section)) == {registry.group for registry in registries}
     assert SPACES.group is None
 

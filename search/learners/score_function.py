@@ -85,7 +85,11 @@ class ScoreFunctionOptions(Options):
 class ScoreFunctionLearner:
     """Moves logits against the estimated gradient of the expected loss.
 
-    Source: Williams 1992; leave-one-out and natural step as in the mask-policy search; formulas in `tell`.
+    With advantages a_k of the K masks and s their root mean square in earlier steps, the gradient is the mean over k of
+    clip(a_k / s, -clip, clip) times the score of mask k; a step is -rate P g, P the preconditioner, scaled down where
+    it would move the policy too far; then logits are centred and capped.
+
+    Source: Williams 1992 (REINFORCE); trust region as in Schulman et al. 2015, arXiv:1502.05477, to second order.
     """
 
     def __init__(self, problem: Problem, options: ScoreFunctionOptions) -> None:
@@ -148,9 +152,9 @@ class ScoreFunctionLearner:
             clipped = np.clip(advantages, -options.clip * scale, options.clip * scale)
             found["clipped"] = float((clipped != advantages).mean())
             gradient = estimator.gradient(self.policy, logits, draws.take(heard.used), clipped / scale)
-            found["kl"] = self._move(gradient.whole, rate)
             halves = gradient.halves
             ended = self._monitor.halves(None if halves is None else self._parameters.pullback(self._phi, halves))
+            found["kl"] = self._move(gradient.whole, rate)
             self._scale.update(clipped)
             estimator.update(losses)
             self._spread.update(heard.values, heard.windows)

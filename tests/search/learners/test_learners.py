@@ -273,3 +273,13 @@ def test_generators_depend_on_their_arguments_alone() -> None:
 
 def test_all_policies_are_tried_here() -> None:
     assert set(POLICIES) == {"cp", "pl", "bernoulli", "pl-knapsack", "maskpro"}
+
+
+def test_nothing_to_choose(name: str) -> None:
+    of = Problem(Strata(np.zeros(6), np.array([6])), np.zeros(6), np.arange(6.0), np.zeros(6), 3, 0)
+    learner = LEARNERS[name].build(of)
+    trials = learner.ask(0)
+    assert all(trial.mask.all() for trial in trials)
+    assert learner.tell(0, answers(trials, np.ones(6), np.random.default_rng(0)))["entropy"] is None
+    assert learner.mode().all()
+    assert learner.probabilities().tolist() == [1.0] * 6
