@@ -61,6 +61,7 @@ PLANTED_KINDS = ("kv-group", "query-head", "neurons:64")
 PLANTED_SHARE = 0.375
 RELEASED = {"searcher.name": "released", "searcher.samples": 2}
 """The published update, with two masks a step."""
+FLAT_RELEASED = {"searcher.options": {"rate": 0.1, "start": "problem"}}
 
 
 def searched(config: Any, label: str) -> RunDirectory:
@@ -147,7 +148,7 @@ def planted_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             folder = RUNS / f"planted-{label}-{units.replace(':', '')}-{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             dead = planted(base, units, PLANTED_SHARE, seed, folder)
-            for learner, changes in (("score-function", {}), ("released", RELEASED)):
+            for learner, changes in (("score-function", {}), ("released", RELEASED | FLAT_RELEASED)):
                 config = configured(
                     str(folder),
                     seed,

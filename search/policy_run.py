@@ -12,6 +12,7 @@ from evoprune.fitness.mask_units import UnitTable
 from evoprune.fitness.maskers import ByMetrics, ByUnits
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.unit_costs import UnitCosts
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.search.config_policy import PolicySearchConfig
@@ -20,7 +21,7 @@ from evoprune.search.kinds.policy import KIND
 from evoprune.search.learner_options import learner_options
 from evoprune.search.learners import LEARNERS, Problem
 from evoprune.search.level_run import criterion_json, sites_of
-from evoprune.search.policies.start import start_logits, z_scores
+from evoprune.search.policies.start import FLAT, start_logits, z_scores
 from evoprune.search.policy_budget import budget_of, keep_rates
 from evoprune.search.policy_result import PolicyComparison
 from evoprune.search.policy_search import FINALISTS, PolicySearch, Texts
@@ -103,8 +104,9 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
         payload = {"prepared": prepared.name, "masker": config.masker}
         scores = self._scores(payload, ask)
         budget = budget_of(table, config.target, scores)
-        prior = z_scores(scores, table.groups)
         mapping, rates = config.searcher.mapping, keep_rates(budget)
+        # From a flat start nobody is to know what the prior says, not even a step later.
+        prior = np.zeros(table.n) if mapping == FLAT else z_scores(scores, table.groups)
         start = start_logits(mapping, scores, table.groups, rates, seed=config.seed)
         if (given := given_start(config.seed_from)) is not None:
             assert config.seed_from is not None
@@ -112,8 +114,14 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
             check_start(given, config.seed_from, table, prepared.facts["model_class"], sites, widths)
             start = logits_from(given, table, prior, sites)
         problem = Problem(budget, table.groups, prior, start, self._steps, config.seed)
+        learner = LEARNERS[config.searcher.name].build(problem, learner_options(config.searcher))
+        if table.strata is not None and not learner.exact:
+            raise InvalidInput(
+                f"the learner {config.searcher.name} meets a budget on average only, and a pattern is met by every mask: "
+                "give another --searcher, such as score-function"
+            )
         return PolicySearch(
-            LEARNERS[config.searcher.name].build(problem, learner_options(config.searcher)),
+            learner,
             groups=table.groups,
             texts=Texts(config.searcher.windows, config.searcher.batch, config.searcher.validation),
             objective=config.objective,

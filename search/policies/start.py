@@ -12,6 +12,9 @@ from evoprune.search.policies.parameters import CAP
 from evoprune.search.policies.projection import project
 from evoprune.search.policies.shift import LOGISTIC, shifts, sigmoid
 
+FLAT = "flat"
+"""The mapping by which all units start alike."""
+
 # Of a unit that the criterion keeps, in the mapping const.
 _CONST = 0.9
 
@@ -71,7 +74,7 @@ MAPPINGS: dict[str, Callable[[Floats, float, np.random.Generator], Floats]] = {
     "norm": _norm,
     "const": _const,
     "random": _random,
-    "flat": _flat,
+    FLAT: _flat,
 }
 """From the scores of one group and the share of it that is kept to values whose mean is that share (but for const) and
 that may lie outside [0, 1]."""
