@@ -117,8 +117,8 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
         learner = LEARNERS[config.searcher.name].build(problem, learner_options(config.searcher))
         if table.strata is not None and not learner.exact:
             raise InvalidInput(
-                f"the learner {config.searcher.name} meets a budget on average only, and a pattern is met by every mask: "
-                "give another --searcher, such as score-function"
+                f"the learner {config.searcher.name} meets a budget on average, and a pattern binds every mask: give "
+                "another --searcher, such as score-function"
             )
         return PolicySearch(
             learner,
