@@ -20,8 +20,8 @@ from evoprune.fitness.quantisation import Grid
 from evoprune.fitness.removal_order import Problem
 
 # Steps between two products; and bytes of the inverses of the rows that are worked on at a time.
-_STEPS = 32
-_BYTES = 1 << 27
+_STEPS = 16
+_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
