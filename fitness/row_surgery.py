@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evoprune.fitness.gram import wide
 from evoprune.fitness.quantisation import Grid
 from evoprune.fitness.removal_order import Problem
 
-# Steps between two products; and bytes of the inverses of the rows that are worked on at a time.
+# Steps between two products; and bytes of the inverses of the rows that are worked on at a time: on a CPU as many as
+# its caches hold, elsewhere enough to be busy.
 _STEPS = 16
 _BYTES = 1 << 24
+_BYTES_ELSEWHERE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def removals(problem: Problem, pattern: tuple[int, int] | None = None) -> Remova
     inverse = torch.cholesky_inverse(problem.factor)
     columns = torch.empty(rows, steps, dtype=torch.int64, device=inverse.device)
     losses = torch.empty(rows, steps, dtype=inverse.dtype, device=inverse.device)
-    for part in _parts(rows, width):
+    for part in _parts(problem.weight):
         surgery = _Surgery(problem.weight[part], inverse, torch.zeros_like(problem.weight[part], dtype=torch.bool))
         gone = torch.zeros(len(problem.weight[part]), width // (pattern or (0, width))[1], device=inverse.device)
         for step in range(steps):
@@ -95,7 +96,7 @@ def after_removals(weight: Tensor, problem: Problem, found: Removals, counts: Te
     new, keep = torch.empty(len(counts), rows, width), torch.empty(len(counts), rows, width, dtype=torch.bool)
     new, keep = new.to(weight.device), keep.to(weight.device)
     places, hessian = torch.arange(width, device=weight.device), problem.hessian
-    for part in _parts(rows, width):
+    for part in _parts(problem.weight):
         mine = order[part]
         lower = torch.linalg.cholesky(hessian[mine[:, :, None], mine[:, None, :]])
         sorted_weight = weight[part].to(lower.dtype).gather(1, mine)
@@ -111,15 +112,15 @@ def after_removals(weight: Tensor, problem: Problem, found: Removals, counts: Te
     return new, keep
 
 
-def quantised(weight: Tensor, problem: Problem, keep: Tensor, bits: int, symmetric: bool) -> Tensor:
+def quantised(problem: Problem, keep: Tensor, bits: int, symmetric: bool) -> Tensor:
     """The matrix on a mask, every weight rounded to the grid of its row, one at a time.
 
     Rows start from the best weights on their mask. The next is always that whose rounding costs least; but of those
-    that lie beyond their grid, the farthest go first, while enough weights are left to make up for them.
+    that lie beyond their grid, the farthest go first, while enough weights are left to make up for them. Weights of
+    inputs that are always zero become zero, so that they do not widen the grid.
 
     Args:
-        weight: W, [out, in] float32.
-        problem: of the same matrix.
+        problem: the matrix and its inputs.
         keep: [out, in] bool, True = keep.
         bits: of the grid.
         symmetric: see `Grid.of`.
@@ -127,9 +128,9 @@ def quantised(weight: Tensor, problem: Problem, keep: Tensor, bits: int, symmetr
     Returns:
         [out, in] float32, zero outside the mask.
     """
-    new, hessian = torch.empty_like(weight), problem.hessian
-    for part in _parts(*weight.shape):
-        mine, kept = wide(weight[part]), keep[part]
+    new, hessian = torch.empty_like(problem.weight, dtype=torch.float32), problem.hessian
+    for part in _parts(problem.weight):
+        mine, kept = problem.weight[part], keep[part]
         own = hessian * (kept[:, :, None] & kept[:, None, :])
         own.diagonal(dim1=1, dim2=2)[~kept] = 1
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
@@ -149,9 +150,10 @@ def quantised(weight: Tensor, problem: Problem, keep: Tensor, bits: int, symmetr
     return new
 
 
-def _parts(rows: int, width: int) -> Iterator[slice]:
-    """Rows whose inverses are in memory at a time."""
-    count = max(_BYTES // (8 * width * width), 1)
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Rows of a matrix whose inverses are in memory at a time."""
+    rows, width = weight.shape
+    count = max((_BYTES if weight.device.type == "cpu" else _BYTES_ELSEWHERE) // (8 * width * width), 1)
     for begin in range(0, rows, count):
         yield slice(begin, min(begin + count, rows))
 

@@ -51,7 +51,7 @@ class OBQ:
         problem = problem_of(weight, statistics["H"], self.damping)
         for goal in goals:
             assert goal.mask is not None
-            yield quantised(weight, problem, goal.mask, self.bits, self.symmetric), goal.mask
+            yield quantised(problem, goal.mask, self.bits, self.symmetric), goal.mask
 
 
 COMPRESSORS.add("obq", OBQ())
