@@ -4,7 +4,7 @@ With H the Gram matrix of a layer's inputs, a row w and G = H⁻¹ on its weight
 a value q costs (w_p - q)² / 2 G_pp of the output error if the free weights answer with w ← w - G_:p (w_p - q) / G_pp;
 then p is fixed, and G ← G - G_:p G_p: / G_pp. Each row chooses the next by itself, so each has its own G. They are made
 anew after some steps only, by one product: what a step reads of them, a column, is put together from those before.
-Source: Frantar and Alistarh 2022 (OBC, arXiv:2208.11580), algorithms 1 and 3 and section 5.
+Source: Frantar and Alistarh 2022 (OBC, arXiv:2208.11580), sections 4 and 5.
 """
 
 from __future__ import annotations

@@ -60,13 +60,14 @@ class ADMM:
         sizes = problem.hessian.diagonal().sqrt()
         values, vectors = torch.linalg.eigh(problem.hessian / sizes / sizes[:, None])
         splitting = _Splitting((problem.weight * sizes).float(), values.float(), vectors.float())
-        hessian = problem.hessian.float()
+        hessian, dead = problem.hessian.float(), statistics["H"].diagonal() == 0
         for goal in goals:
             (new, keep), (other, beginning) = (
                 (refit(weight, kept, hessian), kept) for kept in splitting.last_and_first(goal)
             )
             if keep is not beginning:
-                gain = _errors(weight - other, hessian) - _errors(weight - new, hessian)
+                gain = _errors((weight - other).masked_fill(dead, 0), hessian)
+                gain -= _errors((weight - new).masked_fill(dead, 0), hessian)
                 # Rows can be told apart where each has to lose as many.
                 together = goal.pattern is None and goal.group == "layer"
                 worse = ((gain.sum() if together else gain) < 0).expand_as(gain)[:, None]

@@ -118,7 +118,7 @@ def test_counts_of_each_row_are_met() -> None:
 
 
 def rounded(row: Tensor, keep: Tensor, hessian: Tensor, scale: float, zero: float, top: int) -> Tensor:
-    """A row on its grid, with the inverse made anew at every step (OBC, algorithm 3)."""
+    """A row on its grid, with the inverse made anew at every step (OBC, section 5)."""
     row, free = row.clone(), keep.nonzero()[:, 0].tolist()
 
     def errors() -> Tensor:
