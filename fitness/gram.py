@@ -28,13 +28,17 @@ def damped(hessian: Tensor, damping: float = DAMPINGS[0]) -> Tensor:
     return result
 
 
-def damped_cholesky(hessian: Tensor) -> tuple[Tensor, float]:
-    """Lower Cholesky factor [in, in] of the damped Hessian, and the damping: the least of `DAMPINGS` that works.
+def damped_cholesky(hessian: Tensor, least: float = DAMPINGS[0]) -> tuple[Tensor, float]:
+    """Lower Cholesky factor [in, in] of the damped Hessian, and the damping.
+
+    Args:
+        hessian: see `damped`.
+        least: the damping to begin with; where it does not do, the greater ones of `DAMPINGS` in turn.
 
     Raises:
         EvopruneError: no damping makes the matrix positive definite.
     """
-    for damping in DAMPINGS:
+    for damping in (least, *(more for more in DAMPINGS if more > least)):
         factor, failed = torch.linalg.cholesky_ex(damped(hessian, damping))
         if not failed.item() and bool(factor.diagonal().isfinite().all()):
             return factor, damping
@@ -61,16 +65,17 @@ def inverse_diagonals(gram: Tensor, tokens_per_sequence: float) -> tuple[Tensor,
     return hinv, hchol2
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float = DAMPINGS[0]) -> Tensor:
     """U, upper triangular [in, in] float64 (float32 on MPS), with Uᵀ U = (H + λI)⁻¹: SparseGPT's factor.
 
     Args:
         hessian: H, [in, in] float32, symmetric, non-negative diagonal.
+        damping: the least, see `damped_cholesky`.
 
     Raises:
         EvopruneError: the matrix is not positive definite, even damped.
     """
-    return _reversed_factors(wide(hessian))[1].flip(0, 1)
+    return _reversed_factors(wide(hessian), damping)[1].flip(0, 1)
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -78,11 +83,11 @@ def wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.device.type == "mps" else matrix.to(torch.float64)
 
 
-def _reversed_factors(hessian: Tensor) -> tuple[Tensor, Tensor]:
+def _reversed_factors(hessian: Tensor, damping: float = DAMPINGS[0]) -> tuple[Tensor, Tensor]:
     """The lower Cholesky factor of the damped Hessian with both axes reversed, and its inverse.
 
     With both axes reversed, H = L Lᵀ becomes H = R Rᵀ with R upper, so U = R⁻¹: one factorisation serves both.
     """
-    factor, _ = damped_cholesky(hessian.flip(0, 1))
+    factor, _ = damped_cholesky(hessian.flip(0, 1), damping)
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     return factor, torch.linalg.solve_triangular(factor, identity, upper=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
+from evoprune.fitness.compressors import Goal, compress, compressor_of
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
@@ -57,10 +57,10 @@ def needed_statistics(criterion: Criterion, compressor: str) -> frozenset[str]:
     """Names of the statistics without which `prune_model` cannot run; often none.
 
     Raises:
-        UnknownName: no such compressor.
+        UnknownName, InvalidInput: no such compressor; see `compressor_of`.
     """
-    inside = criterion.needs & STATISTICS if COMPRESSORS[compressor].reads_criterion else frozenset()
-    return inside | COMPRESSORS[compressor].needs
+    plugin = compressor_of(compressor)
+    return plugin.needs | (criterion.needs & STATISTICS if plugin.reads_criterion else frozenset())
 
 
 def mask_rule(
@@ -68,11 +68,11 @@ def mask_rule(
 ) -> MaskRule:
     """How many weights go: half unless told otherwise, compared within the criterion's own group.
 
-    A compressor that reads no criterion counts by matrix, and compares as it likes.
+    A compressor that reads no criterion counts by matrix unless told otherwise.
 
     Raises:
-        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group, or one beside a compressor
-            that reads no criterion.
+        InvalidInput: both a sparsity and a pattern, or one that cannot be; no such group, or one that means nothing to
+            a compressor that reads no criterion.
         UnknownName: no such compressor.
     """
     if sparsity is not None and pattern is not None:
@@ -80,9 +80,13 @@ def mask_rule(
     chosen = next((known for known in GROUPS if known == group), None)
     if group is not None and chosen is None:
         raise InvalidInput(f"no group {group[:80]!r}; the groups are {', '.join(GROUPS)}")
-    chooses = not COMPRESSORS[compressor].reads_criterion
-    if chooses and chosen is not None:
-        raise InvalidInput(f"compressor {compressor!r} chooses by itself what goes: leave out the group {group!r}")
+    plugin = compressor_of(compressor)
+    chooses = not plugin.reads_criterion
+    if chooses and chosen is not None and chosen not in plugin.groups:
+        others = "".join(f", or give {known}" for known in GROUPS if known in plugin.groups)
+        raise InvalidInput(
+            f"compressor {compressor!r} chooses by itself what goes: leave out the group {group!r}{others}"
+        )
     if pattern is not None:
         return MaskRule(None, parse_pattern(pattern), "row")
     own: Group = "layer" if chooses else criterion.group
@@ -138,7 +142,7 @@ def prune_model(
                 f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}"
             )
         check_allocation(language_model, allocation)
-    if COMPRESSORS[compressor].reads_criterion:
+    if compressor_of(compressor).reads_criterion:
         goals = _masks(language_model, criterion, rule, statistics, allocation)
     else:
         goals = _counts(language_model, rule, allocation)
@@ -167,10 +171,10 @@ def reach(
     Raises:
         InvalidInput: the compressor can make nothing of the statistics. The model may then be pruned in part.
     """
-    layers = []
+    layers, plugin = [], compressor_of(compressor)
     for bound, goal in goals:
         site, weight = bound.site, bound.weight()
-        names = set(COMPRESSORS[compressor].needs)
+        names = set(plugin.needs)
         if statistics is not None:
             names.update([name for name in _OF_ERROR if name in statistics.names][:1])
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
@@ -227,7 +231,10 @@ def _counts(
     own = {} if allocation is None else {site.name: site.removed for site in allocation.sites}
     for bound in language_model.sites:
         site = bound.site
-        yield bound, Goal(own[site.name] if own else _count(site, rule), rule.pattern)
+        if own:
+            yield bound, Goal(own[site.name])
+        else:
+            yield bound, Goal(_count(site, rule), rule.pattern, group="row" if rule.group == "row" else "layer")
 
 
 def _count(site: Site, rule: MaskRule) -> int:
@@ -235,6 +242,8 @@ def _count(site: Site, rule: MaskRule) -> int:
         n, m = rule.pattern
         return site.weights // m * (m - n)
     assert rule.sparsity is not None
+    if rule.group == "row":
+        return site.out_features * removed_count(rule.sparsity, site.in_features)
     return removed_count(rule.sparsity, site.weights)
 
 

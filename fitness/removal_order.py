@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evoprune.fitness.gram import damped, damped_cholesky
+from evoprune.fitness.gram import DAMPINGS, damped, damped_cholesky
 
 SHARE = 0.05
 """Of the columns that are left, how many go in one round."""
@@ -46,12 +46,13 @@ class Problem:
     damping: float
 
     @classmethod
-    def of(cls, weight: Tensor, gram: Tensor) -> Problem:
+    def of(cls, weight: Tensor, gram: Tensor, damping: float = DAMPINGS[0]) -> Problem:
         """The problem of a matrix on its inputs.
 
         Args:
             weight: [out, in], of any float type.
             gram: [in, in] float32 or float64, Σ x xᵀ over the inputs times any number; the result has its dtype.
+            damping: the least; see `evoprune.fitness.gram.damped_cholesky`.
 
         Raises:
             EvopruneError: `gram` is not positive definite, even damped.
@@ -61,7 +62,7 @@ class Problem:
         # At a mean of 1 a dead input, whose place on the diagonal becomes 1, weighs in the damping as others do.
         mean = diagonal.sum() / (~dead).sum().clamp(min=1)
         hessian = gram / mean.clamp(min=torch.finfo(gram.dtype).tiny)
-        factor, damping = damped_cholesky(hessian)
+        factor, damping = damped_cholesky(hessian, damping)
         return cls(weight.to(gram.dtype).masked_fill(dead, 0), damped(hessian, damping), factor, damping)
 
 

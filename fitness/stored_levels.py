@@ -24,7 +24,7 @@ from torch import Tensor
 
 from evoprune.fitness.adapters import SiteModule
 from evoprune.fitness.cache import cache_folder, check_room, disk_errors
-from evoprune.fitness.compressors import COMPRESSORS, Goal, compress_all
+from evoprune.fitness.compressors import Goal, compress_all, compressor_of
 from evoprune.fitness.levels import MANIFEST, Write, dense_weights, manifest_of, readable, site_ranks
 from evoprune.fitness.parcels import find, link, packing, require
 from evoprune.fitness.prepare import Prepared
@@ -109,7 +109,7 @@ class StoredLevels:
 
 def stored_recipe(prepared: Prepared, compressor: str, levels: Sequence[int], criterion: str) -> dict[str, Any]:
     """All that decides the weights, as JSON values; arguments as in `StoredLevels.open`."""
-    identity, reads = prepared.facts["identity"], COMPRESSORS[compressor].reads_criterion
+    identity, reads = prepared.facts["identity"], compressor_of(compressor).reads_criterion
     return {
         "format": FORMAT,
         "compressor": compressor,
@@ -152,7 +152,7 @@ def build_stored_levels(
 
     Args:
         prepared: the model's dense weights and its statistics.
-        compressor: one of `COMPRESSORS`; its `needs` are among the statistics.
+        compressor: see `compressor_of`; its `needs` are among the statistics.
         levels: from 1 to 255, in ascending order.
         criterion: for compressors that read one; see `build_levels`.
         key: names the criterion.
@@ -197,7 +197,7 @@ def _compressed(
     prepared: Prepared, compressor: str, levels: Sequence[int], criterion: Criterion, site: Site, weight: Tensor
 ) -> dict[str, Tensor]:
     """[out, in] weight of a matrix by level, on the CPU."""
-    plugin, statistics = COMPRESSORS[compressor], prepared.statistics()
+    plugin, statistics = compressor_of(compressor), prepared.statistics()
     given = statistics.site_statistics(site.name, plugin.needs, weight.device)
     ranks = None
     try:

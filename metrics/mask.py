@@ -88,6 +88,27 @@ def mask_of_count(scores: Tensor, removed: int) -> Tensor:
     return _keep_largest(scores.reshape(1, -1), removed)[0].view(scores.shape)
 
 
+def mask_of_counts(scores: Tensor, removed: Tensor) -> Tensor:
+    """The mask that removes so many weights of each row.
+
+    Args:
+        scores: [out, in] float32, low = removed first; ties lose the lower column first.
+        removed: [out] int64, from 0 to in each.
+
+    Returns:
+        [out, in] bool, True = keep.
+
+    Raises:
+        InvalidCandidate: NONFINITE, a score is NaN or infinite.
+    """
+    check_finite(scores)
+    if bool((removed == removed[0]).all()):
+        return _keep_largest(scores, int(removed[0]))[0]
+    places = torch.arange(scores.shape[1], device=scores.device)
+    kept = places >= removed[:, None]
+    return torch.empty_like(kept).scatter_(1, scores.argsort(dim=1, stable=True), kept)
+
+
 def global_masks(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Masks of several matrices that together lose floor(sparsity * all their weights), compared across all of them.
 

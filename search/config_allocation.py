@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evoprune.fitness.allocators import ALLOCATORS, configured
-from evoprune.fitness.compressors import COMPRESSORS, stores_weights
+from evoprune.fitness.compressors import compressor_of, stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.exported import load_metric
@@ -47,7 +47,9 @@ class AllocationTarget(Section):
     )
     metric: str = Field("wanda", description="the criterion inside: a name, an expression, or an exported file")
     compressor: str = Field(
-        "mask", description="what becomes of the weights that stay: a name from `evoprune list compressors`"
+        "mask",
+        description="what becomes of the weights that stay: a name from `evoprune list compressors`, perhaps with "
+        "parameters, such as obq:bits=3",
     )
     grid: int | tuple[int, ...] = Field(
         16,
@@ -91,7 +93,7 @@ class AllocationTarget(Section):
     @property
     def reads_criterion(self) -> bool:
         """Whether the metric decides what goes, beside being what allocators read."""
-        return COMPRESSORS[self.compressor].reads_criterion
+        return compressor_of(self.compressor).reads_criterion
 
     @property
     def stored(self) -> tuple[int, ...] | None:
@@ -280,7 +282,7 @@ class AllocationSearchConfig(SearchConfig):
         needs = criterion.needs.union(
             *(configured(name).needs for name in self.seeds),
             reading(self.terminals).needs,
-            COMPRESSORS[self.target.compressor].needs,
+            compressor_of(self.target.compressor).needs,
         )
         return EvaluationContext(
             model=self.model.name,

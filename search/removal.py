@@ -21,7 +21,7 @@ def removal_options(metric: str, compressor: str) -> str:
 def _parts(metric: str, compressor: str) -> dict[str, str]:
     if compressor == PLAIN:
         return {"--metric": metric}
-    from evoprune.fitness.compressors import COMPRESSORS
+    from evoprune.fitness.compressors import compressor_of
 
-    inside = {"--metric": metric} if COMPRESSORS[compressor].reads_criterion else {}
+    inside = {"--metric": metric} if compressor_of(compressor).reads_criterion else {}
     return {**inside, "--compressor": compressor}

@@ -296,6 +296,17 @@ def criteria_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def compressors_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Compressors: below what each does its source, and who says which weights go."""
+    table = plain_box("name", "what goes", "needs", "parameters", "cost", "what, source")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        chosen = "by metric" if row["keeps_mask"] else "from metric" if row["reads_criterion"] else "by itself"
+        what = Group(Text(row["what"]), Text(row["source"], style="dim"))
+        table.add_row(row["name"], chosen, " ".join(row["needs"]), "\n".join(row["parameters"]), row["cost"], what)
+    return table
+
+
 def plain_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Records with the same keys, one column a key."""
     table = plain_box(*(name.replace("_", " ") for name in rows[0]))

@@ -1,17 +1,29 @@
-"""Compressors: what becomes of a matrix that has to lose weights. Plug-ins, one file each."""
+"""Compressors: what becomes of a matrix that has to lose weights. Plug-ins, one file each.
+
+A compressor is a frozen dataclass whose fields are its parameters, with their defaults.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from evoprune.fitness.gram import wide
+from evoprune.fitness.removal_order import Problem
+from evoprune.metrics import mask as masks
 from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.parameters import configured
+from evoprune.metrics.records import Group, MaskRule
 from evoprune.metrics.registry import Registry
+
+Cost = Literal["mask", "linear", "cubic", "cubic by row"]
+"""Of an [out, in] matrix: ``mask`` sorts it, ``linear`` multiplies it by its Gram matrix some times, ``cubic`` also
+factorises that matrix or sweeps over its columns, ``cubic by row`` does so for every row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,32 +34,63 @@ class Goal:
         removed: how many weights, exactly.
         pattern: (n, m): n weights kept of every m consecutive columns; None: any of them.
         mask: [out, in] bool, True = keep, by which a criterion removes as many; None if nobody reads it.
+        group: for a compressor that chooses, beside no pattern: what weights compete within. Of ``row`` every row loses
+            as many.
     """
 
     removed: int
     pattern: tuple[int, int] | None = None
     mask: Tensor | None = None
+    group: Literal["row", "layer"] = "layer"
 
     @classmethod
     def of_mask(cls, mask: Tensor, pattern: tuple[int, int] | None = None) -> Goal:
         """What the [out, in] bool `mask`, True = keep, removes."""
         return cls(mask.numel() - int(mask.sum()), pattern, mask)
 
+    def largest(self, scores: Tensor) -> Tensor:
+        """The mask, [out, in] bool, True = keep, that removes the lowest of some scores, [out, in] float32."""
+        if self.pattern is not None:
+            return masks.mask(scores, MaskRule(None, self.pattern))
+        if self.group == "row":
+            rows = len(scores)
+            return masks.mask_of_counts(scores, torch.full((rows,), self.removed // rows, device=scores.device))
+        return masks.mask_of_count(scores, self.removed)
+
 
 class Compressor(Protocol):
-    """Turns a dense matrix into those that replace it, one for each goal.
+    """Turns a dense matrix into those that replace it, one for each goal. A frozen dataclass of plain parameters.
 
     Attributes:
         needs: names of the statistics it reads, such as ``H`` (Gram matrix of the inputs, [in, in] float32).
         reads_criterion: it is given the mask of a criterion. One that is not chooses by itself what goes.
         keeps_mask: it prunes exactly by that mask; one that does not takes it as a start.
         keeps_weights: weights that stay are as they were.
+        groups: of one that reads no criterion: what a goal may have weights compete within; none if it has its own way.
+        cost: what it takes.
+        source: the paper it is from.
     """
 
-    needs: frozenset[str]
-    reads_criterion: bool
-    keeps_mask: bool
-    keeps_weights: bool
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def reads_criterion(self) -> bool: ...
+
+    @property
+    def keeps_mask(self) -> bool: ...
+
+    @property
+    def keeps_weights(self) -> bool: ...
+
+    @property
+    def groups(self) -> frozenset[Group]: ...
+
+    @property
+    def cost(self) -> Cost: ...
+
+    @property
+    def source(self) -> str: ...
 
     def compress(
         self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]
@@ -86,28 +129,68 @@ class Compressed:
 COMPRESSORS: Registry[Compressor] = Registry("compressor", "evoprune.fitness.compressors")
 
 
-def stores_weights(name: str) -> bool:
-    """Whether the levels of a matrix are weights of their own: not where they are one dense matrix under masks.
+def compressor_of(spelled: str) -> Compressor:
+    """A registered compressor, with some parameters changed.
+
+    Args:
+        spelled: its name, or with parameters such as ``obq:bits=3`` or ``obq:bits=3,symmetric=true``.
 
     Raises:
         UnknownName: no such compressor.
+        InvalidInput: no such parameter, or a value that it cannot have.
     """
-    return not (COMPRESSORS[name].keeps_mask and COMPRESSORS[name].keeps_weights)
+    name, colon, words = spelled.partition(":")
+    given: dict[str, str] = {}
+    for word in words.split(",") if colon else ():
+        key, equals, value = (part.strip() for part in word.partition("="))
+        if not key or not equals or key in given:
+            raise InvalidInput(
+                f"{word[:40]!r} of compressor {spelled[:60]!r} is not KEY=VALUE with each KEY once, such as obq:bits=3"
+            )
+        given[key] = value
+    return configured(COMPRESSORS, name, given)
 
 
-def compress(name: str, weight: Tensor, goal: Goal, statistics: Mapping[str, Tensor]) -> Compressed:
+def stores_weights(spelled: str) -> bool:
+    """Whether the levels of a matrix are weights of their own: not where they are one dense matrix under masks.
+
+    Raises:
+        UnknownName, InvalidInput: see `compressor_of`.
+    """
+    compressor = compressor_of(spelled)
+    return not (compressor.keeps_mask and compressor.keeps_weights)
+
+
+def problem_of(weight: Tensor, gram: Tensor, damping: float) -> Problem:
+    """What the output error of a matrix depends on, in float64 where the device has it.
+
+    Args:
+        weight: [out, in].
+        gram: H, [in, in], of any scale.
+        damping: the least; see `evoprune.fitness.gram.damped_cholesky`.
+
+    Raises:
+        InvalidInput: the Gram matrix is not positive definite, even damped.
+    """
+    try:
+        return Problem.of(weight, wide(gram), damping)
+    except EvopruneError as error:
+        raise InvalidInput(f"{error}: calibrate on more text, or on another") from None
+
+
+def compress(spelled: str, weight: Tensor, goal: Goal, statistics: Mapping[str, Tensor]) -> Compressed:
     """`compress_all` for one goal."""
-    return next(compress_all(name, weight, [goal], statistics))
+    return next(compress_all(spelled, weight, [goal], statistics))
 
 
 @torch.no_grad()
 def compress_all(
-    name: str, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor], *, measured: bool = True
+    spelled: str, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor], *, measured: bool = True
 ) -> Iterator[Compressed]:
-    """Run the compressor `name` on one matrix, for each goal in turn, and measure what it did.
+    """Run a compressor on one matrix, for each goal in turn, and measure what it did.
 
     Args:
-        name: one of `COMPRESSORS`.
+        spelled: the compressor; see `compressor_of`.
         weight: [out, in] of any floating dtype, in which the results come back.
         goals: what has to go.
         statistics: what the compressor needs, and ``H`` or ``X_ss`` for the error.
@@ -115,13 +198,13 @@ def compress_all(
 
     Raises:
         UnknownName: no such compressor.
-        InvalidInput: a statistic that it needs is not there, or of no use to it.
+        InvalidInput: a parameter that it cannot have, or a statistic that it needs is not there, or of no use to it.
         EvopruneError: the compressor broke its contract: not finite, a weight outside its mask, or a mask that is not
             what the goal says.
     """
-    compressor = COMPRESSORS[name]
+    compressor = compressor_of(spelled)
     for missing in sorted(compressor.needs - set(statistics)):
-        raise InvalidInput(f"compressor {name!r} reads {missing}, which was not collected: add it to the statistics")
+        raise InvalidInput(f"compressor {spelled!r} reads {missing}, which was not collected: add it to the statistics")
     asked: deque[Goal] = deque()  # a compressor may want to see all goals before its first result
 
     def noted() -> Iterator[Goal]:
@@ -132,21 +215,21 @@ def compress_all(
     for new, kept in compressor.compress(weight.float().contiguous(), noted(), statistics):
         cast = new.to(weight.dtype)
         if not bool(cast.isfinite().all()) or bool((cast[~kept] != 0).any()):
-            raise EvopruneError(f"compressor {name!r} returned weights that are not finite or lie outside its mask")
-        _check_mask(name, kept, asked.popleft())
+            raise EvopruneError(f"compressor {spelled!r} returned weights that are not finite or lie outside its mask")
+        _check_mask(spelled, kept, asked.popleft())
         gram, squares = (statistics.get(name) if measured else None for name in ("H", "X_ss"))
         error = relative_output_error(weight.float(), cast.float(), gram=gram, input_squares=squares)
         yield Compressed(cast, kept, error)
 
 
-def _check_mask(name: str, kept: Tensor, goal: Goal) -> None:
+def _check_mask(spelled: str, kept: Tensor, goal: Goal) -> None:
     removed = kept.numel() - int(kept.sum())
     if removed != goal.removed:
-        raise EvopruneError(f"compressor {name!r} removed {removed:,} weights and not {goal.removed:,}")
+        raise EvopruneError(f"compressor {spelled!r} removed {removed:,} weights and not {goal.removed:,}")
     if goal.pattern is not None:
         n, m = goal.pattern
         if bool((kept.view(kept.shape[0], -1, m).sum(2) != n).any()):
-            raise EvopruneError(f"compressor {name!r} left the pattern {n}:{m}")
+            raise EvopruneError(f"compressor {spelled!r} left the pattern {n}:{m}")
 
 
 def relative_output_error(

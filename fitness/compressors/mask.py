@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from evoprune.fitness.compressors import COMPRESSORS, Goal
+from evoprune.fitness.compressors import COMPRESSORS, Cost, Goal
+from evoprune.metrics.records import Group
 
 
+@dataclass(frozen=True)
 class MaskOnly:
     """Zero what the mask removes and change nothing else."""
 
-    needs: frozenset[str] = frozenset()
-    reads_criterion = True
-    keeps_mask = True
-    keeps_weights = True
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads_criterion: ClassVar[bool] = True
+    keeps_mask: ClassVar[bool] = True
+    keeps_weights: ClassVar[bool] = True
+    groups: ClassVar[frozenset[Group]] = frozenset()
+    cost: ClassVar[Cost] = "mask"
+    source: ClassVar[str] = "that of the criterion"
 
     def compress(
         self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]

@@ -27,7 +27,7 @@ from evoprune.fitness.allocating import (
 )
 from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured
 from evoprune.fitness.amia import TokenChoice
-from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.compressors import compressor_of
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
@@ -37,7 +37,7 @@ from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.allocation_formula import AllocationFormula, read_formula
 from evoprune.metrics.criterion import Criterion
-from evoprune.metrics.errors import InvalidInput, UnknownName
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import MaskRule
 
@@ -153,11 +153,10 @@ class Provenance:
         if allocation is None or "compressor" not in allocation.parameters:
             return cls()
         compressor, threads = (allocation.parameters.get(name) for name in ("compressor", "threads"))
-        if not isinstance(compressor, str) or compressor not in COMPRESSORS:
-            raise UnknownName("compressor", str(compressor), COMPRESSORS)
+        compressor_of(str(compressor))
         if threads is not None and (type(threads) is not int or not 1 <= threads <= _MOST_THREADS):
             raise InvalidInput(f"the allocation was searched with {str(threads)[:40]!r} threads: give a whole number")
-        return cls(compressor, threads)
+        return cls(str(compressor), threads)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from evoprune.fitness.adapters import rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.compressors import compressor_of
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
@@ -95,9 +95,10 @@ def prune(
             `sparsity` is the budget; a file of sparsities has its own.
         allocation_parameters: of that allocator; for EvoPress's text ``step``, the weights in a level.
         budgets: sparsity of each group of matrices; see `allocate`. Without an `allocation` each group is uniform.
-        compressor: a name of `evoprune list compressors`: what happens to the weights that stay. ``mask`` leaves them
-            as they are; ``sparsegpt`` chooses itself what goes, and lets the weights that stay make up for it. None is
-            the one that `allocation` was searched for, if its file says so, else ``mask``.
+        compressor: a name of `evoprune list compressors`, perhaps with parameters, such as ``obq:bits=3``: what happens
+            to the weights that stay. ``mask`` leaves them as they are; ``sparsegpt`` chooses itself what goes, and lets
+            the weights that stay make up for it. None is the one that `allocation` was searched for, if its file says
+            so, else ``mask``.
         policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
@@ -182,7 +183,7 @@ def prune(
     recovered = None if begun is None else begun.run(language_model, progress)
     pruned = Pruned(
         language_model=language_model,
-        criterion=criterion_label(metric, criterion) if COMPRESSORS[compressor].reads_criterion else None,
+        criterion=criterion_label(metric, criterion) if compressor_of(compressor).reads_criterion else None,
         rule=rule,
         compressor=compressor,
         layers=layers,

@@ -34,9 +34,10 @@ def list_kind(
         if as_json:
             output.json(rows)
         else:
-            from evoprune.search.tables import criteria_table, plain_table
+            from evoprune.search.tables import compressors_table, criteria_table, plain_table
 
-            output.show(criteria_table(rows) if kind == "criteria" else plain_table(rows))
+            own = {"criteria": criteria_table, "compressors": compressors_table}
+            output.show(own.get(kind, plain_table)(rows))
             if kind == "criteria":
                 output.tell(_seeding(rows))
 

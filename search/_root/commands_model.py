@@ -83,7 +83,7 @@ def prune(
         option(
             "--compressor",
             metavar="C",
-            help="what the other weights become: one of `evoprune list compressors`",
+            help="what the other weights become: one of `evoprune list compressors`, such as refit or obq:bits=3",
             panel=TARGET,
             default="that of the allocation's file, or mask",
             autocompletion=completion.plugins("evoprune.fitness.compressors"),
@@ -444,10 +444,14 @@ def stats(
 
 def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
     """What of the options was not read, or does not fit together as well as it could."""
+    from evoprune.fitness.compressors import compressor_of
+
     allocation, name = pruned.allocation, pruned.compressor
     if metric is not None and pruned.criterion is None:
         said = f"{name} chooses by itself what goes and does not read --metric"
         yield said if allocation is None else f"{said}; an allocator may have"
+    if pruned.criterion is not None and not compressor_of(name).keeps_mask:
+        yield f"{name} chooses by itself what goes, from what {pruned.criterion} keeps as a start"
     searched = name if allocation is None else allocation.parameters.get("compressor", name)
     if searched != name:
         yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"

@@ -211,7 +211,7 @@ def search_allocation(
         option(
             "--compressor",
             metavar="C",
-            help="what the other weights become: one of `evoprune list compressors`",
+            help="what the other weights become: one of `evoprune list compressors`, such as refit or obq:bits=3",
             panel=TARGET,
             default="mask",
             autocompletion=completion.plugins("evoprune.fitness.compressors"),

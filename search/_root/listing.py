@@ -121,7 +121,10 @@ def _compressors() -> list[Row]:
             "reads_criterion": COMPRESSORS[name].reads_criterion,
             "keeps_mask": COMPRESSORS[name].keeps_mask,
             "keeps_weights": COMPRESSORS[name].keeps_weights,
+            "parameters": [f"{key}={_word(value)}" for key, value in parameters_of(COMPRESSORS[name]).items()],
+            "cost": COMPRESSORS[name].cost,
             "what": _first_line(type(COMPRESSORS[name])),
+            "source": COMPRESSORS[name].source,
         }
         for name in COMPRESSORS
     ]

@@ -209,6 +209,10 @@ def test_metric_names(refused: Callable[..., str], tiny: Path) -> None:
     sparsegpt = ("prune", tiny, "--out", "out", "--compressor", "sparsegpt")
     assert "chooses by itself what goes: leave out the group 'global'" in refused(*sparsegpt, "--group", "global")
     assert "needs a width that 5 divides" in refused(*sparsegpt, "--pattern", "2:5")
+    other = ("prune", tiny, "--out", "out", "--compressor")
+    assert "bits 9 is outside [2, 8]" in refused(*other, "obq:bits=9")
+    assert "'bits' of compressor 'obq:bits' is not KEY=VALUE" in refused(*other, "obq:bits")
+    assert "leave out the group 'global', or give row, or give layer" in refused(*other, "obs", "--group", "global")
 
 
 def test_huge_and_deep_expressions(refused: Callable[..., str], tiny: Path, place: Path) -> None:

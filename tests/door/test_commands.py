@@ -117,6 +117,9 @@ def test_criteria_are_those_of_the_registry(run: Run) -> None:
     }
     assert rows["random"]["expression"] is None
     assert {row["name"] for row in run("list", "operators", "--json").json} == set(OPERATORS)
+    rows = {row["name"]: row for row in run("list", "compressors", "--json").json}
+    assert (rows["obq"]["cost"], rows["obq"]["parameters"][0]) == ("cubic by row", "bits=4")
+    assert all("arXiv" in row["source"] for name, row in rows.items() if name != "mask")
 
 
 def test_what_is_listed_says_what_it_is(run: Run) -> None:

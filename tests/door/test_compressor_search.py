@@ -52,6 +52,18 @@ def test_a_search_and_the_command_that_it_prints(
     assert read_allocation(file).sparsity == 0.6
 
 
+@pytest.mark.slow
+def test_a_compressor_with_parameters(run: Run, tiny: Path, levels: Path) -> None:
+    done = run("search", "allocation", tiny, "--config", levels, "--compressor", "obq:bits=3", "--executor", "inline")
+    assert done.code == 0, done.err
+    (command,) = [line for line in done.err.splitlines() if line.startswith("prune ")]
+    assert "--metric wanda --compressor obq:bits=3" in command
+    pruned = run(*shlex.split(command.partition("evoprune ")[2].replace("DIR", "out")), "--json").json
+    best = json.loads((Path(done.out.strip()) / "result.json").read_text())["best"]
+    assert (pruned["compressor"], pruned["criterion"]) == ("obq:bits=3", "wanda")
+    assert pruned["removed"] == best["removed"]
+
+
 def test_what_cannot_be_is_refused(refused: Callable[..., str], tiny: Path) -> None:
     search = ("search", "allocation", tiny, "--compressor")
     assert "no compressor 'sparsgpt'; did you mean 'sparsegpt'" in refused(*search, "sparsgpt")

@@ -86,6 +86,21 @@ def test_a_compressor_that_changes_weights(run: Run, tiny: Path, place: Path) ->
         assert (where.reshape(where.shape[0], -1, 4).sum(2) == 2).all()
 
 
+def test_compressors_with_masks_of_a_metric_and_of_their_own(run: Run, tiny: Path, place: Path) -> None:
+    for words, group, said in (
+        (("awp:bits=3", "--metric", "ria"), "layer", "awp:bits=3 chooses by itself what goes, from what ria keeps as"),
+        (("obs", "--group", "row", "--metric", "ria"), "row", "obs chooses by itself what goes and does not read"),
+    ):
+        out = words[0].partition(":")[0]
+        done = run("prune", tiny, "--out", out, "--sparsity", 0.6, "--compressor", *words)
+        assert done.code == 0 and said in " ".join(done.err.split())
+        recipe = json.loads((place / out / "evoprune.json").read_text())["recipe"]
+        assert (recipe["compressor"], recipe["group"]) == (words[0], group)
+        if group == "row":
+            for where in zeros(place / out).values():
+                assert (where.sum(1) >= int(0.6 * where.shape[1])).all()
+
+
 def test_what_people_see(run: Run, tiny: Path, place: Path) -> None:
     pruned = run("prune", tiny, "--out", "my out", "--metric", "magnitude")
     assert pruned.code == 0

@@ -12,7 +12,7 @@ import torch
 
 from evoprune.fitness import stored_levels
 from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
-from evoprune.fitness.levels import build_levels
+from evoprune.fitness.levels import build_levels, site_ranks
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.parcels import parcel_folder
 from evoprune.fitness.prepare import Prepared
@@ -71,6 +71,25 @@ def test_every_level_is_what_the_compressor_makes_of_the_dense_matrix(parts: tup
     assert not language_model.sites[3].weight().any()
     resident.restore()
     assert all(torch.equal(*pair) for pair in zip(weights(language_model), dense, strict=True))
+
+
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+def test_levels_of_every_compressor(parts: tuple[LanguageModel, Prepared], compressor: str) -> None:
+    language_model, prepared = parts
+    database, plugin, statistics = (
+        build(prepared, compressor, (64, 154)),
+        COMPRESSORS[compressor],
+        prepared.statistics(),
+    )
+    for bound in (language_model.sites[0], language_model.sites[-1]):
+        site, dense = bound.site, bound.weight()
+        ranks = site_ranks(WANDA, site, dense, statistics, prepared.facts["identity"]["sparsity"])
+        given = statistics.site_statistics(site.name, plugin.needs)
+        for level in (64, 154):
+            goal = Goal.of_mask(ranks >= level)
+            assert goal.removed == site.out_features * (level * site.in_features // 256)
+            made = compress(compressor, dense, goal if plugin.reads_criterion else Goal(goal.removed), given)
+            assert torch.equal(database.weight(site.name, level), made.weight)
 
 
 def test_of_the_mask_alone_they_are_what_ranks_give(parts: tuple[LanguageModel, Prepared]) -> None:
@@ -160,7 +179,7 @@ def test_what_the_disk_has_no_room_for_is_refused(
 def test_statistics_that_are_missing_are_named(
     parts: tuple[LanguageModel, Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(COMPRESSORS["sparsegpt"], "needs", frozenset({"Hchol2"}), raising=False)
+    monkeypatch.setattr(type(COMPRESSORS["sparsegpt"]), "needs", frozenset({"Hchol2"}))
     with pytest.raises(InvalidInput, match="hold no 'Hchol2'; they hold H, "):
         build(parts[1])
 

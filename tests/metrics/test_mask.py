@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
-from evoprune.metrics.mask import global_masks, mask, threshold_le_mask
+from evoprune.metrics.mask import global_masks, mask, mask_of_counts, threshold_le_mask
 from evoprune.metrics.records import MaskRule, removed_count
 
 SPARSITIES = ["0", "0.1", "0.29", "0.5", "0.7", "0.99"]
@@ -151,3 +151,10 @@ def test_magnitude_of_the_reference_code() -> None:
     assert torch.equal(threshold_le_mask(scores, 0.5), ~expected)
     assert int(expected.sum()) == 151
     assert int((~mask(scores, MaskRule(0.5, group="layer"))).sum()) == 150
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "constant", "signed zeros"])
+@pytest.mark.parametrize("counts", [[0, 1, 2, 5, 12, 20, 23, 24, 24], [7] * 9, [24] * 9])
+def test_counts_of_their_own_for_every_row(kind: str, counts: list[int]) -> None:
+    scores = _scores(kind)
+    assert mask_of_counts(scores, torch.tensor(counts)).tolist() == _brute(scores.tolist(), counts)

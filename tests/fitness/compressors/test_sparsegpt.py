@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.compressors import Compressed, Goal, compress, compress_all, relative_output_error, sparsegpt
+from evoprune.fitness.quantisation import Grid
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.mask import mask
 from evoprune.metrics.records import MaskRule
@@ -31,9 +32,9 @@ def goal_of(pattern: tuple[int, int] | None, removed: int) -> Goal:
     return Goal(removed if pattern is None else OUT * IN * (pattern[1] - pattern[0]) // pattern[1], pattern)
 
 
-def naive(weight: Tensor, gram: Tensor, goal: Goal, block: int) -> tuple[Tensor, Tensor]:
+def naive(weight: Tensor, gram: Tensor, goal: Goal, block: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
     """Column by column in float64: the inverse of what is left of the Hessian says what a removal costs and how the
-    columns to the right make up for it (optimal brain surgeon, with the columns to the left fixed)."""
+    columns to the right make up for it (optimal brain surgeon, with the columns to the left fixed); or a rounding."""
     hessian = gram.double()
     hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
     new, keep = weight.double().clone(), torch.ones(weight.shape, dtype=torch.bool)
@@ -53,9 +54,11 @@ def naive(weight: Tensor, gram: Tensor, goal: Goal, block: int) -> tuple[Tensor,
             costs = torch.stack([new[:, j] ** 2 / inverse(j)[0, 0] for j in range(at, at + m)], 1)
             keep[:, at : at + m] = costs.argsort(1).argsort(1) >= m - n
         left = inverse(at)
-        error = new[:, at].masked_fill(keep[:, at], 0) / left[0, 0]
+        there = new[:, at : at + 1] if grid is None else grid.nearest(new[:, at : at + 1])
+        there = there[:, 0].masked_fill(~keep[:, at], 0)
+        error = (new[:, at] - there) / left[0, 0]
         new[:, at:] -= error[:, None] * left[0]
-        new[~keep[:, at], at] = 0
+        new[:, at] = there
     return new, keep
 
 
@@ -71,6 +74,17 @@ def test_it_is_the_sweep_step_by_step(
     found = compress("sparsegpt", weight, goal, {"H": gram})
     assert torch.equal(found.mask, keep)
     torch.testing.assert_close(found.weight.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_rounding_is_answered_as_removing_is(pattern: tuple[int, int] | None) -> None:
+    weight, gram = layer()
+    goal, grid = goal_of(pattern, 461), Grid.of(weight.double(), 3)
+    expected, keep = naive(weight, gram, goal, sparsegpt.BLOCK, grid)
+    found = compress("sparsegpt:bits=3", weight, goal, {"H": gram})
+    assert torch.equal(found.mask, keep)
+    torch.testing.assert_close(found.weight.double(), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(grid.nearest(found.weight.double()), found.weight.double(), rtol=1e-5, atol=1e-7)
 
 
 def best_possible(weight: Tensor, gram: Tensor, keep: Tensor) -> float:
