@@ -105,10 +105,10 @@ class PolicySearcher(Section):
     baselines: tuple[str, ...] = Field(
         ("flap", "magnitude", "wanda-sp"), description="unit criteria to compare the winner with"
     )
-    windows: int = Field(256, ge=2, description="windows of text B that minibatches are drawn from")
-    batch: int = Field(8, ge=1, description="windows of a minibatch, the same for all masks of a step")
+    windows: int = Field(128, ge=2, description="windows of text B that minibatches are drawn from")
+    batch: int = Field(2, ge=1, description="windows of a minibatch, the same for all masks of a step")
     validation: int = Field(
-        64, ge=2, description="further windows of text B, on which modes of the policy are compared"
+        32, ge=2, description="further windows of text B, on which modes of the policy are compared"
     )
     validate_every: int = Field(20, ge=1, description="steps between two such comparisons")
 

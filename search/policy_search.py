@@ -26,7 +26,7 @@ from evoprune.search.result import standard_error
 
 INITIALISATION = "initialisation"
 """What the mode of the policy is called before it has moved."""
-FINALISTS = 6
+FINALISTS = 5
 MOST_UNITS = 4096
 """Up to so many units the history tells masks and probabilities; of more they would fill the disk."""
 SNAPSHOTS = 40

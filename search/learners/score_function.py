@@ -57,7 +57,7 @@ class ScoreFunctionOptions(Options):
     grouped_share: float = 0.3
     estimator: str = "loo"
     samples: int = 8
-    rate: float = 0.5
+    rate: float = 1.0
     last: float = 0.1
     precondition: str = "auto"
     kl: float | None = None
