@@ -254,8 +254,8 @@ class ScoreFunctionLearner:
 
 def planned(n: int, evaluations: int) -> str:
     """What to learn with so many losses: the estimated gradient of n logits has cosine 1 / sqrt(1 + n / E) with the
-    true one, so units are worth learning from about 0.9 on, and after their groups from about 0.45 on."""
-    if 4 * n <= evaluations:
+    true one, so units are worth learning from about 0.97 on, and after their groups from about 0.45 on."""
+    if 16 * n <= evaluations:
         return "free"
     return "grouped-then-free" if n <= 4 * evaluations else "grouped"
 
