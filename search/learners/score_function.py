@@ -72,7 +72,8 @@ class ScoreFunctionOptions(Options):
     def __post_init__(self) -> None:
         check_choice("parameters", self.parameters, PARAMETERS)
         check_choice("precondition", self.precondition, PRECONDITIONS)
-        check_choice("policy", self.policy, ("auto", *POLICIES))
+        # Names that do not exist are refused before there is a problem to build them for.
+        _ = None if self.policy == "auto" else POLICIES[self.policy]
         _ = ESTIMATORS[self.estimator]
         check_range("grouped_share", self.grouped_share, 0, 1)
         check_range("samples", self.samples, 0, 10_000)

@@ -26,7 +26,7 @@ NAMES = sorted(LEARNERS)
 
 def search(learner: str = "score-function", **changes: Any) -> PolicySearch:
     budget = Strata(np.zeros(N, dtype=int), np.array([KEPT]))
-    problem = Problem(budget, np.arange(N) // 6, np.zeros(N), np.zeros(N), steps=40, seed=changes.get("seed", 0))
+    problem = Problem(budget, np.arange(N) // 6, np.zeros(N), np.zeros(N), steps=changes.get("steps", 40), seed=0)
     given = {
         "groups": np.arange(N) // 6,
         "texts": TEXTS,
@@ -93,7 +93,7 @@ def test_every_learner_searches_within_its_budget(name: str) -> None:
 
 
 def test_planted_units_are_what_goes() -> None:
-    found = search(evaluations=1500)
+    found = search(evaluations=1500, steps=180)
     drive(found)
     assert found.best is not None
     assert set(np.flatnonzero(~unpacked(found.best.kept, N))) == set(np.flatnonzero(PLANTED))
