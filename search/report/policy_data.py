@@ -344,12 +344,13 @@ class PolicyData(RunData[PolicySearchConfig]):
     # Files
 
     def probabilities_csv(self) -> str | None:
-        """Keep probabilities by unit, or by block and kind where there are too many; None if none is known."""
-        moments = self.snapshots if self.by_unit else self.groups
+        """Keep probabilities by unit, or by block and kind where the history has no others; None if it has none."""
+        of_units = bool(self.snapshots) and len(self.rows) < self.n
+        moments = self.snapshots if of_units else self.groups
         if not self.rows or not moments:
             return None
         after = [f"after {moment.steps} steps" for moment in moments]
-        if not self.by_unit:
+        if not of_units:
             head = ["block", "kind", "part", "units", *after]
             body = [
                 [row.block, row.kind, row.name, len(row.units), *(moment.values[at] for moment in moments)]
