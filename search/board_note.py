@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from evoprune.fitness.part_merges import read_block
@@ -13,10 +13,13 @@ from evoprune.search.candidate import Candidate
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
+from evoprune.search.mask_words import metric_counts
 from evoprune.search.policy_search import PolicySearch
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
+from evoprune.search.tables_policy import found_text
+from evoprune.search.tables_policy import removed_text as removed_policy_text
 from evoprune.search.tables_structure import removed_text
 
 
@@ -175,20 +178,27 @@ def searching_policy_note(config: SearchConfig, search: PolicySearch, evaluation
 def finished_policy_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
     """What a policy search has found: everyone on held-out text; arguments as in `finished_note`."""
     best = result["best"]
-    found = f"before step {best['step'] + 1} of {result['steps']}" if best["step"] else "as the initialisation"
+    counts = best["policy"].get("metrics")
+    kept = [] if counts is None else [*_table(("metric", "matrices"), _counted(counts.values())), ""]
     return "\n".join(
         [
             f"## Winner: {result['model']} at {target_text(result)}",
             "",
             *_heldout(result),
-            f"Found {found} in {result['evaluations']:,} evaluations, seed {result['seed']}; fitness "
-            f"{best['fitness']:.5f} ({result['objective']} on text B). The policy and the report are among the study's "
-            "artifacts.",
+            f"Found {found_text(result)}, in {result['evaluations']:,} evaluations, seed {result['seed']}; fitness "
+            f"{best['fitness']:.5f} ({result['objective']} on text B). Gone is {removed_policy_text(result)}. The "
+            "policy and the report are among the study's artifacts.",
             "",
+            *kept,
+            *_picture("kept.svg", "what every block keeps", artifacts),
             *_picture("probabilities.svg", "keep probabilities by block and unit", artifacts),
             *_picture("convergence.svg", "losses by step", artifacts),
         ]
     )
+
+
+def _counted(metrics: Iterable[str]) -> list[tuple[str, str]]:
+    return [(name, f"{count:,}") for name, count in metric_counts(metrics)]
 
 
 def _heldout(result: Mapping[str, Any]) -> list[str]:

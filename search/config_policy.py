@@ -18,6 +18,7 @@ DEFAULT_SPARSITY = 0.3
 DEFAULT_UNITS = ("kv-group", "ranked:32")
 DEFAULT_METRICS = ("magnitude", "nowag", "obs", "ria", "stade", "symwanda", "wanda")
 """Those that need no gradients."""
+FIRST_METRIC = "wanda"
 WEIGHTS = "weights"
 """The unit of per-group patterns."""
 
@@ -128,6 +129,17 @@ class PolicySearcher(Section):
 
 class PolicySearchConfig(SearchConfig):
     """A policy search, fully resolved."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_weights(cls, values: Any) -> Any:
+        """With a pattern the policy starts from a metric: Wanda if that is among those to choose from, else the first."""
+        target = values.get("target") if isinstance(values, dict) else None
+        if not isinstance(target, dict) or target.get("pattern") is None:
+            return values
+        metrics = target.get("metrics") or DEFAULT_METRICS
+        prior = FIRST_METRIC if FIRST_METRIC in metrics else metrics[0]
+        return {**values, "searcher": {"prior": prior, **(values.get("searcher") or {})}}
 
     kind: Literal["policy"] = "policy"
     target: PolicyTarget = PolicyTarget(sparsity=DEFAULT_SPARSITY)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from evoprune.fitness.mask_units import UnitTable, kept_cost, shape_of
-from evoprune.fitness.maskers import ByMetrics, ByUnits
 from evoprune.fitness.policy_file import Calibration, LearnedPolicy, read_policy, to_json, write_policy
 from evoprune.fitness.unit_costs import UnitCosts, kept_by
 from evoprune.metrics.errors import EvopruneError, InvalidInput
@@ -18,6 +15,7 @@ from evoprune.metrics.shape_file import read_shape, write_shape
 from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.engine.executor import Job, Outcome
+from evoprune.search.mask_words import spelled
 from evoprune.search.policy_search import INITIALISATION, Mode, PolicySearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -89,7 +87,7 @@ class PolicyComparison:
             elif name in ("dense", "winner"):
                 raise failure(outcome)
         config, search, best = self._config, self._search, self._best
-        searcher, table = config.searcher, self._table
+        searcher, table, rows = config.searcher, self._table, unit_rows(self._table)
         modes = {INITIALISATION: search.initialisation, **search.starts}
         # Of others the fitness is that on less text.
         compared = {mode.kept: mode.fitness for mode in search.finals}
@@ -101,7 +99,7 @@ class PolicyComparison:
             "cost": config.target.cost,
             "budget": config.target.budget,
             "masker": config.masker,
-            "units": {"n": table.n, "hash": table.hash, "rows": [_row(row) for row in table.rows]},
+            "units": {"n": table.n, "hash": table.hash, "rows": rows},
             "objective": config.objective,
             "searcher": searcher.name,
             "prior": searcher.prior,
@@ -136,7 +134,7 @@ class PolicyComparison:
                 "step": best.step,
                 "fitness": best.fitness,
                 "stderr": best.stderr,
-                "policy": {"kept": best.kept, **self._spelled(best)},
+                "policy": {"kept": best.kept, **spelled(table.unpacked(best.kept), config.masker, rows)},
                 "shape": self._shape_rows(best),
                 "cost": self._cost(best.kept),
                 "removed": table.dense - self._cost(best.kept),
@@ -203,18 +201,8 @@ class PolicyComparison:
         blocks = self._shape(mode)
         return None if blocks is None else [list(kept_by(block)) for block in blocks]
 
-    def _spelled(self, mode: Mode) -> dict[str, Any]:
-        """The mask in words: units kept of each block and kind, or the metric of each matrix."""
-        table, mask = self._table, self._table.unpacked(mode.kept)
-        masker = table.masker
-        if isinstance(masker, ByMetrics):
-            chosen = {row.name: int(np.argmax(mask[table.of_row(at)])) for at, row in enumerate(table.rows)}
-            return {"metrics": {name: masker.metrics[choice] for name, choice in chosen.items()}}
-        if isinstance(masker, ByUnits):
-            return {"counts": [int(mask[table.of_row(at)].sum()) for at in range(len(table.rows))]}
-        return {}
 
-
-def _row(row: Any) -> dict[str, Any]:
-    """What people want to know of the units of one block and kind."""
-    return {"kind": row.kind, "block": row.block, "name": row.name, "count": row.count}
+def unit_rows(table: UnitTable) -> list[dict[str, Any]]:
+    """What people want to know of the units of each block and kind, or of each matrix."""
+    wanted = ("kind", "block", "name", "count", "of", "size")
+    return [{name: getattr(row, name) for name in wanted} for row in table.rows]

@@ -23,7 +23,7 @@ from evoprune.search.learners import LEARNERS, Problem
 from evoprune.search.level_run import criterion_json, sites_of
 from evoprune.search.policies.start import FLAT, start_logits, z_scores
 from evoprune.search.policy_budget import budget_of, keep_rates
-from evoprune.search.policy_result import PolicyComparison
+from evoprune.search.policy_result import PolicyComparison, unit_rows
 from evoprune.search.policy_search import FINALISTS, PolicySearch, Texts
 from evoprune.search.policy_start import check_start, given_start, logits_from
 from evoprune.search.result import failure
@@ -55,7 +55,7 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
         if isinstance(self._table.masker, ByUnits):
             costs = {"quantity": target.cost, "batch": 1, "sequence": None}
             self._costs = UnitCosts.from_json(first("costs", costs))
-        self._run.add_identity(units=self._table.hash)
+        self._run.add_identity(units=self._table.hash, unit_rows=unit_rows(self._table))
         self.identity = content_hash([self.identity, self._table.hash])
         return prepared
 

@@ -22,7 +22,8 @@ from evoprune.metrics.files import content_hash, derived_seed
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.learners import Answer, Learner, Trial
 from evoprune.search.loop import Birth
-from evoprune.search.result import standard_error
+from evoprune.search.mask_words import mask_words, unpacked
+from evoprune.search.result import standard_error, window_mean
 
 INITIALISATION = "initialisation"
 """What the mode of the policy is called before it has moved."""
@@ -109,11 +110,6 @@ def packed(mask: np.ndarray) -> str:
     return np.packbits(mask).tobytes().hex()
 
 
-def unpacked(kept: str, n: int) -> np.ndarray:
-    """The mask [n] bool that `packed` wrote."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(kept), dtype=np.uint8), count=n).astype(bool)
-
-
 class PolicySearch:
     """Births of masks, step by step.
 
@@ -194,10 +190,10 @@ class PolicySearch:
 
     @property
     def leader(self) -> tuple[float, str] | None:
-        """Fitness of the best mode so far, and how many units it keeps."""
+        """Fitness of the best mode so far, and what it keeps."""
         if self.best is None or self.best.fitness is None:
             return None
-        return self.best.fitness, f"{int(unpacked(self.best.kept, self.n).sum())} of {self.n} units"
+        return self.best.fitness, mask_words(unpacked(self.best.kept, self.n), self.payload.get("masker", {}))
 
     @property
     def stage(self) -> str:
@@ -244,8 +240,8 @@ class PolicySearch:
             line |= {
                 "loss": math.fsum(losses) / len(losses),
                 "stderr": standard_error(losses),
-                "kl": _mean(outcome.values["kl"]),
-                "nll": _mean(outcome.values["nll"]),
+                "kl": window_mean(outcome.values["kl"]),
+                "nll": window_mean(outcome.values["nll"]),
             }
         elif outcome.reason is not None:
             self.reasons[outcome.reason] += 1
@@ -303,11 +299,12 @@ class PolicySearch:
                 self._modes.append(mode)
         if self._modes:
             self.best = min(self._modes, key=_rank)
+        note = {"policy": self._probabilities(True)} if self._stage == INITIALISATION else {}
         if self._spent():
             self._finish()
         else:
             self._next_step()
-        return {}
+        return note
 
     def _learn(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Move the policy; what the history says of it afterwards."""
@@ -326,10 +323,14 @@ class PolicySearch:
                 "another --dtype"
             )
         note: dict[str, Any] = dict(self.learner.tell(self.step, [by_trial[trial] for trial in sorted(by_trial)]))
+        return note | self._probabilities((self.step + 1) % self._snapshot_every == 0 or self._spent())
+
+    def _probabilities(self, of_units: bool) -> dict[str, Any]:
+        """How probable it is that units are kept, as the history has it: means of groups, and each where asked for."""
         probabilities = self.learner.probabilities()
         sums = np.bincount(self._groups, weights=probabilities, minlength=len(self._sizes))
-        note["groups"] = [round(value, 6) for value in (sums / self._sizes).tolist()]
-        if self.n <= MOST_UNITS and (self.step == 0 or (self.step + 1) % self._snapshot_every == 0):
+        note = {"groups": [round(value, 6) for value in (sums / self._sizes).tolist()]}
+        if of_units and self.n <= MOST_UNITS:
             note["units"] = [round(value, 4) for value in probabilities.tolist()]
         return note
 
@@ -451,7 +452,3 @@ def _rank(mode: Mode) -> tuple[float, int, str]:
 
 def _plain(trial: Trial) -> tuple[float, ...] | None:
     return None if trial.values is None else tuple(trial.values.tolist())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

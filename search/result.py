@@ -37,6 +37,11 @@ def measured_on(document: Mapping[str, Any]) -> str:
     return f"windows of {document['window']}"
 
 
+def window_mean(values: Sequence[float]) -> float:
+    """The mean of losses by window, the same to the last bit wherever it is taken."""
+    return math.fsum(values) / len(values)
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 for a single value."""
     if len(values) < 2:

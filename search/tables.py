@@ -81,7 +81,7 @@ def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str
             f"{heldout['perplexity']:,.2f}",
             f"{heldout['loss']:.4f} ± {heldout['stderr']:.4f}",
             "" if row["name"] == "dense" else f"{heldout['kl']:.4f}",
-            "" if difference is None else f"{-difference['loss']:+.4f} ± {difference['stderr']:.4f}",
+            "" if difference is None else f"{0 - difference['loss']:+.4f} ± {difference['stderr']:.4f}",
         )
 
 

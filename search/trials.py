@@ -44,7 +44,8 @@ class Trials(ABC):
         Args:
             lines: of the history.
             outcomes: of the evaluation log, for the times. The history does not name them, but what they measured
-                does; candidates that agree in all that take turns in the log's order.
+                does; candidates that agree in all that take turns in the log's order, and share the last where the
+                same evaluation answered several.
         """
         telemetry: defaultdict[tuple[float, ...], deque[Mapping[str, Any]]] = defaultdict(deque)
         for outcome in outcomes:
@@ -53,4 +54,4 @@ class Trials(ABC):
         for line in lines:
             measured = self.measured(line)
             known = telemetry[measured] if measured else None
-            yield from self.take(line, known.popleft() if known else None)
+            yield from self.take(line, (known.popleft() if len(known) > 1 else known[0]) if known else None)

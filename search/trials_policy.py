@@ -6,11 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from evoprune.search.engine.trial_record import Range, TrialRecord
+from evoprune.search.result import window_mean
 from evoprune.search.trials import Trials
 
 
 class PolicyTrials(Trials):
-    """One trial for each mask that was measured."""
+    """One trial for each mask that was measured.
+
+    Its value is the loss on the text that it was measured on, so that masks of one stage compare, and of stage ``step``
+    those of one step. The front has the modes that were the best so far.
+    """
 
     ranges: ClassVar[Mapping[str, Range]] = {
         "step": (0, 100_000),
@@ -51,4 +56,9 @@ class PolicyTrials(Trials):
         return (0,)
 
     def measured(self, values: Mapping[str, Any]) -> tuple[float, ...]:
-        return ()
+        kl, nll = values.get("kl"), values.get("nll")
+        # Held-out losses, which have no line, are of further tokens, and say how many.
+        if kl is None or nll is None or "tokens" in values:
+            return ()
+        # A line has the means over the windows of an outcome.
+        return (kl, nll) if isinstance(kl, float) else (window_mean(kl), window_mean(nll))

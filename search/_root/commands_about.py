@@ -12,7 +12,7 @@ from evoprune.options import Json
 
 Kind = Literal[
     "criteria", "operators", "terminals", "allocators", "compressors", "methods", "unit-criteria", "objectives",
-    "spaces", "searchers", "recoveries",
+    "spaces", "searchers", "learners", "estimators", "policies", "recoveries",
 ]  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def list_kind(
     kind: Annotated[Kind, typer.Argument(metavar="KIND", help="what to list", show_choices=True)],
     as_json: Json = False,
 ) -> None:
-    """List criteria, operators, allocators, compressors, methods, unit criteria, searchers, recoveries and others."""
+    """List criteria, operators, allocators, compressors, methods, searchers, learners, recoveries and others."""
     from evoprune.listing import rows_of
 
     with Output(as_json) as output:

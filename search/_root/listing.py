@@ -20,6 +20,9 @@ from evoprune.metrics.site_terminals import ALL_TERMINALS, SITE_TERMINALS
 from evoprune.metrics.types import Type
 from evoprune.search.breeders import BREEDERS
 from evoprune.search.config_structure import STRUCTURE_SEARCHERS
+from evoprune.search.estimators import ESTIMATORS
+from evoprune.search.learners import LEARNERS
+from evoprune.search.policies import POLICIES, Knapsack, Strata
 from evoprune.search.searchers import SEARCHERS
 from evoprune.search.spaces import SPACES
 
@@ -30,6 +33,10 @@ _ONE_PER = {Type.MAT: "weight", Type.INVEC: "input", Type.OUTVEC: "output", Type
 
 # Where the scores of a unit criterion are compared.
 _COMPARED = {"global": "over all blocks", "uniform": "within a block"}
+
+
+# What a budget of masks is of.
+_BUDGETS = {Strata: "counts", Knapsack: "costs"}
 
 
 def rows_of(kind: str) -> list[Row]:
@@ -159,7 +166,8 @@ def _objectives() -> list[Row]:
 def _searchers() -> list[Row]:
     found = [{"name": name, "search": "metric", "what": _first_line(SEARCHERS[name])} for name in SEARCHERS]
     found += [{"name": name, "search": "allocation", "what": BREEDERS[name].what} for name in BREEDERS]
-    return found + [{"name": name, "search": "structure", "what": BREEDERS[name].what} for name in STRUCTURE_SEARCHERS]
+    found += [{"name": name, "search": "structure", "what": BREEDERS[name].what} for name in STRUCTURE_SEARCHERS]
+    return found + [{"name": name, "search": "policy", "what": LEARNERS[name].what} for name in LEARNERS]
 
 
 def _spaces() -> list[Row]:
@@ -179,6 +187,40 @@ def _recoveries() -> list[Row]:
     ]
 
 
+def _learners() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "options": [f"{key}={_word(value)}" for key, value in parameters_of(LEARNERS[name]).items()],
+            "gradients": LEARNERS[name].gradients,
+            "what": LEARNERS[name].what,
+        }
+        for name in LEARNERS
+    ]
+
+
+def _estimators() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "independent_units": ESTIMATORS[name].independent,
+            "what": ESTIMATORS[name].what,
+        }
+        for name in ESTIMATORS
+    ]
+
+
+def _policies() -> list[Row]:
+    return [
+        {
+            "name": name,
+            "budgets": [words for kind, words in _BUDGETS.items() if kind in POLICIES[name].budgets],
+            "what": POLICIES[name].what,
+        }
+        for name in POLICIES
+    ]
+
+
 _KINDS: Mapping[str, Callable[[], list[Row]]] = {
     "criteria": _criteria,
     "operators": _operators,
@@ -190,6 +232,9 @@ _KINDS: Mapping[str, Callable[[], list[Row]]] = {
     "objectives": _objectives,
     "spaces": _spaces,
     "searchers": _searchers,
+    "learners": _learners,
+    "estimators": _estimators,
+    "policies": _policies,
     "recoveries": _recoveries,
 }
 

@@ -65,12 +65,18 @@ class PolicyKind:
         history = list(run.history())
         best, state = None, run.peek()
         if state is not None and (mode := state["search"]["best"]) is not None:
+            from evoprune.search.config import validated_as
+            from evoprune.search.config_policy import PolicySearchConfig
+            from evoprune.search.mask_words import spelled, unpacked
+
+            rows, masker = run.identity["unit_rows"], validated_as(PolicySearchConfig, run.config).masker
+            mask = unpacked(mode["kept"], sum(row["count"] for row in rows))
             best = {
                 "birth": mode["birth"],
                 "step": mode["step"],
                 "fitness": mode["fitness"],
                 "stderr": mode["stderr"],
-                "policy": {"kept": mode["kept"]},
+                "policy": {"kept": mode["kept"], **spelled(mask, masker, rows)},
                 "heldout": None,
             }
         return {
@@ -97,9 +103,9 @@ class PolicyKind:
     def unfinished_facts(
         self, config: PolicySearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        if (best := document["best"]) is None:
-            return {}
-        return {"from": f"step {best['step']}"}
+        from evoprune.search.tables_policy import unfinished_facts
+
+        return unfinished_facts(config, document, history)
 
     def exported(self, target: Path) -> str:
         return f"shape{target.suffix}" if target.name.startswith("shape") else f"{self.winner}{target.suffix}"

@@ -43,8 +43,17 @@ def draw(figures: Figures[Data], data: Data) -> dict[str, str]:
     return drawn
 
 
-def write_files(folder: Path, figures: Figures[Data], drawn: Mapping[str, str], page: str) -> Path:
-    """Write the page and its figures into a run's folder; figures that there are no more go.
+def write_files(
+    folder: Path,
+    figures: Figures[Data],
+    drawn: Mapping[str, str],
+    page: str,
+    tables: Mapping[str, str | None] | None = None,
+) -> Path:
+    """Write the page and its figures into a run's folder; figures and tables that there are no more go.
+
+    Args:
+        tables: what goes beside the figures as CSV, by name; None where there is nothing to tell yet.
 
     Returns:
         The path of the page.
@@ -56,12 +65,13 @@ def write_files(folder: Path, figures: Figures[Data], drawn: Mapping[str, str], 
     plots = folder / "plots"
     with disk_errors(target):
         plots.mkdir(exist_ok=True)
-        for name in figures:
-            path = plots / f"{name}.svg"
-            if name in drawn:
-                write_atomically(path, drawn[name])
+        files = {f"{name}.svg": drawn.get(name) for name in figures}
+        files |= {f"{name}.csv": table for name, table in (tables or {}).items()}
+        for name, text in files.items():
+            if text is not None:
+                write_atomically(plots / name, text)
             else:
-                path.unlink(missing_ok=True)
+                (plots / name).unlink(missing_ok=True)
         write_atomically(target, page)
     return target
 

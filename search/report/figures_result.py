@@ -29,6 +29,8 @@ def baselines(data: RunData[Any]) -> Figure | None:
     dense = data.contender("dense")
     if dense is None:
         return None
+    from matplotlib.ticker import MaxNLocator
+
     figure = canvas.new_figure(0.85 + 0.27 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     floor = dense.heldout["loss"]
@@ -53,6 +55,7 @@ def baselines(data: RunData[Any]) -> Figure | None:
     for axes in (left, right):
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         plain_numbers(axes.xaxis)
     return figure
 

@@ -35,6 +35,7 @@ _LABELS = {
     "spdy": "SPDY (ZipLM)",
     "uniform+": "Uniform+",
     "given": "Given",
+    "initialisation": "Initialisation",
     "flap": "FLAP",
     "wanda-sp": "Wanda-sp",
     "comp": "COMP",

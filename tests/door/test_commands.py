@@ -20,6 +20,9 @@ from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.errors import InvalidInput, NoCapacity
 from evoprune.metrics.operators import OPERATORS
 from evoprune.search.config import resolve
+from evoprune.search.estimators import ESTIMATORS
+from evoprune.search.learners import LEARNERS, configured
+from evoprune.search.policies import POLICIES
 from tests.door.conftest import Run
 
 COMMANDS = [
@@ -29,7 +32,7 @@ COMMANDS = [
 ]
 KINDS = (
     "criteria", "operators", "terminals", "allocators", "compressors", "methods", "unit-criteria", "objectives",
-    "spaces", "searchers", "recoveries",
+    "spaces", "searchers", "learners", "estimators", "policies", "recoveries",
 )  # fmt: skip
 
 
@@ -127,6 +130,22 @@ def test_what_is_listed_says_what_it_is(run: Run) -> None:
     assert whats["kl"].startswith("KL divergence from the dense")
     one_per = {row["name"]: row["one_per"] for row in run("list", "terminals", "--json").json}
     assert (one_per["W"], one_per["X_l2"], one_per["Y_l2"], one_per["depth"]) == ("weight", "input", "output", "matrix")
+
+
+def test_what_moves_mask_policies_is_listed_with_its_options(run: Run) -> None:
+    learners = {row["name"]: row for row in run("list", "learners", "--json").json}
+    assert learners.keys() == set(LEARNERS)
+    for name, row in learners.items():
+        given = dict(option.split("=", 1) for option in row["options"])
+        # `auto` stands where a learner decides itself, and a policy search may give it too.
+        assert configured(name, given) == LEARNERS[name]
+        assert (row["what"], row["gradients"]) == (LEARNERS[name].what, LEARNERS[name].gradients)
+    found = [row["name"] for row in run("list", "searchers", "--json").json if row["search"] == "policy"]
+    assert found == [*LEARNERS]
+    budgets = {row["name"]: row["budgets"] for row in run("list", "policies", "--json").json}
+    assert budgets.keys() == set(POLICIES) and budgets["pl-knapsack"] == ["costs"]
+    alone = {row["name"] for row in run("list", "estimators", "--json").json if row["independent_units"]}
+    assert alone == {name for name in ESTIMATORS if ESTIMATORS[name].independent} >= {"arm", "disarm"}
 
 
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

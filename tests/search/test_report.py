@@ -260,8 +260,8 @@ def test_the_only_script_is_the_one_that_the_policy_allows(finished: Path) -> No
 
 def test_other_kinds_of_run_are_refused(tmp_path: Path) -> None:
     with (
-        RunDirectory.create("policy", {}, {}, run_dir=tmp_path / "r") as run,
-        pytest.raises(InvalidInput, match="kind 'policy'"),
+        RunDirectory.create("experts", {}, {}, run_dir=tmp_path / "r") as run,
+        pytest.raises(InvalidInput, match="kind 'experts'"),
     ):
         write_report(run)
 
