@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import COMPRESSORS, Goal, compress
+from evoprune.fitness.compressors import COMPRESSORS, Goal, Limited, compress
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
@@ -89,15 +89,23 @@ def mask_rule(
     return MaskRule(DEFAULT_SPARSITY if sparsity is None else sparsity, None, chosen or own)
 
 
-def check_rule(language_model: Prunable, rule: MaskRule) -> None:
-    """Refuse a pattern that the model's widths cannot take; worth asking before statistics are collected.
+def check_rule(language_model: Prunable, rule: MaskRule, compressor: str = "mask") -> None:
+    """Refuse what the model's widths or the compressor cannot do; worth asking before statistics are collected.
 
     Raises:
-        InvalidInput: M does not divide a width; names the matrix.
+        InvalidInput: M does not divide a width, or the compressor refuses a matrix; names the matrix.
+        UnknownName: no such compressor.
     """
-    if rule.pattern is not None:
-        for bound in language_model.sites:
-            check_pattern(rule.pattern, bound.site.in_features, bound.site.name)
+    plugin = COMPRESSORS[compressor]
+    for bound in language_model.sites:
+        site = bound.site
+        if rule.pattern is not None:
+            check_pattern(rule.pattern, site.in_features, site.name)
+        if isinstance(plugin, Limited):
+            try:
+                plugin.check(site.out_features, site.in_features, rule.pattern)
+            except InvalidInput as error:
+                raise InvalidInput(f"cannot compress {site.name}: {error}") from None
 
 
 @torch.no_grad()
@@ -131,7 +139,7 @@ def prune_model(
             scores that cannot become a mask, or the compressor can make nothing of the statistics. The model may then
             be pruned in part: load it again.
     """
-    check_rule(language_model, rule)
+    check_rule(language_model, rule, compressor)
     if allocation is not None:
         if rule != MaskRule(allocation.sparsity):
             raise InvalidInput(

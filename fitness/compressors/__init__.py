@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from evoprune.fitness.factored import Factors
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.registry import Registry
 
@@ -34,6 +35,10 @@ class Goal:
         return cls(mask.numel() - int(mask.sum()), pattern, mask)
 
 
+Made = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
+"""A weight and its mask; or a core, its mask, and the blocks on its left and on its right, see `Factors`."""
+
+
 class Compressor(Protocol):
     """Turns a dense matrix into those that replace it, one for each goal.
 
@@ -44,14 +49,19 @@ class Compressor(Protocol):
         keeps_weights: weights that stay are as they were.
     """
 
-    needs: frozenset[str]
-    reads_criterion: bool
-    keeps_mask: bool
-    keeps_weights: bool
+    @property
+    def needs(self) -> frozenset[str]: ...
 
-    def compress(
-        self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def reads_criterion(self) -> bool: ...
+
+    @property
+    def keeps_mask(self) -> bool: ...
+
+    @property
+    def keeps_weights(self) -> bool: ...
+
+    def compress(self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]) -> Iterator[Made]:
         """The new weight and its mask for each goal, in their order; no argument is changed.
 
         What goals have in common, such as a factor of the statistics, is computed once.
@@ -63,9 +73,22 @@ class Compressor(Protocol):
 
         Yields:
             [out, in] float32, zero outside the mask; [out, in] bool, True = keep, which removes as many weights as the
-            goal says, in its pattern.
+            goal says, in its pattern. Of one that wraps the sparse matrix in others also the blocks of these: the first
+            is then the `Factors.core`.
         """
         ...
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """A compressor that cannot do everything to every matrix; it may have this method beside those of `Compressor`."""
+
+    def check(self, out_features: int, in_features: int, pattern: tuple[int, int] | None) -> None:
+        """Refuse a matrix of this size, or a pattern of it; asked before long work.
+
+        Raises:
+            InvalidInput: says what would be right.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +96,16 @@ class Compressed:
     """The replacement of one matrix.
 
     Attributes:
-        weight: [out, in] in the dtype of the dense one, zero outside `mask`.
+        weight: [out, in] in the dtype of the dense one, zero outside `mask` unless there are `factors`.
         mask: [out, in] bool, True = keep.
         error: relative output error, or None without statistics of the inputs.
+        factors: whose product `weight` is, in its dtype, and whose core is zero outside `mask`; None if it is none.
     """
 
     weight: Tensor
     mask: Tensor
     error: float | None
+    factors: Factors | None = None
 
 
 COMPRESSORS: Registry[Compressor] = Registry("compressor", "evoprune.fitness.compressors")
@@ -129,14 +154,19 @@ def compress_all(
             asked.append(goal)
             yield goal
 
-    for new, kept in compressor.compress(weight.float().contiguous(), noted(), statistics):
-        cast = new.to(weight.dtype)
-        if not bool(cast.isfinite().all()) or bool((cast[~kept] != 0).any()):
+    for made in compressor.compress(weight.float().contiguous(), noted(), statistics):
+        new, kept = made[:2]
+        cast = sparse = new.to(weight.dtype)
+        factors = None
+        if len(made) == 4:
+            factors = Factors(new, *made[2:]).to(weight.dtype)
+            cast = factors.merged().to(weight.dtype)
+        if not bool(cast.isfinite().all()) or bool((sparse[~kept] != 0).any()):
             raise EvopruneError(f"compressor {name!r} returned weights that are not finite or lie outside its mask")
         _check_mask(name, kept, asked.popleft())
         gram, squares = (statistics.get(name) if measured else None for name in ("H", "X_ss"))
         error = relative_output_error(weight.float(), cast.float(), gram=gram, input_squares=squares)
-        yield Compressed(cast, kept, error)
+        yield Compressed(cast, kept, error, factors)
 
 
 def _check_mask(name: str, kept: Tensor, goal: Goal) -> None:

@@ -114,7 +114,7 @@ def prune(
         recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
     )
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
-    check_rule(language_model, rule)
+    check_rule(language_model, rule, compressor)
     begun = None if recovers is None else recovers.started(language_model)
     text: dict[str, Any] = {
         "calibration": calibration,
