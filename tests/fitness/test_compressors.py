@@ -59,7 +59,8 @@ def goals_of(name: str, keep: torch.Tensor) -> list[Goal]:
 def test_contract(
     name: str, inputs: torch.Tensor, weight: torch.Tensor, keep: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    statistics, dense, goals = {"H": inputs.T @ inputs / TOKENS}, weight.to(dtype), goals_of(name, keep)
+    gram = inputs.T @ inputs / TOKENS
+    statistics, dense, goals = {"H": gram, "X_ss": gram.diagonal()[None]}, weight.to(dtype), goals_of(name, keep)
     before, mask_before, gram_before = dense.clone(), keep.clone(), statistics["H"].clone()
     results = list(compress_all(name, dense, goals, statistics))
     assert torch.equal(dense, before)
