@@ -6,7 +6,7 @@ square of input j. It begins with A = B = I and the best mask of W' (NoWag), so 
 solves for A, for B and, along conjugate gradients, for the values of S; then, in each pair of a block of A and one of
 B, the groups of S whose best support gains most get it, one after the other. In the end r and c go into A and B.
 Source: Liu et al. 2025, arXiv:2510.05528, and its reference code. There A, B and S take a step of Adam in each round,
-of which tens of thousands are needed and some rise, and the group is drawn; exact steps need tens of rounds and no luck.
+of which tens of thousands are needed and some rise, and groups are drawn; exact steps need tens of rounds and no luck.
 """
 
 from __future__ import annotations
