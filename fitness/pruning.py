@@ -10,7 +10,9 @@ from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
 from evoprune.fitness.compressors import COMPRESSORS, Goal, Limited, compress
+from evoprune.fitness.factored import FactoredLinear
 from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
@@ -93,12 +95,15 @@ def check_rule(language_model: Prunable, rule: MaskRule, compressor: str = "mask
     """Refuse what the model's widths or the compressor cannot do; worth asking before statistics are collected.
 
     Raises:
-        InvalidInput: M does not divide a width, or the compressor refuses a matrix; names the matrix.
+        InvalidInput: M does not divide a width, the compressor refuses a matrix, or it is wrapped already; names the
+            matrix.
         UnknownName: no such compressor.
     """
     plugin = COMPRESSORS[compressor]
     for bound in language_model.sites:
         site = bound.site
+        if isinstance(bound.module, FactoredLinear):
+            raise InvalidInput(f"{site.name} has wrappers around its sparse core: prune the model that it was made of")
         if rule.pattern is not None:
             check_pattern(rule.pattern, site.in_features, site.name)
         if isinstance(plugin, Limited):
@@ -117,6 +122,7 @@ def prune_model(
     statistics: Statistics | None = None,
     compressor: str = "mask",
     allocation: Allocation | None = None,
+    modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PrunedLayer, ...]:
     """Replace the weights of every prunable matrix by pruned ones, in place.
@@ -129,6 +135,8 @@ def prune_model(
         compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
             `rule` must be the sparsity of its budget, by row.
+        modules: let a layer become a `FactoredLinear` where the compressor wraps its sparse core; the sites are then no
+            longer bound to the model's layers. Else it gets the product, which has no zeros.
         progress: called with (done, total) in matrices.
 
     Returns:
@@ -161,10 +169,17 @@ def prune_model(
             result = compress(compressor, weight, goal, given)
         except (InvalidCandidate, InvalidInput) as error:
             raise InvalidInput(f"cannot compress {site.name}: {error}") from None
-        weight.copy_(result.weight)
+        removed = goal.removed
+        if result.factors is None:
+            weight.copy_(result.weight)
+        elif modules:
+            put_module(language_model.model, site.name, FactoredLinear.of(bound, result.factors))
+        else:
+            weight.copy_(result.weight)
+            removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), goal.removed, result.error))
+        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 

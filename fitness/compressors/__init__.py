@@ -80,6 +80,18 @@ class Compressor(Protocol):
 
 
 @runtime_checkable
+class Wrapping(Protocol):
+    """A compressor that yields wrappers beside its cores; it has this beside what `Compressor` has.
+
+    Attributes:
+        wraps: with what, in words.
+    """
+
+    @property
+    def wraps(self) -> str: ...
+
+
+@runtime_checkable
 class Limited(Protocol):
     """A compressor that cannot do everything to every matrix; it may have this method beside those of `Compressor`."""
 

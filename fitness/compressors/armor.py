@@ -59,6 +59,7 @@ class Armor:
     keeps_mask: ClassVar[bool] = False
     keeps_weights: ClassVar[bool] = False
     groups: ClassVar[frozenset[Group]] = frozenset()
+    wraps: ClassVar[str] = "block-diagonal matrices"
     cost: ClassVar[Literal["linear"]] = "linear"
     source: ClassVar[str] = "Liu et al. 2025 (ARMOR), arXiv:2510.05528, with exact steps"
 

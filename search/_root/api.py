@@ -19,14 +19,15 @@ from evoprune.calibration import (
     loaded,
     silent,
 )
-from evoprune.fitness.adapters import rebind, zero_fraction
+from evoprune.fitness.adapters import list_sites, rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.compressors import COMPRESSORS, Wrapping
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
@@ -37,6 +38,7 @@ from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.parameters import check_choice
 from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import Evaluation, Pruned, criterion_label
 from evoprune.recoveries import given_recovery
@@ -59,6 +61,7 @@ def prune(
     recovery_tokens: int | None = None,
     recovery_loss: str | None = None,
     recovery_parameters: Mapping[str, Any] | None = None,
+    form: str = "auto",
     out: str | Path | None = None,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
@@ -92,8 +95,12 @@ def prune(
             the embedded corpus from what is in none of its texts A, B and C.
         recovery_loss: ``distill`` (the default: KL divergence from the dense model) or ``lm`` (the next token).
         recovery_parameters: by name; `evoprune list recoveries` shows them with their defaults.
-        out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing. While a recovery
-            runs, its own checkpoints are in ``<out>.recovery``: after a kill the same call goes on from the last.
+        form: for a compressor that wraps sparse cores in thin matrices, ``armor``: ``modules`` keeps the three of them
+            apart, in modules that `load_model` loads and nothing else; ``plain`` gives every layer their product, which
+            plain transformers loads and which has no zeros. ``auto`` is ``modules`` for these, else ``plain``.
+        out: a new or empty folder for a checkpoint, which plain transformers loads unless its form is ``modules``; None
+            writes nothing. While a recovery runs, its own checkpoints are in ``<out>.recovery``: after a kill the same
+            call goes on from the last.
         calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
             read if the criterion needs no statistics.
         progress: told what runs and how far it is.
@@ -107,6 +114,7 @@ def prune(
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
     compressor = compressor or given.provenance.compressor or "mask"
     rule = mask_rule(criterion, sparsity, pattern, group, compressor)
+    modules = _modules(form, compressor, recovery)
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
@@ -115,6 +123,8 @@ def prune(
     )
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     check_rule(language_model, rule, compressor)
+    if modules:
+        check_modular(language_model.model, cut=language_model.cut)
     begun = None if recovers is None else recovers.started(language_model)
     text: dict[str, Any] = {
         "calibration": calibration,
@@ -137,8 +147,12 @@ def prune(
             statistics=statistics,
             compressor=compressor,
             allocation=own,
+            modules=modules,
             progress=lambda done, total: progress("pruning matrices", done, total),
         )
+    if modules:
+        sites = tuple(list_sites(language_model.model, language_model.components))
+        language_model = replace(language_model, sites=sites)
     recovered = None if begun is None else begun.run(language_model, progress)
     pruned = Pruned(
         language_model=language_model,
@@ -149,6 +163,7 @@ def prune(
         recovery=recovered,
         allocation=own,
         doubt=None if own is None else own.doubt(language_model.fingerprint),
+        merged=isinstance(COMPRESSORS[compressor], Wrapping) and not modules,
     )
     recipe: dict[str, Any] = {
         "criterion": pruned.criterion,
@@ -160,6 +175,8 @@ def prune(
         "compressor": compressor,
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
+    if isinstance(COMPRESSORS[compressor], Wrapping):
+        recipe["form"] = "modules" if modules else "plain"
     kept = ["removed", "prunable", "layers"]
     if recovers is not None and recovered is not None:
         recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
@@ -215,6 +232,26 @@ def evaluate(
     if images:
         width = round(n_tokens(windows) / len(windows))
     return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data, images)
+
+
+def _modules(form: str, compressor: str, recovery: str | None) -> bool:
+    """Whether layers become modules of ours.
+
+    Raises:
+        InvalidInput: no such form, or not of this compressor or with this recovery.
+    """
+    check_choice("form of a pruned model", form, ("auto", "plain", "modules"))
+    plugin = COMPRESSORS[compressor]
+    if not isinstance(plugin, Wrapping):
+        if form == "modules":
+            raise InvalidInput(f"compressor {compressor!r} makes no modules of its own: give --form plain")
+        return False
+    if form != "plain" and recovery is not None:
+        raise InvalidInput(
+            f"recovery {recovery!r} trains no {plugin.wraps} around a core: leave it out, or give --form plain, which "
+            "has neither wrappers nor zeros"
+        )
+    return form != "plain"
 
 
 def own_copy(language_model: LanguageModel) -> LanguageModel:

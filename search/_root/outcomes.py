@@ -107,6 +107,7 @@ class Removal(Smaller):
         compressor: what happened to the weights that stayed.
         allocation: the sparsity of each matrix; None if all had the same.
         doubt: why the allocation may not suit the model; see `Allocation.doubt`.
+        merged: sparse cores and their wrappers were multiplied out, so that nothing is zero.
     """
 
     criterion: str | None
@@ -114,6 +115,7 @@ class Removal(Smaller):
     compressor: str
     allocation: Allocation | None = None
     doubt: str | None = None
+    merged: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --json` prints."""
