@@ -41,6 +41,23 @@ class Threshold:
         return (inputs.float() - self.mode).abs() <= self.threshold
 
 
+@dataclass(frozen=True, slots=True)
+class Thresholded:
+    """A layer with a threshold.
+
+    Attributes:
+        name: module path.
+        threshold: what stands before it.
+        sparsity: share of its inputs that is let go, on the text that set the threshold.
+        error: what that loses of its output, as a fraction of the sum of its squares, on the same text.
+    """
+
+    name: str
+    threshold: Threshold
+    sparsity: float
+    error: float
+
+
 def threshold_of(module: nn.Module) -> Threshold | None:
     """The hook that a layer has, if it has one."""
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Threshold)), None)
@@ -49,6 +66,12 @@ def threshold_of(module: nn.Module) -> Threshold | None:
 def set_thresholds(layers: Iterable[tuple[nn.Module, Threshold]]) -> None:
     """Give layers their hooks, in place of those that they have."""
     for module, threshold in layers:
+        clear_thresholds([module])
+        module.register_forward_pre_hook(threshold)
+
+
+def clear_thresholds(layers: Iterable[nn.Module]) -> None:
+    """Take the hooks of layers away."""
+    for module in layers:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Threshold)]:
             del module._forward_pre_hooks[key]
-        module.register_forward_pre_hook(threshold)

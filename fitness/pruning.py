@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import COMPRESSORS, Goal, Limited, compress
+from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, Goal, Limited, compress
 from evoprune.fitness.factored import FactoredLinear
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.surgery import put_module
@@ -102,7 +102,7 @@ def check_rule(language_model: Prunable, rule: MaskRule, compressor: str = "mask
     plugin = COMPRESSORS[compressor]
     for bound in language_model.sites:
         site = bound.site
-        if isinstance(bound.module, FactoredLinear):
+        if isinstance(bound.module, FactoredLinear) and not isinstance(plugin, AtRunTime):
             raise InvalidInput(f"{site.name} has wrappers around its sparse core: prune the model that it was made of")
         if rule.pattern is not None:
             check_pattern(rule.pattern, site.in_features, site.name)
@@ -182,6 +182,24 @@ def prune_model(
         layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
+
+
+def pruned_before(language_model: Prunable, errors: Mapping[str, float]) -> tuple[PrunedLayer, ...]:
+    """What of every prunable matrix is zero as it is.
+
+    Args:
+        language_model: dense, or pruned before.
+        errors: relative output error by site name; None for those without.
+    """
+    return tuple(
+        PrunedLayer(
+            bound.site.name,
+            (bound.site.out_features, bound.site.in_features),
+            int((bound.weight() == 0).sum()),
+            errors.get(bound.site.name),
+        )
+        for bound in language_model.sites
+    )
 
 
 def check_allocation(language_model: Prunable, allocation: Allocation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,9 +220,13 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         document: as `prune --json` prints it.
     """
     measured = any(layer["error"] is not None for layer in document["layers"])
-    table = plain_box("matrix", "shape", "sparsity", *(["output error"] if measured else []))
+    inputs = {row["name"]: row["sparsity"] for row in document.get("thresholds", ())}
+    shown = [*(["inputs let go"] if inputs else []), *(["output error"] if measured else [])]
+    table = plain_box("matrix", "shape", "sparsity", *shown)
     for layer in document["layers"]:
         error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
+        if inputs:
+            error.insert(0, f"{inputs.get(layer['name'], 0):.4f}")
         shape = " × ".join(str(size) for size in layer["shape"])
         table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error)
     for column in table.columns[1:]:
@@ -236,6 +241,9 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
+    if inputs:
+        unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
+        total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"
     return Group(table, Text(total), *_recovery_lines(document["recovery"]))
 
 

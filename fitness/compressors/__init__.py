@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.factored import Factors
+from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.samples import Sequences
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.registry import Registry
 
@@ -89,6 +92,32 @@ class Wrapping(Protocol):
 
     @property
     def wraps(self) -> str: ...
+
+
+@runtime_checkable
+class AtRunTime(Protocol):
+    """A compressor that changes what a model does and no weight of it; its `compress` refuses every matrix."""
+
+    def attach(
+        self,
+        language_model: LanguageModel,
+        text: Sequences,
+        sparsity: float | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[Thresholded, ...]:
+        """Give layers of a model thresholds for their inputs, in place of those that they have.
+
+        Args:
+            language_model: as it is to run, with its masks.
+            text: what the thresholds are set on.
+            sparsity: share of the inputs of every prunable matrix that goes, in [0, 1); None leaves it to the
+                compressor.
+            progress: called with (done, total) in blocks.
+
+        Returns:
+            One entry for each layer that has a threshold now, in model order.
+        """
+        ...
 
 
 @runtime_checkable

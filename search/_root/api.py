@@ -14,22 +14,24 @@ from evoprune.calibration import (
     HELD_OUT_TOKENS,
     TEXT,
     Progress,
+    calibration_windows,
     collect_statistics,
     default_window,
     loaded,
     silent,
 )
+from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.adapters import list_sites, rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.compressors import COMPRESSORS, Wrapping
+from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, Compressor, Wrapping
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
-from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
+from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
@@ -38,7 +40,7 @@ from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
-from evoprune.metrics.parameters import check_choice
+from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import Evaluation, Pruned, criterion_label
 from evoprune.recoveries import given_recovery
@@ -87,8 +89,10 @@ def prune(
         allocation_parameters: of that allocator; for EvoPress's text ``step``, the weights in a level.
         budgets: sparsity of each group of matrices; see `allocate`. Without an `allocation` each group is uniform.
         compressor: a name of `evoprune list compressors`: what happens to the weights that stay. ``mask`` leaves them
-            as they are; ``sparsegpt`` chooses itself what goes, and lets the weights that stay make up for it. None is
-            the one that `allocation` was searched for, if its file says so, else ``mask``.
+            as they are; ``sparsegpt`` chooses itself what goes, and lets the weights that stay make up for it.
+            ``scap`` removes no weights: it lets that share of the inputs of every prunable matrix go at run time, or,
+            without a `sparsity`, shares of its own by kind of matrix. None is the one that `allocation` was searched
+            for, if its file says so, else ``mask``.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
         recovery_tokens: how many tokens it is trained on; None takes 300,000. They are from text A of `calibration`, of
@@ -114,7 +118,12 @@ def prune(
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
     compressor = compressor or given.provenance.compressor or "mask"
     rule = mask_rule(criterion, sparsity, pattern, group, compressor)
+    plugin = COMPRESSORS[compressor]
     modules = _modules(form, compressor, recovery)
+    if isinstance(plugin, AtRunTime) and (allocation is not None or budgets):
+        raise InvalidInput(
+            f"compressor {compressor!r} has its own shares by kind of matrix: leave out allocation and budget"
+        )
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
@@ -137,33 +146,45 @@ def prune(
     own = given.resolved(language_model, criterion, text)
     if own is not None:
         rule = MaskRule(own.sparsity)
+    statistics: Statistics | None = None
+    thresholds: tuple[Thresholded, ...] = ()
     # Weights that a search has measured come out again, bit for bit, from sums in the same order.
     with torch_threads(given.provenance.threads):
-        statistics = collect_statistics(language_model, needs, **text) if needs else None
-        layers = prune_model(
-            language_model,
-            criterion,
-            rule,
-            statistics=statistics,
-            compressor=compressor,
-            allocation=own,
-            modules=modules,
-            progress=lambda done, total: progress("pruning matrices", done, total),
-        )
+        if isinstance(plugin, AtRunTime):
+            thresholds = plugin.attach(
+                language_model,
+                calibration_windows(language_model, calibration, calibration_sequences, calibration_window, seed),
+                sparsity,
+                lambda done, total: progress("setting thresholds", done, total),
+            )
+            layers = pruned_before(language_model, {found.name: found.error for found in thresholds})
+        else:
+            statistics = collect_statistics(language_model, needs, **text) if needs else None
+            layers = prune_model(
+                language_model,
+                criterion,
+                rule,
+                statistics=statistics,
+                compressor=compressor,
+                allocation=own,
+                modules=modules,
+                progress=lambda done, total: progress("pruning matrices", done, total),
+            )
     if modules:
         sites = tuple(list_sites(language_model.model, language_model.components))
         language_model = replace(language_model, sites=sites)
     recovered = None if begun is None else begun.run(language_model, progress)
     pruned = Pruned(
         language_model=language_model,
-        criterion=criterion_label(metric, criterion) if COMPRESSORS[compressor].reads_criterion else None,
+        criterion=criterion_label(metric, criterion) if plugin.reads_criterion else None,
         rule=rule,
         compressor=compressor,
         layers=layers,
         recovery=recovered,
         allocation=own,
         doubt=None if own is None else own.doubt(language_model.fingerprint),
-        merged=isinstance(COMPRESSORS[compressor], Wrapping) and not modules,
+        merged=isinstance(plugin, Wrapping) and not modules,
+        thresholds=thresholds,
     )
     recipe: dict[str, Any] = {
         "criterion": pruned.criterion,
@@ -175,9 +196,14 @@ def prune(
         "compressor": compressor,
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
-    if isinstance(COMPRESSORS[compressor], Wrapping):
-        recipe["form"] = "modules" if modules else "plain"
     kept = ["removed", "prunable", "layers"]
+    if isinstance(plugin, Wrapping):
+        recipe["form"] = "modules" if modules else "plain"
+    if isinstance(plugin, AtRunTime):
+        shares = {"sparsity": sparsity, "parameters": parameters_of(plugin)}
+        where = {"text": public_name(calibration), "side": "A", "sequences": calibration_sequences, "seed": seed}
+        recipe |= {"form": "modules", "sparsity": None, "group": None, "thresholds": shares | where}
+        kept.append("thresholds")
     if recovers is not None and recovered is not None:
         recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
         kept.append("recovery")
@@ -241,10 +267,19 @@ def _modules(form: str, compressor: str, recovery: str | None) -> bool:
         InvalidInput: no such form, or not of this compressor or with this recovery.
     """
     check_choice("form of a pruned model", form, ("auto", "plain", "modules"))
-    plugin = COMPRESSORS[compressor]
+    plugin: Compressor = COMPRESSORS[compressor]
+    if isinstance(plugin, AtRunTime):
+        if form == "plain":
+            raise InvalidInput(f"what compressor {compressor!r} does is in no weight: leave out --form plain")
+        if recovery is not None:
+            raise InvalidInput(
+                f"compressor {compressor!r} leaves nothing to recover by {recovery!r}: prune and recover first, and "
+                "give the result thresholds"
+            )
+        return True
     if not isinstance(plugin, Wrapping):
         if form == "modules":
-            raise InvalidInput(f"compressor {compressor!r} makes no modules of its own: give --form plain")
+            raise InvalidInput(f"compressor {compressor!r} makes no modules of its own: leave out --form modules")
         return False
     if form != "plain" and recovery is not None:
         raise InvalidInput(

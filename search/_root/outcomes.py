@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.card import PassTimes
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
@@ -108,6 +109,7 @@ class Removal(Smaller):
         allocation: the sparsity of each matrix; None if all had the same.
         doubt: why the allocation may not suit the model; see `Allocation.doubt`.
         merged: sparse cores and their wrappers were multiplied out, so that nothing is zero.
+        thresholds: of layers whose inputs are let go at run time.
     """
 
     criterion: str | None
@@ -116,6 +118,7 @@ class Removal(Smaller):
     allocation: Allocation | None = None
     doubt: str | None = None
     merged: bool = False
+    thresholds: tuple[Thresholded, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --json` prints."""
@@ -124,7 +127,18 @@ class Removal(Smaller):
             "criterion": self.criterion,
             "compressor": self.compressor,
             "allocation": None if self.allocation is None else self.allocation.summary(),
+            **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
+
+
+def _said(found: Thresholded) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "mode": found.threshold.mode,
+        "threshold": found.threshold.threshold,
+        "sparsity": found.sparsity,
+        "error": found.error,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
