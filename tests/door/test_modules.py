@@ -12,16 +12,23 @@ from transformers import AutoModelForCausalLM
 
 import evoprune
 from evoprune.fitness.activations import threshold_of
-from evoprune.fitness.compressors import armor
+from evoprune.fitness.compressors import COMPRESSORS, armor
 from evoprune.fitness.factored import FactoredLinear
 from evoprune.fitness.modular import modules_of
 from tests.door.conftest import Run
 
 EVAL = ("--tokens", 512, "--window", 32, "--json")
+SHORT = ("--calibration-sequences", 4)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = COMPRESSORS._entries | {"armor": armor.Armor(rounds=2)} if len(COMPRESSORS) else {}
+    monkeypatch.setattr(COMPRESSORS, "_entries", entries)
 
 
 def test_wrappers_are_written_and_loaded(run: Run, tiny: Path, place: Path) -> None:
-    pruned = run("prune", tiny, "--out", "out", "--pattern", "2:4", "--compressor", "armor", "--json")
+    pruned = run("prune", tiny, "--out", "out", "--pattern", "2:4", "--compressor", "armor", "--json", *SHORT)
     assert (pruned.code, pruned.json["compressor"], pruned.json["criterion"]) == (0, "armor", None)
     assert pruned.json["sparsity"] == 0.5
     record = json.loads((place / "out" / "evoprune.json").read_text())
@@ -33,7 +40,7 @@ def test_wrappers_are_written_and_loaded(run: Run, tiny: Path, place: Path) -> N
     evaluated = run("eval", "out", "--dense", tiny, *EVAL).json
     assert evaluated["sparsity"] == 0.5
 
-    plain = run("prune", tiny, "--out", "plain", "--pattern", "2:4", "--compressor", "armor", "--form", "plain")
+    plain = run("prune", tiny, "--out", "plain", "--pattern", "2:4", "--compressor", "armor", "--form", "plain", *SHORT)
     assert (
         "armor is multiplied out: these weights are dense, and no kernel for sparse ones makes use of them" in plain.err
     )
@@ -46,14 +53,14 @@ def test_wrappers_are_written_and_loaded(run: Run, tiny: Path, place: Path) -> N
 
     # It is a model like others, but for pruning; thresholds come on top of its wrappers.
     assert "has wrappers around its sparse core" in run("prune", "out", "--out", "again").err
-    assert run("prune", "out", "--out", "both", "--compressor", "scap").code == 0
+    assert run("prune", "out", "--out", "both", "--compressor", "scap", *SHORT).code == 0
     both = modules_of(evoprune.load_model(str(place / "both")).model)
     assert (len(both["factored"]), len(both["thresholds"])) == (14, 6)
 
 
 def test_thresholds_are_written_and_loaded(run: Run, tiny: Path, place: Path) -> None:
-    masked = run("prune", tiny, "--out", "masked", "--sparsity", 0.5, "--json").json
-    pruned = run("prune", "masked", "--out", "out", "--sparsity", 0.3, "--compressor", "scap", "--json")
+    masked = run("prune", tiny, "--out", "masked", "--sparsity", 0.5, "--json", *SHORT).json
+    pruned = run("prune", "masked", "--out", "out", "--sparsity", 0.3, "--compressor", "scap", "--json", *SHORT)
     assert pruned.code == 0
     document = pruned.json
     # The weights are those of the mask.
@@ -68,7 +75,7 @@ def test_thresholds_are_written_and_loaded(run: Run, tiny: Path, place: Path) ->
         assert found is not None
         assert (found.mode, found.threshold) == (row["mode"], row["threshold"])
     assert run("eval", "out", "--dense", "masked", *EVAL).json["kl"] > 1e-6
-    said = run("prune", tiny, "--out", "out", "--compressor", "scap").err
+    said = run("prune", tiny, "--out", "out", "--compressor", "scap", *SHORT).err
     assert "inputs let go" in said
     assert "of the weights are not needed for a token" in said
 
@@ -85,21 +92,10 @@ def test_what_is_refused(refused: Callable[..., str], tiny: Path, monkeypatch: p
     assert "shares by kind of matrix: leave out allocation and budget" in said("scap", "--allocation", "uniform")
     assert "trains no block-diagonal matrices around a core" in said("armor", "--recovery", "spp")
     assert "makes no modules of its own: leave out --form modules" in said("sparsegpt", "--form", "modules")
-    monkeypatch.setattr(armor.Armor, "block", 12)
-    monkeypatch.setattr(armor.COMPRESSORS, "_entries", armor.COMPRESSORS._entries | {"armor": armor.Armor(block=12)})
+    monkeypatch.setitem(COMPRESSORS._entries, "armor", armor.Armor(block=12))
     assert "wrappers in blocks of 12 do not fit 32 × 32" in said("armor", "--pattern", "2:4")
 
 
 @pytest.mark.parametrize("name", ["armor", "block", "scap"])
 def test_they_are_listed(name: str, run: Run) -> None:
     assert name in [row["name"] for row in run("list", "compressors", "--json").json]
-
-
-def test_spp_from_the_command_line(run: Run, tiny: Path) -> None:
-    words = ("--recovery", "spp", "--recovery-tokens", 512, "--recovery-set", "rank=4", "--json")
-    document = run("prune", tiny, "--out", "out", "--sparsity", 0.5, *words).json
-    assert document["recovery"]["method"] == "spp"
-    assert document["recovery"]["parameters"] == sum(
-        4 * layer["shape"][1] + layer["shape"][0] for layer in document["layers"]
-    )
-    assert run("eval", "out", *EVAL).json["sparsity"] == document["sparsity"]
