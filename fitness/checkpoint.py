@@ -65,11 +65,14 @@ def write_checkpoint(
         The absolute path of the folder.
 
     Raises:
-        InvalidInput: `out_dir` cannot be used, or the disk is full or read-only; nothing is left behind.
+        InvalidInput: `out_dir` cannot be used, the model has thresholds and widths of its own, or the disk is full or
+            read-only; nothing is left behind.
         EvopruneError: what was loaded again differs from what was saved; nothing is left behind.
     """
     out = check_out_dir(out_dir)
     model = language_model.model
+    if language_model.cut and modules_of(model):
+        raise InvalidInput("a model with thresholds has no compact form: cut it first, or give --form padded or masked")
     dtype = _exact_dtype(model, language_model.stored_dtype)
     state = _state_as(model, dtype)
     with disk_errors(out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from evoprune.fitness.adapters import SiteModule
+from evoprune.metrics.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,19 @@ class FactoredLinear(nn.Linear):
         inside = functional.linear(_wrapped(self.right, input), self.weight)
         found = _wrapped(self.left, inside)
         return found if self.bias is None else found + self.bias
+
+
+def refuse_factored(sites: Iterable[SiteModule]) -> None:
+    """Refuse what would take the core of a `FactoredLinear` for all of it.
+
+    Raises:
+        InvalidInput: a site is bound to one.
+    """
+    for bound in sites:
+        if isinstance(bound.module, FactoredLinear):
+            raise InvalidInput(
+                f"{bound.site.name} has wrappers around its sparse core: prune the model that it was made of"
+            )
 
 
 def _wrapped(blocks: Tensor, values: Tensor) -> Tensor:

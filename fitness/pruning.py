@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
 from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, Goal, Limited, compress
-from evoprune.fitness.factored import FactoredLinear
+from evoprune.fitness.factored import FactoredLinear, refuse_factored
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
@@ -100,10 +100,10 @@ def check_rule(language_model: Prunable, rule: MaskRule, compressor: str = "mask
         UnknownName: no such compressor.
     """
     plugin = COMPRESSORS[compressor]
+    if not isinstance(plugin, AtRunTime):
+        refuse_factored(language_model.sites)
     for bound in language_model.sites:
         site = bound.site
-        if isinstance(bound.module, FactoredLinear) and not isinstance(plugin, AtRunTime):
-            raise InvalidInput(f"{site.name} has wrappers around its sparse core: prune the model that it was made of")
         if rule.pattern is not None:
             check_pattern(rule.pattern, site.in_features, site.name)
         if isinstance(plugin, Limited):

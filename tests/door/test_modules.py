@@ -27,7 +27,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(COMPRESSORS, "_entries", entries)
 
 
-def test_wrappers_are_written_and_loaded(run: Run, tiny: Path, place: Path) -> None:
+def test_wrappers_are_written_and_loaded(run: Run, tiny: Path, small: Path, place: Path) -> None:
     pruned = run("prune", tiny, "--out", "out", "--pattern", "2:4", "--compressor", "armor", "--json", *SHORT)
     assert (pruned.code, pruned.json["compressor"], pruned.json["criterion"]) == (0, "armor", None)
     assert pruned.json["sparsity"] == 0.5
@@ -52,7 +52,10 @@ def test_wrappers_are_written_and_loaded(run: Run, tiny: Path, place: Path) -> N
     assert run("eval", "plain", "--dense", tiny, *EVAL).json["kl"] == pytest.approx(evaluated["kl"], rel=1e-3)
 
     # It is a model like others, but for pruning; thresholds come on top of its wrappers.
-    assert "has wrappers around its sparse core" in run("prune", "out", "--out", "again").err
+    for words in (["prune", "out", "--out", "a"], ["prune", "out", "--out", "a", "--method", "shortgpt"]):
+        assert "has wrappers around its sparse core: prune the model that it was made of" in run(*words).err
+    search = run("search", "metric", "out", "--config", small, "--executor", "inline")
+    assert (search.code, "has wrappers around its sparse core" in search.err) == (2, True)
     assert run("prune", "out", "--out", "both", "--compressor", "scap", *SHORT).code == 0
     both = modules_of(evoprune.load_model(str(place / "both")).model)
     assert (len(both["factored"]), len(both["thresholds"])) == (14, 6)
