@@ -22,7 +22,7 @@ class Threshold:
         mode: what most inputs are near.
         threshold: 0 lets nothing go.
 
-    Source: Liu et al. 2024 (SCAP), arXiv:2412.07174.
+    Source: Chua et al. 2024 (SCAP), arXiv:2412.07174.
     """
 
     mode: float

@@ -112,7 +112,7 @@ def equal_slopes(
         target: share of all weights.
         most: no sparsity is above.
 
-    Source: Xu et al. 2024, arXiv:2407.02068, section 3.2; Everett 1963 (generalised Lagrange multipliers).
+    Source: Xu et al. 2024, arXiv:2407.02068; Everett 1963 (generalised Lagrange multipliers).
     """
     last = max(1, int(most * STEPS))
     # Made monotone, so that every slope has one place on each curve.

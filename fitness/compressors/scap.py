@@ -2,7 +2,7 @@
 
 Layer by layer in the order of a forward pass, those before it with their thresholds already: the threshold lets a share
 of all entries of the inputs go, those nearest to a centre, which is 0, the median, or the most frequent value.
-Source: Liu et al. 2024, arXiv:2412.07174, section 3. There the density is of samples of three sizes; here it is of all
+Source: Chua et al. 2024, arXiv:2412.07174. There the density is of samples of three sizes; here it is of all
 entries, in 2,000 bins.
 """
 
@@ -56,7 +56,7 @@ class Scap:
     keeps_weights: ClassVar[bool] = True
     groups: ClassVar[frozenset[Group]] = frozenset()
     cost: ClassVar[Literal["mask"]] = "mask"
-    source: ClassVar[str] = "Liu et al. 2024 (SCAP), arXiv:2412.07174"
+    source: ClassVar[str] = "Chua et al. 2024 (SCAP), arXiv:2412.07174"
 
     def __post_init__(self) -> None:
         for name in ("mlp_inputs", "mlp_outputs", "attention"):

@@ -59,7 +59,7 @@ class Spp(Training):
 class Scaled(nn.Module):
     """A linear layer whose change, s · Rep(A) ∘ b ∘ W, learns: A is [r, in], each row for out / r rows; b is [out, 1].
 
-    Source: Lu et al. 2024, arXiv:2405.16057, section 3: A begins as a linear layer does, b at zero.
+    Source: Lu et al. 2024, arXiv:2405.16057: A begins as a linear layer does, b at zero.
     """
 
     def __init__(self, bound: SiteModule, settings: Spp) -> None:
