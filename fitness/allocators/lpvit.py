@@ -35,7 +35,7 @@ class LPViT:
         height: rows of a block; at the edges blocks are what is left.
         width: columns of a block.
         score: of which the lowest go first: taylor, |W g| on average over a block, or magnitude, |W|.
-        power: how much the power that surviving blocks take weighs, next to the loss; 0 leaves it out.
+        power: how much what surviving blocks take of the hardware weighs, next to the loss; 1 is the published scale.
         smoothing: share that a point of a curve has of those before it.
         most: no matrix loses more.
     """
@@ -43,7 +43,7 @@ class LPViT:
     height: int = 16
     width: int = 16
     score: str = "taylor"
-    power: float = 1.0
+    power: float = 0.0
     smoothing: float = 0.5
     most: float = 0.95
 

@@ -34,6 +34,8 @@ _GROUP = 4
 # The blocks of A and B have about as many weights in all as a sixteenth of the matrix, as in the paper.
 _SHARE, _LEAST, _MOST = 32, 8, 128
 _CONJUGATE_STEPS = 4
+# Groups that together gain less than this fraction of what is lost are left to the next round.
+_LITTLE = 1e-3
 # Keeps what cannot be told from the data where it was.
 _RIDGE = 1e-6
 
@@ -241,6 +243,7 @@ class Fit:
         weights = ours.diagonal(dim1=1, dim2=2)[:, None, :, None, None].clamp(min=1e-8)
         counts, per_support = live.sum(4), supports.sum(1)
         allowed = per_support == counts[..., None]
+        lost = (self._error().square() * self.squares[:, None]).sum()
         j, k = torch.meshgrid(*(torch.arange(n, device=core.device) for n in (rows, columns)), indexing="ij")
         for _ in range(d):
             pull = gradient + weights * torch.einsum("jkrgm,kgmn->jkrgn", core, own)
@@ -263,8 +266,10 @@ class Fit:
             pushed = torch.einsum("jkm,jkme->jke", change, theirs.view(columns, groups, size, e)[k, group])
             along = ours[j[..., None], torch.arange(d, device=core.device), row[..., None]]
             gradient -= (along[..., None] * pushed[:, :, None]).view(core.shape)
-            if not bool(better.any()):
+            gained = (reached - now[j, k, row, group]).clamp(min=0).sum()
+            if not bool(gained > _LITTLE * lost):
                 break
+            lost -= gained
         core.masked_fill_(~live, 0)
         return replace(self, core=core.view(self.core.shape), live=live.view(self.core.shape))
 

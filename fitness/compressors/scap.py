@@ -8,6 +8,7 @@ entries, in 2,000 bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,6 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from evoprune.fitness.activations import Threshold, Thresholded, clear_thresholds, set_thresholds
 from evoprune.fitness.adapters import SiteModule
@@ -189,9 +191,10 @@ def _mode(values: Tensor) -> float:
     step = (high - low) / _BINS
     width = 0.5 * len(inside) ** -0.2 * inside.std().item()
     counts = torch.histc(inside, _BINS, low, high)
-    apart = torch.arange(-_BINS, _BINS + 1, dtype=torch.float64) * step
+    reach = min(_BINS, math.ceil(5 * width / step) + 1)
+    apart = torch.arange(-reach, reach + 1, dtype=torch.float64) * step
     kernel = (-0.5 * (apart / max(width, step / 10)).square()).exp()
-    density = torch.nn.functional.conv1d(counts[None, None], kernel[None, None], padding=_BINS)[0, 0]
+    density = functional.conv1d(counts[None, None], kernel[None, None], padding=reach)[0, 0]
     return low + (int(density.argmax()) + 0.5) * step
 
 
