@@ -233,8 +233,7 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
         metric = [Text(metrics[layer["name"]], overflow="fold")] if metrics else []
         shape = " × ".join(str(size) for size in layer["shape"])
-        cells = [*share, *error, *metric]
-        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *cells)
+        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *share, *error, *metric)
     for column in table.columns[1:]:
         column.justify = "right"
     total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"

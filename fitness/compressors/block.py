@@ -17,9 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evoprune.fitness.compressors import COMPRESSORS, Cost, Goal
-from evoprune.fitness.gram import damped, damped_cholesky, wide
-from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.fitness.compressors import COMPRESSORS, Cost, Goal, problem_of
+from evoprune.fitness.gram import DAMPINGS, wide
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.parameters import check_range
 from evoprune.metrics.records import Group
 
@@ -37,10 +37,12 @@ class Block:
     Attributes:
         height: rows of a block.
         width: columns of a block.
+        damping: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
     """
 
     height: int = 16
     width: int = 16
+    damping: float = DAMPINGS[0]
 
     needs: ClassVar[frozenset[str]] = frozenset({"H"})
     reads_criterion: ClassVar[bool] = False
@@ -53,6 +55,7 @@ class Block:
     def __post_init__(self) -> None:
         check_range("height", self.height, 1, 1 << 12)
         check_range("width", self.width, 1, 1 << 12)
+        check_range("damping", self.damping, 0, 1)
 
     def check(self, out_features: int, in_features: int, pattern: tuple[int, int] | None) -> None:
         """Refuse a matrix that does not fall into blocks, and a pattern within them.
@@ -75,14 +78,10 @@ class Block:
         self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         self.check(weight.shape[0], weight.shape[1], None)
-        gram = statistics["H"]
-        scale = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        try:
-            factor, damping = damped_cholesky(wide(gram / scale))
-        except EvopruneError as error:
-            raise InvalidInput(f"{error}: calibrate on more text, or on another") from None
-        hessian, dense = damped(wide(gram / scale), damping), wide(weight).view(-1, self.height, weight.shape[1])
-        order, costs = self._removals(dense, torch.cholesky_inverse(factor))
+        problem = problem_of(weight, statistics["H"], self.damping)
+        # What belongs to inputs that are always zero counts as well, so that it stays as it is.
+        hessian, dense = problem.hessian, wide(weight).view(-1, self.height, weight.shape[1])
+        order, costs = self._removals(dense, torch.cholesky_inverse(problem.factor))
         # As if a row's costs rose, which greedy removals nearly do: its blocks then go in the order in which they were
         # removed.
         ranked = costs.cummax(1).values.flatten().argsort(stable=True)

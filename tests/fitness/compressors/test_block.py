@@ -30,7 +30,7 @@ def layer() -> tuple[Tensor, Tensor]:
 
 
 def damped(gram: Tensor) -> Tensor:
-    hessian = gram.double() / gram.diagonal().mean().double()
+    hessian = gram.double() / (gram.diagonal().double().sum() / (IN - 1))
     hessian[7, 7] = 1
     return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(IN, dtype=torch.float64)
 
