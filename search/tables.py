@@ -307,14 +307,15 @@ def criteria_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def compressors_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Compressors: below what each does its source, and who says which weights go, or that inputs do."""
-    table = plain_box("name", "what goes", "needs", "parameters", "cost", "what, source")
+    """Compressors: who says which weights go, or that inputs do; below what each does its parameters and its source."""
+    table = plain_box("name", "what goes", "needs", "cost", "what, parameters, source")
     table.columns[0].no_wrap = True
     for row in rows:
         chosen = "by metric" if row["keeps_mask"] else "from metric" if row["reads_criterion"] else "by itself"
         goes = "inputs" if row["at_run_time"] else chosen
-        what = Group(Text(row["what"]), Text(row["source"], style="dim"))
-        table.add_row(row["name"], goes, " ".join(row["needs"]), "\n".join(row["parameters"]), row["cost"], what)
+        lines = [Text(text) for text in (row["what"], " ".join(row["parameters"])) if text]
+        what = Group(*lines, Text(row["source"], style="dim"))
+        table.add_row(row["name"], goes, " ".join(row["needs"]), row["cost"], what)
     return table
 
 

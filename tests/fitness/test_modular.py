@@ -15,9 +15,11 @@ from transformers import AutoConfig
 from evoprune.fitness.activations import Threshold, set_thresholds, threshold_of
 from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.checkpoint import write_checkpoint
+from evoprune.fitness.compressors import Goal
 from evoprune.fitness.factored import FactoredLinear, Factors
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.modular import modules_of
+from evoprune.fitness.pruning import reach
 from evoprune.fitness.surgery import put_module
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.mask import mask
@@ -91,6 +93,13 @@ def test_a_config_that_was_tampered_with(change: Any, said: str, written: Path, 
     (folder / "config.json").write_text(json.dumps(facts))
     with pytest.raises(InvalidInput, match=said):
         load_model(str(folder))
+
+
+def test_a_core_is_not_pruned_as_if_it_were_all_of_its_matrix() -> None:
+    language_model = modular()
+    goals = ((bound, Goal.of_mask(bound.weight() > 0)) for bound in language_model.sites)
+    with pytest.raises(InvalidInput, match="q_proj has wrappers around its sparse core"):
+        reach(language_model, goals)
 
 
 def test_a_hook_is_what_the_paper_says() -> None:
