@@ -6,8 +6,9 @@
 
 The layer is that of pruners.md 0.4, and its figures stand beside ours; they are of another random layer, so only orders
 compare. The reference model is pruned by row with Wanda inside, or by the compressor's own choice of as many weights of
-every matrix; seeds draw text A; text C is fixed. Seconds are of the processor, of compressing all matrices. Writes
-benchmarks/out/compressor_quality.json and prints tables.
+every matrix, with wrappers multiplied out, and not at patterns that a compressor refuses; seeds draw text A; text C is
+fixed. Seconds are of the processor, of compressing all matrices. Writes benchmarks/out/compressor_quality.json and
+prints tables.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor
 
 import evoprune
-from evoprune.fitness.compressors import COMPRESSORS, Goal, compress, compressor_of
-from evoprune.fitness.pruning import mask_rule, needed_statistics, prune_model
+from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, Goal, compress, compressor_of
+from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
 from evoprune.metrics.criterion import CRITERIA
+from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.mask import mask
 from evoprune.metrics.records import MaskRule, parse_pattern
 
@@ -102,6 +104,10 @@ def reference(seeds: list[int], targets: list[str], compressors: list[str], toke
             for name in compressors:
                 sparsity, pattern = (None, target) if ":" in target else (float(target), None)
                 rule = mask_rule(criterion, sparsity, pattern, None, name)
+                try:
+                    check_rule(dense, rule, name)
+                except InvalidInput:
+                    continue
                 began = time.process_time()
                 layers = prune_model(dense, criterion, rule, statistics=statistics, compressor=name)
                 seconds = time.process_time() - began
@@ -154,7 +160,8 @@ def main() -> None:
     parser.add_argument("--reference", action="store_true", help="also prune the reference model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="of the reference model")
-    parser.add_argument("--compressors", nargs="+", default=[*COMPRESSORS, "awp:ramp=50"], help="for that model")
+    of_weights = [name for name in COMPRESSORS if not isinstance(COMPRESSORS[name], AtRunTime)]
+    parser.add_argument("--compressors", nargs="+", default=[*of_weights, "awp:ramp=50"], help="for that model")
     parser.add_argument("--tokens", type=int, default=20480, help="of text C")
     options = parser.parse_args()
     torch.set_num_threads(1)

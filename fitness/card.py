@@ -72,10 +72,12 @@ class Loading:
     Attributes:
         auto: name of the class in transformers.
         own_code: whether it needs the module that lies beside the weights.
+        modular: whether evoprune alone loads it.
     """
 
     auto: str = "AutoModelForCausalLM"
     own_code: bool = False
+    modular: bool = False
 
 
 # What loads text beside the model, and the Hub's name of the task, by the class that loads the model.
@@ -147,13 +149,19 @@ def model_card(
         "",
         "## Loading",
         "",
-        _OWN_CODE if loading.own_code else _PLAIN,
+        _OWN_CODE if loading.own_code else _MODULAR if loading.modular else _PLAIN,
         "",
         "```python",
-        f"from transformers import {loading.auto}, {reader}",
-        "",
-        f'model = {loading.auto}.from_pretrained("path/to/this/folder"{trust})',
-        f'{variable} = {reader}.from_pretrained("path/to/this/folder"{trust})',
+        *(
+            _MODULAR_LINES
+            if loading.modular
+            else [
+                f"from transformers import {loading.auto}, {reader}",
+                "",
+                f'model = {loading.auto}.from_pretrained("path/to/this/folder"{trust})',
+                f'{variable} = {reader}.from_pretrained("path/to/this/folder"{trust})',
+            ]
+        ),
         "```",
         "",
         "The licence of the original model applies.",
@@ -165,6 +173,19 @@ _PLAIN = "Plain transformers, and whatever else loads the original: safetensors,
 _OWN_CODE = (
     "evoprune as it is; transformers with the short Python file that lies beside the weights, which it runs only if "
     "you say so. The blocks differ in width: no stock class builds that, and those of the original refuse the folder."
+)
+
+_MODULAR = (
+    "evoprune alone, with its own code: some layers are a sparse matrix between two block-diagonal ones, or let go of "
+    "inputs near their most frequent value. `config.json` names them; no other program knows its model type. In "
+    "evoprune both run as dense products, which is no faster than the original and, with wrappers, slower: they pay "
+    "off with kernels for N:M matrices and for sparse vectors."
+)
+_MODULAR_LINES = (
+    "import evoprune",
+    "",
+    'loaded = evoprune.load_model("path/to/this/folder")',
+    "model, tokenizer = loaded.model, loaded.tokenizer",
 )
 
 

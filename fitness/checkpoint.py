@@ -21,6 +21,7 @@ from evoprune.fitness.card import Cut, Loading, WeightCounts, model_card, public
 from evoprune.fitness.compact import load_compact, write_compact
 from evoprune.fitness.hub import one_line, silence
 from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.modular import load_modular, modules_of, write_modular
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import user_path, write_atomically
 
@@ -47,7 +48,7 @@ def write_checkpoint(
     """Write the model as it is now: safetensors with its zeros, tokenizer, `evoprune.json` and a model card.
 
     The files of a processor that lie beside the model are copied. A model whose blocks have widths of their own gets
-    the compact form.
+    the compact form, one with modules of ours the modular form.
 
     The folder is written beside `out_dir`, loaded again as users will, compared weight by weight, and only then
     renamed. Weights get the dtype of the original files when every one of them survives that exactly, as it does
@@ -64,11 +65,14 @@ def write_checkpoint(
         The absolute path of the folder.
 
     Raises:
-        InvalidInput: `out_dir` cannot be used, or the disk is full or read-only; nothing is left behind.
+        InvalidInput: `out_dir` cannot be used, the model has thresholds and widths of its own, or the disk is full or
+            read-only; nothing is left behind.
         EvopruneError: what was loaded again differs from what was saved; nothing is left behind.
     """
     out = check_out_dir(out_dir)
     model = language_model.model
+    if language_model.cut and modules_of(model):
+        raise InvalidInput("a model with thresholds has no compact form: cut it first, or give --form padded or masked")
     dtype = _exact_dtype(model, language_model.stored_dtype)
     state = _state_as(model, dtype)
     with disk_errors(out):
@@ -84,6 +88,8 @@ def write_checkpoint(
             _state_dtype_in_config(partial / "config.json", dtype)
             if language_model.cut:
                 write_compact(language_model, partial)
+            if modules := modules_of(model):
+                write_modular(model, partial)
             counts = _count(language_model, partial, state)
             record = {
                 "format": FORMAT,
@@ -95,7 +101,7 @@ def write_checkpoint(
             }
             text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
             write_atomically(partial / RECORD, text)
-            loading = Loading(auto_class(model.config).__name__, language_model.cut)
+            loading = Loading(auto_class(model.config).__name__, language_model.cut, bool(modules))
             card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut)
             write_atomically(partial / "README.md", card)
             _check_reload(language_model, partial, state, dtype)
@@ -197,7 +203,8 @@ def _check_reload(language_model: LanguageModel, folder: Path, state: dict[str, 
     model = language_model.model
     # A model of another author's class is loaded by that class: no file in the folder is run.
     ours = auto_class(model.config) if type(model).__module__.startswith("transformers.") else type(model)
-    load = load_compact if language_model.cut else ours.from_pretrained
+    modules = modules_of(model)
+    load = load_compact if language_model.cut else load_modular if modules else ours.from_pretrained
     with silence():
         loaded = load(folder, dtype=dtype, use_safetensors=True)
     found = loaded.state_dict()
@@ -206,6 +213,8 @@ def _check_reload(language_model: LanguageModel, folder: Path, state: dict[str, 
     for name, value in state.items():
         if name not in found or not torch.equal(found[name], value.cpu()):
             raise EvopruneError(f"{name} differs after saving and loading again: the checkpoint was not written")
+    if modules_of(loaded) != modules:
+        raise EvopruneError("modules differ after saving and loading again: the checkpoint was not written")
     if _is_tied(model) != _is_tied(loaded):
         raise EvopruneError("tied weights came apart in saving and loading again: the checkpoint was not written")
 

@@ -25,6 +25,7 @@ from transformers import (
 from evoprune.fitness.adapters import SiteModule, auto_class, decoder_blocks, is_multimodal, list_sites
 from evoprune.fitness.compact import compact_config, is_compact, load_compact
 from evoprune.fitness.hub import PIPELINE_INDEX, fingerprint, model_folder, one_line, silence, weight_files
+from evoprune.fitness.modular import is_modular, load_modular, modular_config
 from evoprune.metrics.errors import InvalidInput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,6 +99,9 @@ def load_model(
     components: str | Sequence[str] | None = None,
 ) -> LanguageModel:
     """Load a language model, one that also reads images included, with its tokenizer, and list its prunable sites.
+
+    A checkpoint of evoprune with modules of its own, such as wrappers and thresholds, is loaded with the code of this
+    package: nothing in the folder is run or unpickled.
 
     Args:
         name: ``reference`` (the embedded model), a local folder, or a Hub id.
@@ -219,12 +223,12 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a folder; that of the dense model where the folder holds a compact form."""
+    """The config of a folder; that of the model it was made of where the folder holds a compact or modular form."""
     file = folder / "config.json"
     facts = _facts(folder)
-    compact = is_compact(facts)
+    compact, modular = is_compact(facts), is_modular(facts)
     family = facts.get("model_type")
-    known = compact or (isinstance(family, str) and family in CONFIG_MAPPING)
+    known = compact or modular or (isinstance(family, str) and family in CONFIG_MAPPING)
     if not known and "auto_map" not in facts:
         raise InvalidInput(f"{folder}: transformers {version('transformers')} knows no model family {family!r:.80}")
     if not known and not trust_remote_code:
@@ -235,6 +239,8 @@ def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         with silence():
             if compact:
                 return compact_config(facts)
+            if modular:
+                return modular_config(facts)
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers makes of a config that a stranger wrote
         raise InvalidInput(f"{file} cannot be read: {one_line(error)}") from error
@@ -275,7 +281,7 @@ def _weights(
     dtype: torch.dtype,
     device_map: str | dict[str, Any] | None,
 ) -> PreTrainedModel:
-    compact = is_compact(_facts(folder))
+    facts = _facts(folder)
 
     def load(attention: str) -> Any:
         options: dict[str, Any] = {
@@ -286,8 +292,10 @@ def _weights(
             "ignore_mismatched_sizes": True,  # they are refused below, by name
             "output_loading_info": True,
         }
-        if compact:
+        if is_compact(facts):
             return load_compact(folder, **options)
+        if is_modular(facts):
+            return load_modular(folder, **options)
         return auto_class(config).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
 
     try:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.examples import read_side, reads_images
+from evoprune.fitness.factored import refuse_factored
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.parcels import find, link, packing, require
@@ -256,9 +257,10 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
     """Refuse what the model's shape cannot do.
 
     Raises:
-        InvalidInput: an allocation of another model; a pattern whose M does not divide a width; a window longer than
-            the model's context.
+        InvalidInput: layers with wrappers; an allocation of another model; a pattern whose M does not divide a width; a
+            window longer than the model's context.
     """
+    refuse_factored(language_model.sites)
     if context.allocation is not None:
         check_allocation(language_model, from_json(context.allocation))
     if context.pattern is not None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import Goal, compress, compressor_of
+from evoprune.fitness.compressors import AtRunTime, Goal, Limited, compress, compressor_of
+from evoprune.fitness.factored import FactoredLinear, refuse_factored
 from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
@@ -93,15 +95,26 @@ def mask_rule(
     return MaskRule(DEFAULT_SPARSITY if sparsity is None else sparsity, None, chosen or own)
 
 
-def check_rule(language_model: Prunable, rule: MaskRule) -> None:
-    """Refuse a pattern that the model's widths cannot take; worth asking before statistics are collected.
+def check_rule(language_model: Prunable, rule: MaskRule, compressor: str = "mask") -> None:
+    """Refuse what the model's widths or the compressor cannot do; worth asking before statistics are collected.
 
     Raises:
-        InvalidInput: M does not divide a width; names the matrix.
+        InvalidInput: M does not divide a width, the compressor refuses a matrix, or it is wrapped already; names the
+            matrix.
+        UnknownName: no such compressor.
     """
-    if rule.pattern is not None:
-        for bound in language_model.sites:
-            check_pattern(rule.pattern, bound.site.in_features, bound.site.name)
+    plugin = compressor_of(compressor)
+    if not isinstance(plugin, AtRunTime):
+        refuse_factored(language_model.sites)
+    for bound in language_model.sites:
+        site = bound.site
+        if rule.pattern is not None:
+            check_pattern(rule.pattern, site.in_features, site.name)
+        if isinstance(plugin, Limited):
+            try:
+                plugin.check(site.out_features, site.in_features, rule.pattern)
+            except InvalidInput as error:
+                raise InvalidInput(f"cannot compress {site.name}: {error}") from None
 
 
 @torch.no_grad()
@@ -113,6 +126,7 @@ def prune_model(
     statistics: Statistics | None = None,
     compressor: str = "mask",
     allocation: Allocation | None = None,
+    modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PrunedLayer, ...]:
     """Replace the weights of every prunable matrix by pruned ones, in place.
@@ -125,6 +139,8 @@ def prune_model(
         compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
             `rule` must be the sparsity of its budget, by row.
+        modules: let a layer become a `FactoredLinear` where the compressor wraps its sparse core; the sites are then no
+            longer bound to the model's layers. Else it gets the product, which has no zeros.
         progress: called with (done, total) in matrices.
 
     Returns:
@@ -135,7 +151,7 @@ def prune_model(
             scores that cannot become a mask, or the compressor can make nothing of the statistics. The model may then
             be pruned in part: load it again.
     """
-    check_rule(language_model, rule)
+    check_rule(language_model, rule, compressor)
     if allocation is not None:
         if rule != MaskRule(allocation.sparsity):
             raise InvalidInput(
@@ -146,7 +162,9 @@ def prune_model(
         goals = _masks(language_model, criterion, rule, statistics, allocation)
     else:
         goals = _counts(language_model, rule, allocation)
-    return reach(language_model, goals, statistics=statistics, compressor=compressor, progress=progress)
+    return reach(
+        language_model, goals, statistics=statistics, compressor=compressor, modules=modules, progress=progress
+    )
 
 
 @torch.no_grad()
@@ -156,6 +174,7 @@ def reach(
     *,
     statistics: Statistics | None = None,
     compressor: str = "mask",
+    modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PrunedLayer, ...]:
     """Replace the weights of every prunable matrix by those that meet its goal, in place.
@@ -163,15 +182,17 @@ def reach(
     Args:
         language_model: its weights are compressed as they are.
         goals: what has to go from each matrix, in model order; the next is asked for when the last is met.
-        statistics, compressor, progress: as of `prune_model`.
+        statistics, compressor, modules, progress: as of `prune_model`.
 
     Returns:
         One entry per matrix, in model order.
 
     Raises:
-        InvalidInput: the compressor can make nothing of the statistics. The model may then be pruned in part.
+        InvalidInput: a matrix is wrapped already, or the compressor can make nothing of the statistics. The model may
+            then be pruned in part.
     """
     layers, plugin = [], compressor_of(compressor)
+    refuse_factored(language_model.sites)
     for bound, goal in goals:
         site, weight = bound.site, bound.weight()
         names = set(plugin.needs)
@@ -182,12 +203,37 @@ def reach(
             result = compress(compressor, weight, goal, given)
         except (InvalidCandidate, InvalidInput) as error:
             raise InvalidInput(f"cannot compress {site.name}: {error}") from None
-        weight.copy_(result.weight)
+        removed = goal.removed
+        if result.factors is None:
+            weight.copy_(result.weight)
+        elif modules:
+            put_module(language_model.model, site.name, FactoredLinear.of(bound, result.factors))
+        else:
+            weight.copy_(result.weight)
+            removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), goal.removed, result.error))
+        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
+
+
+def pruned_before(language_model: Prunable, errors: Mapping[str, float]) -> tuple[PrunedLayer, ...]:
+    """What of every prunable matrix is zero as it is.
+
+    Args:
+        language_model: dense, or pruned before.
+        errors: relative output error by site name; None for those without.
+    """
+    return tuple(
+        PrunedLayer(
+            bound.site.name,
+            (bound.site.out_features, bound.site.in_features),
+            int((bound.weight() == 0).sum()),
+            errors.get(bound.site.name),
+        )
+        for bound in language_model.sites
+    )
 
 
 def check_allocation(language_model: Prunable, allocation: Allocation) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from evoprune.fitness.adapters import Prunable, SiteModule, decoder_blocks
 from evoprune.fitness.adapters.base import AttentionLayout, MlpLayout
+from evoprune.fitness.factored import refuse_factored
 from evoprune.fitness.layouts import layout_of
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.records import LANGUAGE
@@ -172,8 +173,9 @@ def find_units(language_model: Prunable) -> list[BlockUnits]:
     Raises:
         InvalidInput: nobody has said how the blocks of this family can be cut, and it is not found either, or what is
             found does not hold; a part is missing; an attention holds weights for each head beside its matrices, or
-            heads that do not come in equal groups; or the norms lie behind the parts.
+            heads that do not come in equal groups; layers have wrappers; or the norms lie behind the parts.
     """
+    refuse_factored(language_model.sites)
     model = language_model.model
     assert isinstance(model, PreTrainedModel)
     config = model.config.get_text_config()

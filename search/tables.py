@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -220,13 +221,19 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     """
     measured = any(layer["error"] is not None for layer in document["layers"])
     metrics = document.get("policy", {}).get("sites", {})
-    more = [*(["output error"] if measured else []), *(["metric"] if metrics else [])]
+    inputs = {row["name"]: row["sparsity"] for row in document.get("thresholds", ())}
+    more = [
+        *(["inputs let go"] if inputs else []),
+        *(["output error"] if measured else []),
+        *(["metric"] if metrics else []),
+    ]
     table = plain_box("matrix", "shape", "sparsity", *more)
     for layer in document["layers"]:
+        share = [f"{inputs.get(layer['name'], 0):.4f}"] if inputs else []
         error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
         metric = [Text(metrics[layer["name"]], overflow="fold")] if metrics else []
         shape = " × ".join(str(size) for size in layer["shape"])
-        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *error, *metric)
+        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *share, *error, *metric)
     for column in table.columns[1:]:
         column.justify = "right"
     total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
@@ -240,6 +247,9 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
+    if inputs:
+        unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
+        total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"
     return Group(table, Text(total), *_recovery_lines(document["recovery"]))
 
 
@@ -297,13 +307,15 @@ def criteria_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def compressors_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Compressors: below what each does its source, and who says which weights go."""
-    table = plain_box("name", "what goes", "needs", "parameters", "cost", "what, source")
+    """Compressors: who says which weights go, or that inputs do; below what each does its parameters and its source."""
+    table = plain_box("name", "what goes", "needs", "cost", "what, parameters, source")
     table.columns[0].no_wrap = True
     for row in rows:
         chosen = "by metric" if row["keeps_mask"] else "from metric" if row["reads_criterion"] else "by itself"
-        what = Group(Text(row["what"]), Text(row["source"], style="dim"))
-        table.add_row(row["name"], chosen, " ".join(row["needs"]), "\n".join(row["parameters"]), row["cost"], what)
+        goes = "inputs" if row["at_run_time"] else chosen
+        lines = [Text(text) for text in (row["what"], " ".join(row["parameters"])) if text]
+        what = Group(*lines, Text(row["source"], style="dim"))
+        table.add_row(row["name"], goes, " ".join(row["needs"]), row["cost"], what)
     return table
 
 

@@ -6,15 +6,19 @@ A compressor is a frozen dataclass whose fields are its parameters, with their d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from evoprune.fitness.activations import Thresholded
+from evoprune.fitness.factored import Factors
 from evoprune.fitness.gram import wide
+from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.removal_order import Problem
+from evoprune.fitness.samples import Sequences
 from evoprune.metrics import mask as masks
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.parameters import configured
@@ -58,6 +62,10 @@ class Goal:
         return masks.mask_of_count(scores, self.removed)
 
 
+Made = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor]
+"""A weight and its mask; or a core, its mask, and the blocks on its left and on its right, see `Factors`."""
+
+
 class Compressor(Protocol):
     """Turns a dense matrix into those that replace it, one for each goal. A frozen dataclass of plain parameters.
 
@@ -92,9 +100,7 @@ class Compressor(Protocol):
     @property
     def source(self) -> str: ...
 
-    def compress(
-        self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def compress(self, weight: Tensor, goals: Iterable[Goal], statistics: Mapping[str, Tensor]) -> Iterator[Made]:
         """The new weight and its mask for each goal, in their order; no argument is changed.
 
         What goals have in common, such as a factor of the statistics, is computed once.
@@ -106,9 +112,60 @@ class Compressor(Protocol):
 
         Yields:
             [out, in] float32, zero outside the mask; [out, in] bool, True = keep, which removes as many weights as the
-            goal says, in its pattern.
+            goal says, in its pattern. Of one that wraps the sparse matrix in others also the blocks of these: the first
+            is then the `Factors.core`.
         """
         ...
+
+
+@runtime_checkable
+class Wrapping(Protocol):
+    """A compressor that yields wrappers beside its cores; it has this beside what `Compressor` has.
+
+    Attributes:
+        wraps: with what, in words.
+    """
+
+    @property
+    def wraps(self) -> str: ...
+
+
+@runtime_checkable
+class AtRunTime(Protocol):
+    """A compressor that changes what a model does and no weight of it; its `compress` refuses every matrix."""
+
+    def attach(
+        self,
+        language_model: LanguageModel,
+        text: Sequences,
+        sparsity: float | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> tuple[Thresholded, ...]:
+        """Give layers of a model thresholds for their inputs, in place of those that they have.
+
+        Args:
+            language_model: as it is to run, with its masks.
+            text: what the thresholds are set on.
+            sparsity: share of the inputs of every prunable matrix that goes, in [0, 1); None leaves it to the
+                compressor.
+            progress: called with (done, total) in blocks.
+
+        Returns:
+            One entry for each layer that has a threshold now, in model order.
+        """
+        ...
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """A compressor that cannot do everything to every matrix; it may have this method beside those of `Compressor`."""
+
+    def check(self, out_features: int, in_features: int, pattern: tuple[int, int] | None) -> None:
+        """Refuse a matrix of this size, or a pattern of it; asked before long work.
+
+        Raises:
+            InvalidInput: says what would be right.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +173,16 @@ class Compressed:
     """The replacement of one matrix.
 
     Attributes:
-        weight: [out, in] in the dtype of the dense one, zero outside `mask`.
+        weight: [out, in] in the dtype of the dense one, zero outside `mask` unless there are `factors`.
         mask: [out, in] bool, True = keep.
         error: relative output error, or None without statistics of the inputs.
+        factors: whose product `weight` is, in its dtype, and whose core is zero outside `mask`; None if it is none.
     """
 
     weight: Tensor
     mask: Tensor
     error: float | None
+    factors: Factors | None = None
 
 
 COMPRESSORS: Registry[Compressor] = Registry("compressor", "evoprune.fitness.compressors")
@@ -212,14 +271,19 @@ def compress_all(
             asked.append(goal)
             yield goal
 
-    for new, kept in compressor.compress(weight.float().contiguous(), noted(), statistics):
-        cast = new.to(weight.dtype)
-        if not bool(cast.isfinite().all()) or bool((cast[~kept] != 0).any()):
+    for made in compressor.compress(weight.float().contiguous(), noted(), statistics):
+        new, kept = made[:2]
+        cast = sparse = new.to(weight.dtype)
+        factors = None
+        if len(made) == 4:
+            factors = Factors(new, *made[2:]).to(weight.dtype)
+            cast = factors.merged().to(weight.dtype)
+        if not bool(cast.isfinite().all()) or bool((sparse[~kept] != 0).any()):
             raise EvopruneError(f"compressor {spelled!r} returned weights that are not finite or lie outside its mask")
         _check_mask(spelled, kept, asked.popleft())
         gram, squares = (statistics.get(name) if measured else None for name in ("H", "X_ss"))
         error = relative_output_error(weight.float(), cast.float(), gram=gram, input_squares=squares)
-        yield Compressed(cast, kept, error)
+        yield Compressed(cast, kept, error, factors)
 
 
 def _check_mask(spelled: str, kept: Tensor, goal: Goal) -> None:

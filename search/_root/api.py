@@ -14,22 +14,25 @@ from evoprune.calibration import (
     HELD_OUT_TOKENS,
     TEXT,
     Progress,
+    calibration_windows,
     collect_statistics,
     default_window,
     loaded,
     silent,
 )
-from evoprune.fitness.adapters import rebind, zero_fraction
+from evoprune.fitness.activations import Thresholded
+from evoprune.fitness.adapters import list_sites, rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.compressors import compressor_of
+from evoprune.fitness.compressors import AtRunTime, Wrapping, compressor_of
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
+from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy
-from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model
+from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics import Statistics
 from evoprune.metrics.allocation import Allocation
@@ -38,6 +41,7 @@ from evoprune.metrics.criterion import Criterion
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
 from evoprune.recoveries import given_recovery
@@ -71,6 +75,7 @@ def prune(
     recovery_tokens: int | None = None,
     recovery_loss: str | None = None,
     recovery_parameters: Mapping[str, Any] | None = None,
+    form: str = "auto",
     out: str | Path | None = None,
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
@@ -97,8 +102,9 @@ def prune(
         budgets: sparsity of each group of matrices; see `allocate`. Without an `allocation` each group is uniform.
         compressor: a name of `evoprune list compressors`, perhaps with parameters, such as ``obq:bits=3``: what happens
             to the weights that stay. ``mask`` leaves them as they are; ``sparsegpt`` chooses itself what goes, and lets
-            the weights that stay make up for it. None is the one that `allocation` was searched for, if its file says
-            so, else ``mask``.
+            the weights that stay make up for it. ``scap`` removes no weights: it lets that share of the inputs of every
+            prunable matrix go at run time, or, without a `sparsity`, shares of its own by kind of matrix. None is the
+            one that `allocation` was searched for, if its file says so, else ``mask``.
         policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
@@ -106,8 +112,13 @@ def prune(
             the embedded corpus from what is in none of its texts A, B and C.
         recovery_loss: ``distill`` (the default: KL divergence from the dense model) or ``lm`` (the next token).
         recovery_parameters: by name; `evoprune list recoveries` shows them with their defaults.
-        out: a new or empty folder for a checkpoint that plain transformers loads; None writes nothing. While a recovery
-            runs, its own checkpoints are in ``<out>.recovery``: after a kill the same call goes on from the last.
+        form: for a compressor that wraps sparse cores in thin matrices, ``armor``: ``modules`` keeps the three of them
+            apart, in modules that `load_model` loads and nothing else; ``plain`` gives every layer their product, which
+            plain transformers loads and which has no zeros. ``auto`` is ``modules`` for these, else ``plain``. With a
+            `policy` it is that of `prune_policy`.
+        out: a new or empty folder for a checkpoint, which plain transformers loads unless its form is ``modules``; None
+            writes nothing. While a recovery runs, its own checkpoints are in ``<out>.recovery``: after a kill the same
+            call goes on from the last.
         calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
             read if the criterion needs no statistics.
         progress: told what runs and how far it is.
@@ -137,6 +148,7 @@ def prune(
             recovery_tokens=recovery_tokens,
             recovery_loss=recovery_loss,
             recovery_parameters=recovery_parameters,
+            form=form,
             calibration=calibration,
             seed=seed,
             out=out,
@@ -148,6 +160,12 @@ def prune(
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
     compressor = compressor or given.provenance.compressor or "mask"
     rule = mask_rule(criterion, sparsity, pattern, group, compressor)
+    plugin = compressor_of(compressor)
+    modules = _modules(form, compressor, recovery)
+    if isinstance(plugin, AtRunTime) and (allocation is not None or budgets):
+        raise InvalidInput(
+            f"compressor {compressor!r} has its own shares by kind of matrix: leave out allocation and budget"
+        )
     needs = needed_statistics(criterion, compressor)
     if out is not None:
         check_out_dir(out)
@@ -155,7 +173,9 @@ def prune(
         recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
     )
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
-    check_rule(language_model, rule)
+    check_rule(language_model, rule, compressor)
+    if modules:
+        check_modular(language_model.model, cut=language_model.cut)
     begun = None if recovers is None else recovers.started(language_model)
     text: dict[str, Any] = {
         "calibration": calibration,
@@ -168,28 +188,45 @@ def prune(
     own = given.resolved(language_model, criterion, text)
     if own is not None:
         rule = MaskRule(own.sparsity)
+    statistics: Statistics | None = None
+    thresholds: tuple[Thresholded, ...] = ()
     # Weights that a search has measured come out again, bit for bit, from sums in the same order.
     with torch_threads(given.provenance.threads):
-        statistics = collect_statistics(language_model, needs, **text) if needs else None
-        layers = prune_model(
-            language_model,
-            criterion,
-            rule,
-            statistics=statistics,
-            compressor=compressor,
-            allocation=own,
-            progress=lambda done, total: progress("pruning matrices", done, total),
-        )
+        if isinstance(plugin, AtRunTime):
+            thresholds = plugin.attach(
+                language_model,
+                calibration_windows(language_model, calibration, calibration_sequences, calibration_window, seed),
+                sparsity,
+                lambda done, total: progress("setting thresholds", done, total),
+            )
+            layers = pruned_before(language_model, {found.name: found.error for found in thresholds})
+        else:
+            statistics = collect_statistics(language_model, needs, **text) if needs else None
+            layers = prune_model(
+                language_model,
+                criterion,
+                rule,
+                statistics=statistics,
+                compressor=compressor,
+                allocation=own,
+                modules=modules,
+                progress=lambda done, total: progress("pruning matrices", done, total),
+            )
+    if modules:
+        sites = tuple(list_sites(language_model.model, language_model.components))
+        language_model = replace(language_model, sites=sites)
     recovered = None if begun is None else begun.run(language_model, progress)
     pruned = Pruned(
         language_model=language_model,
-        criterion=criterion_label(metric, criterion) if compressor_of(compressor).reads_criterion else None,
+        criterion=criterion_label(metric, criterion) if plugin.reads_criterion else None,
         rule=rule,
         compressor=compressor,
         layers=layers,
         recovery=recovered,
         allocation=own,
         doubt=None if own is None else own.doubt(language_model.fingerprint),
+        merged=isinstance(plugin, Wrapping) and not modules,
+        thresholds=thresholds,
     )
     recipe: dict[str, Any] = {
         "criterion": pruned.criterion,
@@ -202,6 +239,13 @@ def prune(
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
     kept = ["removed", "prunable", "layers"]
+    if isinstance(plugin, Wrapping):
+        recipe["form"] = "modules" if modules else "plain"
+    if isinstance(plugin, AtRunTime):
+        shares = {"sparsity": sparsity, "parameters": parameters_of(plugin)}
+        where = {"text": public_name(calibration), "side": "A", "sequences": calibration_sequences, "seed": seed}
+        recipe |= {"form": "modules", "sparsity": None, "group": None, "thresholds": shares | where}
+        kept.append("thresholds")
     if recovers is not None and recovered is not None:
         recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
         kept.append("recovery")
@@ -256,6 +300,35 @@ def evaluate(
     if images:
         width = round(n_tokens(windows) / len(windows))
     return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data, images)
+
+
+def _modules(form: str, compressor: str, recovery: str | None) -> bool:
+    """Whether layers become modules of ours.
+
+    Raises:
+        InvalidInput: no such form, or not of this compressor or with this recovery.
+    """
+    check_choice("form of a pruned model", form, ("auto", "plain", "modules"))
+    plugin = compressor_of(compressor)
+    if isinstance(plugin, AtRunTime):
+        if form == "plain":
+            raise InvalidInput(f"what compressor {compressor!r} does is in no weight: leave out --form plain")
+        if recovery is not None:
+            raise InvalidInput(
+                f"compressor {compressor!r} leaves nothing to recover by {recovery!r}: prune and recover first, and "
+                "give the result thresholds"
+            )
+        return True
+    if not isinstance(plugin, Wrapping):
+        if form == "modules":
+            raise InvalidInput(f"compressor {compressor!r} makes no modules of its own: leave out --form modules")
+        return False
+    if form != "plain" and recovery is not None:
+        raise InvalidInput(
+            f"recovery {recovery!r} trains no {plugin.wraps} around a core: leave it out, or give --form plain, which "
+            "has neither wrappers nor zeros"
+        )
+    return form != "plain"
 
 
 def own_copy(language_model: LanguageModel) -> LanguageModel:

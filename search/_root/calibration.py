@@ -8,7 +8,7 @@ from typing import Any
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
-from evoprune.fitness.samples import Samples
+from evoprune.fitness.samples import Samples, Sequences
 from evoprune.fitness.statistics import PassSettings, Statistics, statistics_for
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config_metric import DEFAULT_STATISTICS
@@ -65,7 +65,7 @@ def collect_statistics(
     settings = PassSettings(tokens=token_choice(tokens))
     language_model = loaded(model, loading)
     window = default_window(language_model, calibration_window)
-    windows = read_side(language_model, calibration, "A", window=window, count=calibration_sequences, seed=seed)
+    windows = calibration_windows(language_model, calibration, calibration_sequences, window, seed)
     wanted = sorted(names)
     shown = f"{windows.sequences} examples" if isinstance(windows, Samples) else f"{len(windows)} × {window} tokens"
     what = f"{', '.join(wanted)} on {shown}"
@@ -78,6 +78,14 @@ def collect_statistics(
         provenance=provenance,
         progress=lambda done, total: progress(f"collecting {what}", done, total),
     )
+
+
+def calibration_windows(
+    language_model: LanguageModel, calibration: str, sequences: int, window: int | None, seed: int
+) -> Sequences:
+    """Text A, or images with texts; arguments as in `collect_statistics`."""
+    width = default_window(language_model, window)
+    return read_side(language_model, calibration, "A", window=width, count=sequences, seed=seed)
 
 
 def token_choice(tokens: str | TokenChoice) -> TokenChoice | None:

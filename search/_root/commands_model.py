@@ -171,12 +171,13 @@ def prune(
         option("--recovery-set", metavar="KEY=VALUE", help="a parameter of the recovery; repeatable", panel=RECOVERY),
     ] = None,
     form: Annotated[
-        Literal["auto", "plain", "padded", "compact", "masked"],
+        Literal["auto", "plain", "padded", "compact", "masked", "modules"],
         typer.Option(
             "--form",
             help="of what is cut by --shape, --method or --policy: plain has one width in all blocks, padded fills up "
             "with zeros, compact is as small as the shape, masked has zeros only; auto is plain if the shape allows "
-            "it, else compact",
+            "it, else compact. Of --compressor armor: modules keeps its wrappers apart, which evoprune alone loads, "
+            "plain multiplies them out, which has no zeros; auto is modules",
             rich_help_panel=OUTPUT,
         ),
     ] = "auto",
@@ -243,7 +244,7 @@ def prune(
             return
         if method_set:
             raise InvalidInput("--method-set is a parameter of a method: name one by --method")
-        if form not in ("auto", "plain"):
+        if form not in ("auto", "plain", "modules"):
             raise InvalidInput(
                 f"--form {form} goes with --shape, --method or --policy: a mask keeps every width, so give --form plain"
             )
@@ -270,6 +271,8 @@ def prune(
         if pipeline:
             if any(training.values()):
                 raise InvalidInput("a pipeline has no recovery: leave out --recovery and what goes with it")
+            if form == "modules":
+                raise InvalidInput("a pipeline is written plain: leave out --form modules")
             if pattern is not None or group is not None or compressor not in (None, "mask") or components is not None:
                 raise InvalidInput(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
@@ -284,6 +287,7 @@ def prune(
                 group=group,
                 allocation=allocation,
                 compressor=compressor,
+                form=form,
                 tokens=tokens,
                 seed=seed,
                 **target,
@@ -455,6 +459,11 @@ def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
     searched = name if allocation is None else allocation.parameters.get("compressor", name)
     if searched != name:
         yield f"the allocation was searched for {searched}, and its matrices now lose weights by {name}"
+    if pruned.merged:
+        yield (
+            f"warning: {name} is multiplied out: these weights are dense, and no kernel for sparse ones makes use of "
+            "them; --form modules keeps the sparse cores"
+        )
     if pruned.doubt is not None:
         yield f"warning: {pruned.doubt}"
 

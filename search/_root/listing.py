@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from evoprune.fitness.allocators import ALLOCATORS
-from evoprune.fitness.compressors import COMPRESSORS
+from evoprune.fitness.compressors import COMPRESSORS, AtRunTime
 from evoprune.fitness.methods import METHODS
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.recoveries import RECOVERIES
@@ -129,6 +129,7 @@ def _compressors() -> list[Row]:
             "keeps_mask": COMPRESSORS[name].keeps_mask,
             "keeps_weights": COMPRESSORS[name].keeps_weights,
             "parameters": [f"{key}={_word(value)}" for key, value in parameters_of(COMPRESSORS[name]).items()],
+            "at_run_time": isinstance(COMPRESSORS[name], AtRunTime),
             "cost": COMPRESSORS[name].cost,
             "what": _first_line(type(COMPRESSORS[name])),
             "source": COMPRESSORS[name].source,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.card import PassTimes
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
@@ -110,6 +111,8 @@ class Removal(Smaller):
         compressor: what happened to the weights that stayed.
         allocation: the sparsity of each matrix; None if all had the same.
         doubt: why the allocation may not suit the model; see `Allocation.doubt`.
+        merged: sparse cores and their wrappers were multiplied out, so that nothing is zero.
+        thresholds: of layers whose inputs are let go at run time.
     """
 
     criterion: str | None
@@ -117,6 +120,8 @@ class Removal(Smaller):
     compressor: str
     allocation: Allocation | None = None
     doubt: str | None = None
+    merged: bool = False
+    thresholds: tuple[Thresholded, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --json` prints."""
@@ -125,7 +130,18 @@ class Removal(Smaller):
             "criterion": self.criterion,
             "compressor": self.compressor,
             "allocation": None if self.allocation is None else self.allocation.summary(),
+            **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
+
+
+def _said(found: Thresholded) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "mode": found.threshold.mode,
+        "threshold": found.threshold.threshold,
+        "sparsity": found.sparsity,
+        "error": found.error,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,9 +149,15 @@ class AllocationKind:
         given_allocation(config)
 
     def _check_compressor(self, config: AllocationSearchConfig) -> None:
+        from evoprune.fitness.compressors import AtRunTime, compressor_of
         from evoprune.search.breeders import breeder_of
 
         name, target = config.target.compressor, config.target
+        if isinstance(compressor_of(name), AtRunTime):
+            raise InvalidInput(
+                f"{name} removes no weights, so there is nothing to allocate: search with another compressor, and give "
+                f"the result thresholds by `evoprune prune --compressor {name}`"
+            )
         if target.stored is None:
             if target.grid != type(target).model_fields["grid"].default:
                 raise InvalidInput(f"{name} has every level without storing it: leave out target.grid")

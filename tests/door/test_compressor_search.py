@@ -53,20 +53,30 @@ def test_a_search_and_the_command_that_it_prints(
 
 
 @pytest.mark.slow
-def test_a_compressor_with_parameters(run: Run, tiny: Path, levels: Path) -> None:
-    done = run("search", "allocation", tiny, "--config", levels, "--compressor", "obq:bits=3", "--executor", "inline")
+@pytest.mark.parametrize(
+    ("spelled", "criterion"), [("obq:bits=3", "wanda"), ("armor:rounds=2", None), ("block:height=8,width=8", None)]
+)
+def test_a_compressor_with_parameters(
+    spelled: str, criterion: str | None, run: Run, tiny: Path, story: Path, levels: Path
+) -> None:
+    words = ("--config", levels, "--compressor", spelled, "--executor", "inline")
+    done = run("search", "allocation", tiny, *words)
     assert done.code == 0, done.err
     (command,) = [line for line in done.err.splitlines() if line.startswith("prune ")]
-    assert "--metric wanda --compressor obq:bits=3" in command
+    assert f"--compressor {spelled}" in command and ("--metric wanda" in command) == (criterion is not None)
     pruned = run(*shlex.split(command.partition("evoprune ")[2].replace("DIR", "out")), "--json").json
     best = json.loads((Path(done.out.strip()) / "result.json").read_text())["best"]
-    assert (pruned["compressor"], pruned["criterion"]) == ("obq:bits=3", "wanda")
+    assert (pruned["compressor"], pruned["criterion"]) == (spelled, criterion)
     assert pruned["removed"] == best["removed"]
+    # Wrappers that are kept apart multiply in another order than the product that was measured.
+    words = ("eval", "out", "--data", story, "--window", 32, "--tokens", 4 * 32, "--json")
+    assert run(*words).json["loss"] == pytest.approx(best["heldout"]["loss"], rel=1e-5)
 
 
 def test_what_cannot_be_is_refused(refused: Callable[..., str], tiny: Path) -> None:
     search = ("search", "allocation", tiny, "--compressor")
     assert "no compressor 'sparsgpt'; did you mean 'sparsegpt'" in refused(*search, "sparsgpt")
+    assert "scap removes no weights, so there is nothing to allocate" in refused(*search, "scap")
     for grid, said in (
         ("3", "3 levels are out of range: give from 4 to 128"),
         ("300", "300 levels are out of range"),

@@ -153,6 +153,10 @@ def test_in_python_a_policy_says_all(dense: LanguageModel, file: Path) -> None:
         evoprune.prune(dense, policy=file, sparsity=0.5)
     with pytest.raises(InvalidInput, match="no form 'small'"):
         evoprune.prune_policy(dense, file, form="small")
+    with pytest.raises(InvalidInput, match="no form 'modules'"):
+        evoprune.prune(dense, policy=file, form="modules")
+    masked = evoprune.prune(dense, policy=file, form="masked").language_model
+    assert [bound.weight().shape for bound in masked.sites] == [bound.weight().shape for bound in dense.sites]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class Measured:
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     model = tiny_language_model(request.param)
     folder = tmp_path_factory.mktemp("statistics") / "set"
-    return Measured(model, collect_statistics(model, TEXT_A, ["X_l2", "H"], folder=folder))
+    return Measured(model, collect_statistics(model, TEXT_A, ["X_l2", "H", "G_mean"], folder=folder))
 
 
 @pytest.mark.parametrize("name", sorted(ALLOCATORS))

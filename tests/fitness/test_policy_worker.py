@@ -47,7 +47,7 @@ class Tried:
         return Prepared.open(self.named["prepared"])
 
     def table(self, masker: dict[str, Any]) -> UnitTable:
-        answer = self.worker.handle("units", {"masker": masker, "quantity": "parameters"})
+        answer = self.worker.handle("units", {**self.named, "masker": masker, "quantity": "parameters"})
         return UnitTable.from_json(json.loads(json.dumps(answer["units"])))
 
     def mask(self, masker: dict[str, Any], kept: np.ndarray | None, windows: list[int]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.recoveries import RECOVERIES, Recovery, configured, kept_weights, learning_rate
 from evoprune.fitness.recoveries.full import Full
 from evoprune.fitness.recoveries.lora import Lora
+from evoprune.fitness.recoveries.spp import Scaled, Spp
 from evoprune.fitness.recovery import Recovered, recover, training_windows
 from evoprune.fitness.text import side_documents, source_hash
 from evoprune.fitness.units import find_units
@@ -108,6 +109,7 @@ def test_what_learns() -> None:
     matrices = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     norms = {"input_layernorm", "post_attention_layernorm", "norm"}
     assert learned(Lora(**FAST)) == matrices  # type: ignore[arg-type]
+    assert learned(Spp(**FAST)) == matrices  # type: ignore[arg-type]
     assert learned(Full(**FAST)) == matrices | norms | {"embed_tokens", "lm_head"}  # type: ignore[arg-type]
     assert learned(Full(**FAST, train="outputs")) == {"o_proj", "down_proj"} | norms  # type: ignore[arg-type]
 
@@ -169,6 +171,38 @@ def test_lora_merged_says_what_it_said_apart(family: str) -> None:
         merged = language_model.model(input_ids=WINDOWS).logits
     assert torch.allclose(merged, apart, atol=1e-4)
     assert not torch.allclose(merged, before, atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_spp_merged_says_what_it_said_apart(family: str) -> None:
+    """A change by hand, row by row; nothing at its start; every zero of the mask is one of the bits."""
+    language_model = masked(family)
+    kept, spp = kept_weights(language_model), Spp(rank=5)  # which divides no width
+    before, weights = language_model.model(input_ids=WINDOWS).logits, state(language_model)
+    spp.begin(language_model, kept)
+    assert torch.equal(language_model.model(input_ids=WINDOWS).logits, before)
+    layers = {bound.site.name: language_model.model.get_submodule(bound.site.name) for bound in language_model.sites}
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+    for bound in language_model.sites:
+        layer = layers[bound.site.name]
+        assert isinstance(layer, Scaled)
+        layer.rows.data.normal_(generator=generator)
+        rank, (rows, columns) = len(layer.columns), bound.weight().shape
+        assert (rank, layer.columns.shape[1]) == (max(r for r in range(1, 6) if rows % r == 0), columns)
+        bound_at = columns**-0.5
+        assert 0.5 * bound_at < layer.columns.abs().max() <= bound_at
+        changed = bound.weight().clone()
+        for row in range(rows):
+            changed[row] *= 1 + 2 * layer.rows[row, 0].detach() * layer.columns[row // (rows // rank)].detach()
+        expected[bound.site.name] = changed
+    apart = language_model.model(input_ids=WINDOWS).logits
+    spp.end(language_model, kept)
+    assert torch.allclose(language_model.model(input_ids=WINDOWS).logits, apart, atol=1e-4)
+    for bound in language_model.sites:
+        torch.testing.assert_close(bound.weight(), expected[bound.site.name])
+        was, now = weights[f"{bound.site.name}.weight"], language_model.model.get_parameter(f"{bound.site.name}.weight")
+        assert torch.equal(was.view(torch.int32) == 0, now.view(torch.int32) == 0)
 
 
 @pytest.mark.parametrize(("name", "family"), [*((name, "llama") for name in RECOVERIES), ("full", "gpt2")])
