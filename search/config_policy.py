@@ -133,7 +133,7 @@ class PolicySearchConfig(SearchConfig):
     @model_validator(mode="before")
     @classmethod
     def _of_weights(cls, values: Any) -> Any:
-        """With a pattern the policy starts from a metric: Wanda, or the first to choose from if that is none of them."""
+        """With a pattern the policy starts from a metric: Wanda, or the first to choose from if it is none of them."""
         target = values.get("target") if isinstance(values, dict) else None
         if not isinstance(target, dict) or target.get("pattern") is None:
             return values

@@ -256,7 +256,7 @@ def test_it_says_what_the_result_says(which: str, request: pytest.FixtureRequest
 
 def test_the_winner_stands_there_block_by_block(finished: Path) -> None:
     result, page = result_of(finished), page_of(finished)
-    table = table_of(configuration("kv-group,neurons:8", "", 1), 3, 4, WIDTH)[0]
+    table = table_of(configuration("kv-group,neurons:8", "", 60), 3, 4, WIDTH)[0]
     mask = table.unpacked(result["best"]["policy"]["kept"])
     counts = [int(mask[table.of_row(at)].sum()) for at in range(6)]
     assert counts == result["best"]["policy"]["counts"]
@@ -313,7 +313,7 @@ def test_probabilities_are_those_of_the_history(finished: Path) -> None:
     assert [moment.steps for moment in data.shown] == [0, data.n_steps // 2, data.n_steps]
     first, *_, last = [note["units"] for note in noted if "units" in note]
     assert (list(data.shown[0].values), list(data.shown[-1].values)) == (first, last)
-    table = table_of(configuration("kv-group,neurons:8", "", 1), 3, 4, WIDTH)[0]
+    table = table_of(configuration("kv-group,neurons:8", "", 60), 3, 4, WIDTH)[0]
     means = [statistics.fmean(last[table.of_row(at)]) for at in range(6)]
     assert list(data.groups[-1].values) == pytest.approx(means, abs=1e-4)
     rows = table_in(finished / "plots" / "probabilities.csv")
@@ -500,7 +500,7 @@ def test_when_the_winner_was_found(finished: Path, of_metrics: Path) -> None:
 
 def test_one_trial_for_each_mask_with_its_times_from_the_log(finished: Path) -> None:
     """As they were told while it ran, and as the history and the log tell them afterwards, in any order."""
-    table, costs = table_of(configuration("kv-group,neurons:8", "", 1), 3, 4, WIDTH)
+    table, costs = table_of(configuration("kv-group,neurons:8", "", 60), 3, 4, WIDTH)
     lines, texts = lines_of(finished), Texts(8, 2, 4)
     told, log, trials = [], [], PolicyTrials()
     for line in lines:

@@ -215,11 +215,14 @@ def test_masks_that_stand_beside_the_policy_compete_with_it() -> None:
 
 def test_the_history_tells_the_means_of_every_step_and_snapshots_of_all_units() -> None:
     found = search(steps=400)
-    notes = [line["policy"] for line in drive(found) if "policy" in line]
+    lines = drive(found)
+    assert lines[0]["policy"]["units"] == pytest.approx([KEPT / N] * N)
+    notes = [line["policy"] for line in lines if line["stage"] == "step" and "policy" in line]
     assert len(notes) == found.step
     assert [len(note["groups"]) for note in notes] == [4] * found.step
     shown = [step for step, note in enumerate(notes) if "units" in note]
-    assert shown[0] == 0 and all((step + 1) % 10 == 0 for step in shown[1:])
+    # Every tenth step and the last.
+    assert shown == [*range(9, found.step - 1, 10), found.step - 1]
     last = notes[shown[-1]]
     assert np.asarray(last["units"]).reshape(4, 6).mean(1) == pytest.approx(last["groups"], abs=1e-3)
     assert sum(last["units"]) == pytest.approx(KEPT, abs=0.01)
