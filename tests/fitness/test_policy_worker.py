@@ -271,3 +271,18 @@ def test_all_ones_are_the_dense_model_to_the_last_bit(tried: Tried) -> None:
 def test_another_objective_is_refused(tried: Tried) -> None:
     with pytest.raises(InvalidInput, match="latency"):
         gradient(tried, UNITS, np.ones(tried.table(UNITS).n), [0], objective="latency")
+
+
+@pytest.mark.slow
+def test_masks_differ_by_less_on_text_that_they_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Common random numbers: what a window does to every mask is gone from differences on the same windows."""
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path))
+    worker = build(EvaluationContext(window=64, rungs=(32,), heldout_windows=2, calibration_sequences=2).to_json())
+    named = {"prepared": worker.handle("prepare", {})["name"], "masker": {"kind": "units", "units": ["neurons:64"]}}
+    table = UnitTable.from_json(worker.handle("units", {**named, "quantity": "parameters"})["units"])
+    losses = []
+    for seed in (1, 2):
+        kept = table.packed(np.random.default_rng(seed).random(table.n) < 0.8)
+        losses.append(worker.handle("mask", {**named, "kept": kept, "windows": list(range(32))})["nll"])
+    shared = np.var(np.subtract(*losses), ddof=1)
+    assert shared <= sum(np.var(values, ddof=1) for values in losses) / 2
