@@ -16,7 +16,7 @@ from evoprune.search.kinds import kind_of
 from evoprune.search.mask_words import metric_counts
 from evoprune.search.policy_search import PolicySearch
 from evoprune.search.pooled_search import PooledSearch
-from evoprune.search.tables import WINNER, heldout_caption, heldout_rows, target_text
+from evoprune.search.tables import WINNERS, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
 from evoprune.search.tables_policy import found_text
 from evoprune.search.tables_policy import removed_text as removed_policy_text
@@ -73,7 +73,7 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
     """
     best = result["best"]
     rows = [
-        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == WINNER else row
+        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] in WINNERS else row
         for row in heldout_rows(result)
     ]
     return "\n".join(
@@ -204,7 +204,7 @@ def _counted(metrics: Iterable[str]) -> list[tuple[str, str]]:
 def _heldout(result: Mapping[str, Any]) -> list[str]:
     """Everyone on held-out text."""
     rows = [
-        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] == WINNER else row
+        tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] in WINNERS else row
         for row in heldout_rows(result)
     ]
     head = ("held-out text", "perplexity", "loss", "KL", "minus winner's")

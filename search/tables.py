@@ -35,6 +35,8 @@ COUNTED = {
 }
 """What shapes cost, in words."""
 WINNER = "evolved winner"
+LEARNED = "learned winner"
+WINNERS = (WINNER, LEARNED)
 POWER = "power (tuned)"
 NOT_REPRODUCIBLE = "not bit-reproducible: workers whose numbers differ in the last bits took part in it"
 
@@ -54,7 +56,7 @@ def heldout_table(result: Mapping[str, Any]) -> Table:
     for name in ("perplexity", "loss", "KL", "minus winner's"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, *numbers in heldout_rows(result):
-        table.add_row(name, *numbers, style={WINNER: "bold green", "dense": "dim"}.get(name, ""))
+        table.add_row(name, *numbers, style={**dict.fromkeys(WINNERS, "bold green"), "dense": "dim"}.get(name, ""))
     return table
 
 
@@ -88,7 +90,8 @@ def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str
 
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"name": "dense", "heldout": result["dense"]["heldout"], "difference": None}
-    yield {"name": WINNER, "heldout": result["best"]["heldout"], "difference": None}
+    winner = LEARNED if result["kind"] == "policy" else WINNER
+    yield {"name": winner, "heldout": result["best"]["heldout"], "difference": None}
     for row in result["baselines"]:
         name = POWER if row["name"] == "power" else row["name"]
         yield {"name": name, "heldout": row["heldout"], "difference": row.get("winner_minus_this")}
