@@ -127,8 +127,9 @@ class LearnedPolicy:
         name = type(language_model.model).__name__
         if name != self.model:
             raise InvalidInput(f"the policy is of another model, {self.model[:80]} and not this {name}")
-        # Which neurons are ranked next to each other is not looked up again: the file says it.
-        orders = self.table.orders
+        # Which neurons are ranked next to each other the file says: nothing is ranked again.
+        ranked = find_units(language_model) if self.table.orders else []
+        orders = {block.block: range(block.widths.neurons) for block in ranked}
         here = unit_table(language_model, self.table.masker, self.table.quantity, orders).rows
         if len(here) != len(self.table.rows):
             raise InvalidInput(
