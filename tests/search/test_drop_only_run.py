@@ -73,9 +73,10 @@ def test_every_allocator_drops_what_it_ranks_first(planted: Path, tmp_path: Path
     sites = [bound.site for bound in model.sites]
     space = LevelSpace(sites, sparsity, drop="blocks", only=True)
     text_a, text_b = random_windows(4, seed=1), random_windows(4, seed=2)
+    needs = {"X_l2"}.union(*(ALLOCATORS[name].needs for name in ALLOCATORS))
     evidence: dict[str, Any] = {
         "criterion": CRITERIA["wanda"],
-        "statistics": collect_statistics(model, text_a, ["X_l2", "H"], folder=tmp_path / "statistics"),
+        "statistics": collect_statistics(model, text_a, sorted(needs), folder=tmp_path / "statistics"),
         "calibration": text_a,
         "search": text_b,
     }
