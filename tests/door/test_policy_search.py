@@ -15,6 +15,7 @@ import evoprune
 from evoprune.configuration import POLICY_KEYS
 from evoprune.metrics.errors import InvalidInput
 from tests.door.conftest import Run
+from tests.models import save_tiny
 
 CONFIG = """\
 data: {source: TEXT, window: 32, heldout_windows: 4, calibration_window: 32, calibration_sequences: 4}
@@ -140,9 +141,12 @@ def test_wrong_words_are_refused_in_one_line(run: Run, place: Path, words: list[
     assert not Path("runs").exists()
 
 
-def test_a_policy_of_another_model_is_refused(run: Run, learned: Path, place: Path) -> None:
-    refused = run("search", "policy", "--seed-from", learned, "--executor", "inline", "--evaluations", 20)
+def test_a_policy_of_other_units_or_of_another_model_is_refused(
+    run: Run, tiny: Path, options: Path, learned: Path, place: Path
+) -> None:
+    words = ["--config", options, "--units", "kv-group,neurons:4", "--seed-from", learned, "--executor", "inline"]
+    refused = run("search", "policy", tiny, *words)
     assert refused.code == 2
     assert "the policy is of other units, or of another model" in " ".join(refused.err.split())
     with pytest.raises(InvalidInput, match="another model"):
-        evoprune.prune_policy("reference", learned / "export" / "policy.json")
+        evoprune.prune_policy(str(save_tiny(place / "wider", intermediate_size=64)), learned / "export" / "policy.json")
