@@ -44,6 +44,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
+from evoprune.recipe_file import of_weights
 from evoprune.recoveries import given_recovery
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
@@ -212,6 +213,20 @@ def prune(
                 modules=modules,
                 progress=lambda done, total: progress("pruning matrices", done, total),
             )
+    stored = of_weights(
+        language_model,
+        loading,
+        metric,
+        criterion,
+        rule=rule,
+        sparsity=sparsity,
+        compressor=compressor,
+        allocation=own,
+        modules=modules,
+        statistics=statistics,
+        recovers=recovers is not None,
+        text=text,
+    )
     if modules:
         sites = tuple(list_sites(language_model.model, language_model.components))
         language_model = replace(language_model, sites=sites)
@@ -249,10 +264,13 @@ def prune(
     if recovers is not None and recovered is not None:
         recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
         kept.append("recovery")
+        stored = None if stored is None else stored.recovered(recipe["recovery"])
+    pruned = replace(pruned, recipe=stored)
     if out is not None:
         progress("writing the checkpoint", 0, 1)
         report = {name: value for name, value in pruned.to_json().items() if name in kept}
-        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report))
+        files = None if stored is None else stored.files()
+        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report, files=files))
         progress("writing the checkpoint", 1, 1)
     if recovers is not None:
         recovers.finish()
