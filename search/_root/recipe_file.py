@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from evoprune.calibration import ALL_TOKENS, AMIA, TEXT, default_window, token_choice
 from evoprune.fitness.amia import TokenChoice
@@ -54,7 +54,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _quoted(value: Any) -> Any:
+    # YAML reads 2:4 as a number to the base of 60.
+    if isinstance(value, int):
+        raise ValueError("write a pattern in quotes, such as '2:4'")
+    return value
+
+
 Parameters = dict[str, Annotated[Any, AfterValidator(_plain)]]
+Quoted = Annotated[str, BeforeValidator(_quoted)]
 
 
 class Part(BaseModel):
@@ -84,7 +92,7 @@ class ModelPart(Part):
     revision: str | None = None
     architecture: str | None = None
     fingerprint: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: str = "auto"
     device: str = "auto"
     components: list[str] | None = None
 
@@ -118,7 +126,7 @@ class WeightsPart(Part):
     expression: str | None = None
     metric_file: Attached | None = None
     sparsity: float | None = Field(None, ge=0, lt=1)
-    pattern: str | None = None
+    pattern: Quoted | None = None
     group: Literal["row", "layer", "global"] | None = None
     allocation: Attached | None = None
     compressor: Plugin = Plugin(name="mask")
@@ -150,7 +158,7 @@ class Recipe(Part):
     form: str = "auto"
     calibration: TextPart | None = None
     recovery: RecoveryPart | None = None
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    seed: int = 0
     threads: int | None = Field(None, ge=1, le=1024)
 
     @model_validator(mode="after")
@@ -421,7 +429,7 @@ def _recipe(language_model: LanguageModel, loading: Mapping[str, Any], **parts: 
             revision=commit or loading.get("revision"),
             architecture=type(model).__name__,
             fingerprint=language_model.fingerprint,
-            dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=str(model.dtype).removeprefix("torch."),
             device=language_model.device.type,
             components=None if components is None else list(components),
         ),
