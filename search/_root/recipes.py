@@ -56,8 +56,7 @@ def prune_recipe(
     text = _text(document, policy, calibration)
     shown = document.model
     options: dict[str, Any] = {"form": document.form, "seed": document.seed, "out": out, "progress": progress}
-    if text.text != "corpus" or document.calibration is not None:
-        options["calibration"] = text.text
+    options["calibration"] = text.text
     if (trained := document.recovery) is not None:
         options |= {"recovery": trained.name, "recovery_tokens": trained.tokens, "recovery_loss": trained.loss}
         options["recovery_parameters"] = trained.parameters
