@@ -93,6 +93,7 @@ def model_card(
     *,
     loading: Loading = Loading(),
     cut: Cut | None = None,
+    again: bool = False,
 ) -> str:
     """README.md of a checkpoint.
 
@@ -103,6 +104,7 @@ def model_card(
         report: mappings in it that have a ``perplexity``, at any depth, become rows; plain values become a list.
         loading: what loads the checkpoint.
         cut: what a shape took away, if one did.
+        again: whether the folder holds a recipe that makes it again.
     """
     reader, variable, task = _TASKS.get(loading.auto, _TEXT_ONLY)
     # The tokenizer does not need it, but whoever loads it reads config.json first, and would be asked.
@@ -145,7 +147,7 @@ def model_card(
         json.dumps(_without_matrices(recipe), indent=2, sort_keys=True, ensure_ascii=False),
         "```",
         "",
-        "All numbers, layer by layer, are in `evoprune.json`.",
+        "All numbers, layer by layer, are in `evoprune.json`." + (_AGAIN if again else ""),
         "",
         "## Loading",
         "",
@@ -181,6 +183,7 @@ _MODULAR = (
     "evoprune both run as dense products, which is no faster than the original and, with wrappers, slower: they pay "
     "off with kernels for N:M matrices and for sparse vectors."
 )
+_AGAIN = " `evoprune prune --recipe path/to/this/folder --out DIR` makes the same weights again, by `recipe.yaml`."
 _MODULAR_LINES = (
     "import evoprune",
     "",

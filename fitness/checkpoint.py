@@ -44,6 +44,7 @@ def write_checkpoint(
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
     cut: Cut | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the model as it is now: safetensors with its zeros, tokenizer, `evoprune.json` and a model card.
 
@@ -60,6 +61,7 @@ def write_checkpoint(
         recipe: how the model was pruned; goes into `evoprune.json` and the card. JSON values only.
         report: numbers about it; a mapping in it that has a ``perplexity`` becomes a row of the card's table.
         cut: what a shape took away; None if every matrix is as large as it was.
+        files: text of further files by name, with which `evoprune prune --recipe` makes the checkpoint again.
 
     Returns:
         The absolute path of the folder.
@@ -102,8 +104,11 @@ def write_checkpoint(
             text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
             write_atomically(partial / RECORD, text)
             loading = Loading(auto_class(model.config).__name__, language_model.cut, bool(modules))
-            card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut)
+            again = bool(files)
+            card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut, again=again)
             write_atomically(partial / "README.md", card)
+            for name, content in (files or {}).items():
+                write_atomically(partial / name, content)
             _check_reload(language_model, partial, state, dtype)
             _flush(partial)
             _put_in_place(partial, out)

@@ -272,6 +272,15 @@ def from_json(document: Any) -> LearnedPolicy:
     )
 
 
+def to_text(policy: LearnedPolicy) -> str:
+    """JSON with one line for each kind of units in a block, or each matrix."""
+    document = to_json(policy)
+    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
+    head = json.dumps({key: value for key, value in document.items() if key != "units"}, indent=2, ensure_ascii=False)
+    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["units"])
+    return f'{head[:-2]},\n  "units": [\n{rows}\n  ]\n}}\n'
+
+
 def write_policy(policy: LearnedPolicy, path: str | Path) -> Path:
     """Write a policy to a file, whole or not at all, and return its path.
 
@@ -279,12 +288,9 @@ def write_policy(policy: LearnedPolicy, path: str | Path) -> Path:
         InvalidInput: the file cannot be written.
     """
     place = user_path(path)
-    document = to_json(policy)
-    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
-    head = json.dumps({key: value for key, value in document.items() if key != "units"}, indent=2, ensure_ascii=False)
-    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["units"])
+    text = to_text(policy)
     try:
-        write_atomically(place, f'{head[:-2]},\n  "units": [\n{rows}\n  ]\n}}\n')
+        write_atomically(place, text)
     except OSError as error:
         raise InvalidInput(f"cannot write {path}: {error.strerror or error}") from None
     return place

@@ -58,6 +58,15 @@ def from_json(document: Any) -> Allocation:
     return allocation
 
 
+def to_text(allocation: Allocation) -> str:
+    """JSON with one line for each matrix."""
+    document = to_json(allocation)
+    head = json.dumps({key: value for key, value in document.items() if key != "sites"}, indent=2, ensure_ascii=False)
+    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["sites"])
+    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
+    return f'{head[:-2]},\n  "sites": [\n{rows}\n  ]\n}}\n'
+
+
 def write_allocation(allocation: Allocation, path: str | Path, *, step: int = 1) -> Path:
     """Write an allocation to a file, whole or not at all.
 
@@ -73,7 +82,7 @@ def write_allocation(allocation: Allocation, path: str | Path, *, step: int = 1)
         InvalidInput: the file cannot be written.
     """
     place = user_path(path)
-    text = to_evopress(allocation, step) if place.suffix == ".txt" else _readable(to_json(allocation))
+    text = to_evopress(allocation, step) if place.suffix == ".txt" else to_text(allocation)
     try:
         write_atomically(place, text)
     except OSError as error:
@@ -144,11 +153,3 @@ def _fraction(value: Any, what: str, *, whole: bool = False) -> float:
         span = "[0, 1]" if whole else "[0, 1)"
         raise InvalidInput(f"{what} is {str(value)[:40]}, outside {span}: give the fraction of weights to remove")
     return float(value)
-
-
-def _readable(document: dict[str, Any]) -> str:
-    """JSON with one line for each matrix."""
-    head = json.dumps({key: value for key, value in document.items() if key != "sites"}, indent=2, ensure_ascii=False)
-    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["sites"])
-    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
-    return f'{head[:-2]},\n  "sites": [\n{rows}\n  ]\n}}\n'

@@ -66,6 +66,15 @@ def from_json(document: Any) -> Shape:
     )
 
 
+def to_text(shape: Shape) -> str:
+    """JSON with one line for each block."""
+    document = to_json(shape)
+    head = json.dumps({key: value for key, value in document.items() if key != "blocks"}, indent=2, ensure_ascii=False)
+    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["blocks"])
+    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
+    return f'{head[:-2]},\n  "blocks": [\n{rows}\n  ]\n}}\n'
+
+
 def write_shape(shape: Shape, path: str | Path) -> Path:
     """Write a shape to a file, whole or not at all, and return its path.
 
@@ -74,7 +83,7 @@ def write_shape(shape: Shape, path: str | Path) -> Path:
     """
     place = user_path(path)
     try:
-        write_atomically(place, _readable(to_json(shape)))
+        write_atomically(place, to_text(shape))
     except OSError as error:
         raise InvalidInput(f"cannot write {path}: {error.strerror or error}") from None
     return place
@@ -181,11 +190,3 @@ def _block(row: Any, index: int) -> tuple[BlockWidths, BlockShape]:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_UNITS
-
-
-def _readable(document: dict[str, Any]) -> str:
-    """JSON with one line for each block."""
-    head = json.dumps({key: value for key, value in document.items() if key != "blocks"}, indent=2, ensure_ascii=False)
-    rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in document["blocks"])
-    canonical_json(document)  # a NaN is refused here, and not by whoever reads it
-    return f'{head[:-2]},\n  "blocks": [\n{rows}\n  ]\n}}\n'

@@ -94,12 +94,15 @@ def validated_as(config_class: type[Config], values: Mapping[str, Any]) -> Confi
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            what = "no such option"
-        raise InvalidInput(f"{where}: {what}" if where else what) from None
+        raise InvalidInput(said_of(error)) from None
+
+
+def said_of(error: ValidationError, unknown: str = "no such option") -> str:
+    """The first thing that is wrong, in a line that names its key; `unknown` is said of keys that there are not."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    what = unknown if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

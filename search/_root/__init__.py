@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.policies import prune_policy
+    from evoprune.recipes import prune_recipe
     from evoprune.runs import Run, list_runs
     from evoprune.searches import resume, search_allocation, search_metric
     from evoprune.searches_joint import search_joint
@@ -52,6 +53,7 @@ _HOMES = {
     "prune": "evoprune.api",
     "prune_pipeline": "evoprune.pipelines",
     "prune_policy": "evoprune.policies",
+    "prune_recipe": "evoprune.recipes",
     "prune_shape": "evoprune.shapes",
     "prune_structure": "evoprune.shapes",
     "resume": "evoprune.searches",
@@ -81,6 +83,7 @@ __all__ = [
     "prune",
     "prune_pipeline",
     "prune_policy",
+    "prune_recipe",
     "prune_shape",
     "prune_structure",
     "resume",

@@ -44,6 +44,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
+from evoprune.recipe_file import of_weights
 from evoprune.recoveries import given_recovery
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
@@ -117,7 +118,7 @@ def prune(
             plain transformers loads and which has no zeros. ``auto`` is ``modules`` for these, else ``plain``. With a
             `policy` it is that of `prune_policy`.
         out: a new or empty folder for a checkpoint, which plain transformers loads unless its form is ``modules``; None
-            writes nothing. While a recovery runs, its own checkpoints are in ``<out>.recovery``: after a kill the same
+            writes nothing. Its ``recipe.yaml`` makes it again, see `prune_recipe`. While a recovery runs, its own checkpoints are in ``<out>.recovery``: after a kill the same
             call goes on from the last.
         calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
             read if the criterion needs no statistics.
@@ -212,6 +213,20 @@ def prune(
                 modules=modules,
                 progress=lambda done, total: progress("pruning matrices", done, total),
             )
+    stored = of_weights(
+        language_model,
+        loading,
+        metric,
+        criterion,
+        rule=rule,
+        sparsity=sparsity,
+        compressor=compressor,
+        allocation=own,
+        modules=modules,
+        statistics=statistics,
+        recovers=recovers is not None,
+        text=text,
+    )
     if modules:
         sites = tuple(list_sites(language_model.model, language_model.components))
         language_model = replace(language_model, sites=sites)
@@ -249,10 +264,13 @@ def prune(
     if recovers is not None and recovered is not None:
         recipe["recovery"] = recovers.recipe(recovered.done.learning_rate)
         kept.append("recovery")
+        stored = None if stored is None else stored.recovered(recipe["recovery"])
+    pruned = replace(pruned, recipe=stored)
     if out is not None:
         progress("writing the checkpoint", 0, 1)
         report = {name: value for name, value in pruned.to_json().items() if name in kept}
-        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report))
+        files = None if stored is None else stored.files()
+        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report, files=files))
         progress("writing the checkpoint", 1, 1)
     if recovers is not None:
         recovers.finish()

@@ -1,4 +1,4 @@
-"""What `prune` does with `--shape`, `--method` and `--policy`: most of these make the model smaller."""
+"""What `prune` does with `--shape`, `--method`, `--policy` and `--recipe`: most of these make the model smaller."""
 
 from __future__ import annotations
 
@@ -74,6 +74,31 @@ def prune_by_policy(output: Output, model: str, policy: str, beside: dict[str, A
     _show(output, model, done)
 
 
+def prune_by_recipe(
+    output: Output, model: str | None, recipe: Path, beside: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Make a checkpoint again.
+
+    Args:
+        output, recipe: as given.
+        model: None takes the recipe's.
+        beside: values of options that a recipe has by itself.
+        options: further arguments of `prune_recipe`, `out` among them.
+
+    Raises:
+        InvalidInput: something else is given that says how to prune, or `prune_recipe` refuses.
+    """
+    _check("--recipe", model or "reference", beside, options["out"])
+    from evoprune.recipe_file import read_recipe
+    from evoprune.recipes import prune_recipe
+
+    stored = read_recipe(recipe)
+    done = prune_recipe(stored, model, progress=output.step, **options)
+    if done.doubt is not None:
+        output.tell(f"warning: {done.doubt}")
+    _show(output, model or stored.recipe.model.name, done)
+
+
 def of_recovery(done: Smaller) -> Iterator[str]:
     """Where the training of a recovery began, if not at the beginning; what was there before, if it was of no use."""
     if done.recovery is None:
@@ -107,7 +132,7 @@ def _check(option: str, model: str, beside: dict[str, Any], out: Path) -> None:
         raise InvalidInput(f"{option} says by itself what goes: leave out {given[0]}")
     check_writable(out)
     if is_pipeline(model):
-        raise InvalidInput("a pipeline cannot be cut to a shape: give --sparsity")
+        raise InvalidInput(f"{option} does not go with a pipeline: give --sparsity")
 
 
 def check_writable(folder: Path) -> None:

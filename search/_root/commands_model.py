@@ -17,6 +17,7 @@ from evoprune.commands_cut import (
     of_recovery,
     prune_by_method,
     prune_by_policy,
+    prune_by_recipe,
     prune_to_shape,
 )
 from evoprune.console import Output
@@ -35,6 +36,7 @@ from evoprune.options import (
     Dtype,
     Json,
     ModelArgument,
+    OptionalModel,
     Pattern,
     PruneGroup,
     PruneSparsity,
@@ -63,7 +65,16 @@ def prune(
         Path,
         typer.Option("--out", metavar="DIR", help="the checkpoint, new or empty", rich_help_panel=OUTPUT),
     ],
-    model: ModelArgument = "reference",
+    model: OptionalModel = None,
+    recipe: Annotated[
+        Path | None,
+        option(
+            "--recipe",
+            metavar="FILE|FOLDER",
+            help="make a checkpoint again, bit for bit on the same machine: its recipe.yaml, or its folder",
+            panel=TARGET,
+        ),
+    ] = None,
     metric: Annotated[
         str | None,
         option(
@@ -220,6 +231,19 @@ def prune(
             "--budget": budget,
         }
         text = _calibration(calibration, calibration_sequences, calibration_window)
+        if recipe is not None:
+            beside |= {"--sparsity": sparsity, "--method": method, "--method-set": method_set, "--shape": shape}
+            beside |= {"--policy": policy, "--components": components, "--dtype": dtype, "--revision": revision}
+            beside |= {"--calibration-sequences": calibration_sequences, "--calibration-window": calibration_window}
+            told = {name.replace("parameters", "set").replace("_", "-"): value for name, value in training.items()}
+            beside |= {f"--{name}": value or None for name, value in told.items()}
+            # What has a default of its own is told to be given by being another.
+            beside |= {"--tokens": None if tokens == "all" else tokens, "--seed": seed or None}
+            beside |= {"--form": None if form == "auto" else form}
+            where = {"device": device, "trust_remote_code": trust_remote_code, "calibration": calibration}
+            prune_by_recipe(output, model, recipe, beside, {"out": out, "latency": latency, **where})
+            return
+        model = model or "reference"
         written = {"form": form, "out": out, "latency": latency, "seed": seed}
         if method is not None:
             beside |= {"--shape": shape, "--policy": policy}

@@ -18,6 +18,7 @@ from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape import Shape
+from evoprune.recipe_file import StoredRecipe
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,16 @@ class Smaller:
         recovery: how what is left was trained; None if it was not.
         policy: the summary of the mask policy that said what goes; None if something else did.
         out: folder of the checkpoint; None if none was asked for.
+        doubt: why an allocation, a policy or a recipe may not suit the model; None if it does, or nobody knows.
+        recipe: what makes it again; None if only Python knows the criterion.
     """
 
     layers: tuple[PrunedLayer, ...]
     recovery: MeasuredRecovery | None = None
     policy: Mapping[str, Any] | None = None
     out: Path | None = None
+    doubt: str | None = None
+    recipe: StoredRecipe | None = None
 
     @property
     def removed(self) -> int:
@@ -110,7 +115,6 @@ class Removal(Smaller):
         rule: how many weights went, and what their scores were compared within.
         compressor: what happened to the weights that stayed.
         allocation: the sparsity of each matrix; None if all had the same.
-        doubt: why the allocation may not suit the model; see `Allocation.doubt`.
         merged: sparse cores and their wrappers were multiplied out, so that nothing is zero.
         thresholds: of layers whose inputs are let go at run time.
     """
@@ -119,7 +123,6 @@ class Removal(Smaller):
     rule: MaskRule
     compressor: str
     allocation: Allocation | None = None
-    doubt: str | None = None
     merged: bool = False
     thresholds: tuple[Thresholded, ...] = ()
 

@@ -22,6 +22,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape_file import to_json
 from evoprune.outcomes import CutModel, Pruned
+from evoprune.recipe_file import StoredRecipe, of_policy
 from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
 from evoprune.shapes import cut_and_written, dense_model
@@ -79,6 +80,7 @@ def prune_policy(
     units = find_units(language_model) if isinstance(given.table.masker, ByUnits) else []
     shape = policy_shape(given, units)
     summary = given.summary()
+    rest = {"seed": seed, "text": None if recovers is None else calibration}
     if shape is None:
         if form not in ("auto", "masked"):
             raise InvalidInput(
@@ -86,12 +88,14 @@ def prune_policy(
                 "a block; give masked"
             )
         begun = None if recovers is None else recovers.started(language_model)
-        return _masked(language_model, given, begun, out, progress)
+        stored = of_policy(language_model, loading, given, form="masked", **rest)
+        return _masked(language_model, given, begun, out, stored, progress)
     chosen = form_of(language_model, units, shape.blocks, form)
     begun = None if recovers is None else recovers.started(language_model)
     recipe = {"shape": to_json(shape), "form": chosen, "policy": summary}
     edit = ModelEdit(shape.blocks)
-    done = cut_and_written(shape, language_model, units, edit, chosen, begun, out, latency, recipe, progress)
+    stored = of_policy(language_model, loading, given, form=chosen, **rest)
+    done = cut_and_written(shape, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress)
     return replace(done, foreign=given.fingerprint != language_model.fingerprint, policy=summary)
 
 
@@ -100,6 +104,7 @@ def _masked(
     policy: LearnedPolicy,
     begun: Begun | None,
     out: str | Path | None,
+    stored: StoredRecipe,
     progress: Progress,
 ) -> Pruned:
     """Zeros in place of what goes, in place, and the checkpoint that was asked for."""
@@ -144,10 +149,13 @@ def _masked(
     if begun is not None and recovered is not None:
         recipe["recovery"] = begun.given.recipe(recovered.done.learning_rate)
         kept.append("recovery")
+        stored = stored.recovered(recipe["recovery"])
+    pruned = replace(pruned, recipe=stored)
     if out is not None:
         progress("writing the checkpoint", 0, 1)
         report = {name: value for name, value in pruned.to_json().items() if name in kept}
-        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report))
+        files = stored.files()
+        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report, files=files))
         progress("writing the checkpoint", 1, 1)
     if begun is not None:
         begun.given.finish()

@@ -32,6 +32,7 @@ from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, to_json
 from evoprune.outcomes import CutModel
+from evoprune.recipe_file import StoredRecipe, of_method, of_shape
 from evoprune.recoveries import Begun, given_recovery
 
 TIMING_SECONDS = 15.0
@@ -87,8 +88,10 @@ def prune_shape(
     begun = None if recovers is None else recovers.started(language_model)
     edit = _edit(given, language_model, units, progress)
     recipe = {"shape": to_json(given), "form": chosen}
+    read = None if recovers is None else calibration
+    stored = of_shape(language_model, loading, given, form=chosen, seed=seed, text=read)
     foreign = given.fingerprint != language_model.fingerprint
-    done = cut_and_written(given, language_model, units, edit, chosen, begun, out, latency, recipe, progress)
+    done = cut_and_written(given, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress)
     return replace(done, foreign=foreign)
 
 
@@ -164,7 +167,14 @@ def prune_structure(
             "seed": seed,
         },
     }
-    done = cut_and_written(shape, language_model, units, edit, written, begun, out, latency, recipe, progress)
+    text = {
+        "calibration": calibration,
+        "calibration_sequences": calibration_sequences,
+        "calibration_window": calibration_window,
+        "seed": seed,
+    }
+    stored = of_method(language_model, loading, method, parameters_of(chosen), sparsity, form=written, text=text)
+    done = cut_and_written(shape, language_model, units, edit, written, begun, out, latency, recipe, stored, progress)
     return replace(done, method=method, found=edit.found)
 
 
@@ -190,6 +200,7 @@ def cut_and_written(
     out: str | Path | None,
     latency: bool,
     recipe: dict[str, Any],
+    stored: StoredRecipe,
     progress: Progress,
 ) -> CutModel:
     """Cut a dense model, in place, let it recover, and write the checkpoint that was asked for.
@@ -199,6 +210,7 @@ def cut_and_written(
         form: that `form_of` gave.
         begun: the recovery that was asked for.
         recipe: what the checkpoint says of how it was made, but for the recovery.
+        stored: what makes it again, but for the recovery.
     """
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, shape.blocks)
@@ -221,10 +233,13 @@ def cut_and_written(
     if begun is not None and recovered is not None:
         recipe = {**recipe, "recovery": begun.given.recipe(recovered.done.learning_rate)}
         kept.append("recovery")
+        stored = stored.recovered(recipe["recovery"])
+    done = replace(done, recipe=stored)
     if out is not None:
         progress("writing the checkpoint", 0, 1)
         report = {name: value for name, value in done.to_json().items() if name in kept}
-        done = replace(done, out=write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut))
+        written = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut, files=stored.files())
+        done = replace(done, out=written)
         progress("writing the checkpoint", 1, 1)
     if begun is not None:
         begun.given.finish()
