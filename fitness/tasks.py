@@ -147,7 +147,8 @@ def open_tasks(
     Args:
         names: of tasks, groups or tags, in `folder` or of the harness itself.
         folder: of YAML files as the harness has them. What is described there comes before what the harness has under
-            the same name, and paths of data are looked for beside a file first.
+            the same name. Paths of data are looked for beside a file first; where a file has tags ``!function`` the
+            harness looks for them, from the working folder.
         trust_remote_code: run Python code that tasks or their metrics bring along.
 
     Raises:
