@@ -104,23 +104,19 @@ class TaskSuite:
         return found
 
     def _results(self, harness: Any, name: str, shots: int | None, limit: int | None) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
 
         refused: list[str] = []
         try:
             with ExitStack() as stack:
-                stack.enter_context(_same_random_numbers())
+                stack.enter_context(_seeded())
                 stack.enter_context(_sandboxed_templates())
                 if not self.trust_remote_code:
                     stack.enter_context(_no_foreign_metrics(refused))
-                results: dict[str, Any] = simple_evaluate(
-                    harness,
-                    tasks=[name],
-                    num_fewshot=shots,
-                    limit=limit,
-                    task_manager=self.manager,
-                    log_samples=False,
-                )
+                built = self.manager.load([name])
+                for task in built["tasks"].values():
+                    _set_shots(task, shots)
+                results: dict[str, Any] = evaluate(lm=harness, task_dict=built, limit=limit, log_samples=False)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the harness, its tasks and the libraries below it have no common base
@@ -180,6 +176,18 @@ def open_tasks(
                 hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` shows all"
                 raise InvalidInput(f"no task {name[:80]!r}; {hint}")
         yield TaskSuite(tuple(names), manager, trust_remote_code)
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """What `lm_eval.simple_evaluate` does, which also looks at the machine and at git, and prints what git says."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    own = task.get_config("num_fewshot")
+    if shots is not None and own != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 def _scores(results: Mapping[str, Any]) -> dict[str, dict[str, TaskScore]]:
@@ -251,10 +259,15 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """The harness seeds the global generators; put them back."""
+def _seeded() -> Iterator[None]:
+    """Global generators as the harness seeds them, and afterwards as they were."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
     python, arrays = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
         try:
             yield
         finally:
