@@ -269,26 +269,6 @@ def _recovery_lines(recovery: Mapping[str, Any] | None) -> Iterator[Text]:
     yield Text(f"on {after['tokens']:,} predicted tokens of held-out text: {found}")
 
 
-def evaluation_table(document: Mapping[str, Any], stderr: float | None, dense: str | None) -> Table:
-    """What `eval` measured.
-
-    Args:
-        document: as `eval --json` prints it.
-        stderr: of the loss.
-        dense: name of the model that the KL divergence is from.
-    """
-    facts: dict[str, RenderableType] = {
-        "model": document["model"],
-        "perplexity": Text(f"{document['perplexity']:,.4f}", style="bold"),
-        "loss": f"{document['loss']:.5f}{'' if stderr is None else f' ± {stderr:.5f}'} nats per token",
-    }
-    if document["kl"] is not None:
-        facts["KL"] = f"{document['kl']:.5f} nats per token from {dense}"
-    facts["sparsity"] = f"{document['sparsity']:.4%} of the prunable weights are zero"
-    facts["text"] = f"{document['data']} (text C), {document['tokens']:,} predicted tokens, {measured_on(document)}"
-    return facts_table(facts)
-
-
 def checks_table(checks: Sequence[Mapping[str, str]]) -> Table:
     """What `doctor` found."""
     table = plain_box("", "", "")

@@ -262,7 +262,7 @@ def distributions(names: Iterable[str]) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     """What an extra brings is imported where it is used, so the rest works without it."""
     for module in MODULES:
-        extras = ("dashboard", "data", "diffusion", "recovery", "torch-pruning")
+        extras = ("dashboard", "data", "diffusion", "recovery", "tasks", "torch-pruning")
         assert distributions(imported(module.tree)) <= declared(*extras), module.name
         top_level = ast.Module([n for n in module.tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         assert distributions(imported(top_level)) <= declared(), module.name

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
+
+from torch import Tensor
 
 from evoprune.allocations import GivenAllocation, allocate
 from evoprune.calibration import (
@@ -26,6 +28,7 @@ from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.compressors import AtRunTime, Wrapping, compressor_of
+from evoprune.fitness.continuations import Continuation, check_continuations, continuations
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel, load_model
@@ -35,6 +38,7 @@ from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.tasks import open_tasks
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
 from evoprune.metrics.criterion import Criterion
@@ -46,6 +50,8 @@ from evoprune.metrics.records import MaskRule
 from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
 from evoprune.recipe_file import of_weights
 from evoprune.recoveries import given_recovery
+
+SAMPLE_TOKENS = 32
 
 __all__ = ["Allocation", "Evaluation", "Pruned", "allocate", "collect_statistics", "evaluate", "load_model", "prune"]
 
@@ -286,38 +292,89 @@ def evaluate(
     data: str = "corpus",
     window: int | None = None,
     tokens: int | None = None,
+    tasks: Sequence[str] | None = None,
+    tasks_path: str | Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    samples: int = 0,
+    sample_tokens: int | None = None,
     progress: Progress = silent,
     **loading: Any,
 ) -> Evaluation:
-    """Perplexity of a model on text C, and its KL divergence from the dense model.
+    """Perplexity of a model on text C, its KL divergence from the dense model, and, if asked for, tasks and samples.
 
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model.
-        dense: the model before pruning; None leaves out the KL divergence.
+        dense: the model before pruning; None leaves out the KL divergence. Tasks and samples are then also its own.
         data: `corpus`, a file, a folder, or a data set; its side C is read. For a model that reads images also a
             source of images with texts, of which the text is predicted.
         window: tokens in a window; None takes 256, or the model's context if that is shorter.
         tokens: how much text; None takes as much as a search's report, 20,480 tokens, or all there is.
+        tasks: names of tasks, groups or tags of lm-evaluation-harness. Needs ``pip install 'evoprune[tasks]'``.
+        tasks_path: a folder of tasks of one's own in its YAML; no Python that they name runs, unless `loading` has
+            ``trust_remote_code=True``.
+        shots: examples in the prompt of a task; None leaves each task its own number, and a task that says 0 keeps it.
+        limit: examples of each task; None takes all.
+        samples: how many windows of text C the model goes on with, greedily, from their first words.
+        sample_tokens: that it writes for each; None takes 32.
         progress: told what runs.
         loading: further arguments of `load_model`, where a model is given by name.
 
     Raises:
-        InvalidInput: no such model or text, or too little text.
+        InvalidInput: no such model, text or task, too little text, or lm-eval is not installed.
     """
-    language_model = loaded(model, loading, progress)
-    width = default_window(language_model, window)
-    count = None if tokens is None else tokens // width
-    if count == 0:
-        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
-    windows = read_side(language_model, data, "C", window=width, count=count)
-    if tokens is None:
-        windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
-    reference = None if dense is None else loaded(dense, loading, progress).model
-    held_out = _held_out(language_model, windows, reference, progress)
+    _check_beside(tasks, {"tasks_path": tasks_path, "shots": shots, "limit": limit})
+    if sample_tokens is not None and not samples:
+        raise InvalidInput("sample_tokens goes with samples: say how many by --samples")
+    with open_tasks(tasks, tasks_path, trust_remote_code=bool(loading.get("trust_remote_code"))) as suite:
+        language_model = loaded(model, loading, progress)
+        width = default_window(language_model, window)
+        count = None if tokens is None else tokens // width
+        if count == 0:
+            raise InvalidInput(
+                f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window"
+            )
+        windows = read_side(language_model, data, "C", window=width, count=count)
+        if tokens is None:
+            windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
+        written = SAMPLE_TOKENS if sample_tokens is None else sample_tokens
+        begun: Tensor | None = None
+        if samples:
+            if isinstance(windows, Samples):
+                raise InvalidInput("samples go on with text: give --data a text without images")
+            check_continuations(language_model, windows, samples, written)
+            begun = windows
+        reference = None if dense is None else loaded(dense, loading, progress)
+        held_out = _held_out(language_model, windows, None if reference is None else reference.model, progress)
+        texts: tuple[Continuation, ...] = ()
+        if begun is not None:
+            progress(f"writing {samples} samples", 0, 1)
+            texts = continuations(language_model, begun, samples, written, reference)
+            progress(f"writing {samples} samples", 1, 1)
+        scores = dense_scores = None
+        if suite is not None:
+            scores = suite.run(language_model, progress, shots=shots, limit=limit)
+            dense_scores = None if reference is None else suite.run(reference, progress, shots=shots, limit=limit)
     images = isinstance(windows, Samples)
     if images:
         width = round(n_tokens(windows) / len(windows))
-    return Evaluation(language_model.name, held_out, width, zero_fraction(language_model.sites), data, images)
+    sparsity = zero_fraction(language_model.sites)
+    return Evaluation(language_model.name, held_out, width, sparsity, data, images, scores, dense_scores, texts)
+
+
+def _check_beside(tasks: Sequence[str] | None, options: Mapping[str, object]) -> None:
+    """Refuse options of tasks where none are named, and numbers that make no sense.
+
+    Raises:
+        InvalidInput: one of these.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if tasks is None and given:
+        raise InvalidInput(f"{next(iter(given))} goes with tasks: name some by --tasks")
+    for name, least in (("shots", 0), ("limit", 1)):
+        value = given.get(name)
+        if isinstance(value, int) and value < least:
+            raise InvalidInput(f"{name} {value} is too small: give {least} or more")
 
 
 def _modules(form: str, compressor: str, recovery: str | None) -> bool:

@@ -34,6 +34,7 @@ EXTRAS = {
     ),
     "accelerate": ("accelerate", "`prune --recovery`: pip install 'evoprune[recovery]'"),
     "peft": ("peft", "`prune --recovery lora`: pip install 'evoprune[recovery]'"),
+    "lm-eval": ("lm_eval", "`eval --tasks`: pip install 'evoprune[tasks]'"),
     "diffusers": ("diffusers", "diffusion pipelines: pip install 'evoprune[diffusion]'"),
 }
 

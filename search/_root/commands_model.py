@@ -27,6 +27,7 @@ from evoprune.options import (
     OUTPUT,
     RECOVERY,
     TARGET,
+    TASKS,
     TEXT,
     CalibrationSequences,
     CalibrationText,
@@ -49,8 +50,6 @@ from evoprune.options import (
 
 if TYPE_CHECKING:
     from evoprune.outcomes import Removal
-
-NOT_LANDED = "has not landed yet"
 
 
 def register(app: typer.Typer) -> None:
@@ -359,7 +358,43 @@ def evaluate(
         int | None, option("--tokens", metavar="N", help="how much text", panel=TEXT, default="20480, or all there is")
     ] = None,
     tasks: Annotated[
-        str | None, option("--tasks", metavar="NAMES", help=f"zero-shot tasks; {NOT_LANDED}", panel=TEXT)
+        str | None,
+        option(
+            "--tasks",
+            metavar="NAMES",
+            help="tasks, groups or tags of lm-evaluation-harness, separated by commas; needs evoprune[tasks]",
+            panel=TASKS,
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        option(
+            "--tasks-path",
+            metavar="DIR",
+            help="tasks of your own in its YAML, whose data may lie beside them; Python that they name runs with "
+            "--trust-remote-code only",
+            panel=TASKS,
+        ),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        option("--shots", metavar="N", help="examples in the prompt of a task", panel=TASKS, default="the task's own"),
+    ] = None,
+    limit: Annotated[
+        int | None, option("--limit", metavar="N", help="examples of each task", panel=TASKS, default="all")
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=0,
+            help="show how the model, and the dense one, go on with the first words of N windows",
+            rich_help_panel=TEXT,
+        ),
+    ] = 0,
+    sample_tokens: Annotated[
+        int | None, option("--sample-tokens", metavar="N", help="tokens in each", panel=TEXT, default=32)
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -367,12 +402,10 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure perplexity on held-out text, and KL divergence from the dense model with --dense."""
+    """Measure perplexity on held-out text, and KL divergence from the dense model with --dense; tasks with --tasks."""
     with Output(as_json) as output:
-        if tasks is not None:
-            raise InvalidInput(f"--tasks {NOT_LANDED}; perplexity and KL need no option")
         from evoprune import api
-        from evoprune.search.tables import evaluation_table
+        from evoprune.search.tables_evaluation import evaluation_table, samples_table, tasks_table
 
         evaluation = api.evaluate(
             model,
@@ -380,13 +413,24 @@ def evaluate(
             data=data,
             window=window,
             tokens=tokens,
+            tasks=None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+            tasks_path=tasks_path,
+            shots=shots,
+            limit=limit,
+            samples=samples,
+            sample_tokens=sample_tokens,
             progress=output.step,
             **_loading(dtype, device, revision, trust_remote_code),
         )
+        document = evaluation.to_json()
         if as_json:
-            output.json(evaluation.to_json())
+            output.json(document)
         else:
-            output.show(evaluation_table(evaluation.to_json(), evaluation.held_out.stderr, dense))
+            output.show(evaluation_table(document, evaluation.held_out.stderr, dense))
+            if "tasks" in document:
+                output.show(tasks_table(document))
+            if "samples" in document:
+                output.show(samples_table(document))
 
 
 def stats(

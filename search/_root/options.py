@@ -9,8 +9,8 @@ import typer
 
 from evoprune import completion
 
-TARGET, RECOVERY, BUDGET, TEXT, SEARCH, MODEL, WORKERS, CONFIG, OUTPUT = (
-    "Target", "Recovery", "Budget", "Text", "Search", "Model", "Workers", "Configuration", "Output",
+TARGET, RECOVERY, BUDGET, TEXT, TASKS, SEARCH, MODEL, WORKERS, CONFIG, OUTPUT = (
+    "Target", "Recovery", "Budget", "Text", "Tasks", "Search", "Model", "Workers", "Configuration", "Output",
 )  # fmt: skip
 
 

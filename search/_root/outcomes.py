@@ -9,11 +9,13 @@ from typing import Any
 
 from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.card import PassTimes
+from evoprune.fitness.continuations import Continuation
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pipelines import Pipeline
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.recovery import Recovered
+from evoprune.fitness.tasks import TaskScores
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
@@ -217,6 +219,9 @@ class Evaluation:
         sparsity: fraction of the prunable weights that is exactly zero.
         data: the text, as it was named.
         images: whether it is the text of images.
+        tasks: scores of evaluation tasks, by task and metric; None if none were asked for.
+        dense_tasks: those of the dense model; None without one.
+        samples: how the model, and the dense model, go on with the first words of windows of that text.
     """
 
     model: str
@@ -225,6 +230,9 @@ class Evaluation:
     sparsity: float
     data: str
     images: bool = False
+    tasks: TaskScores | None = None
+    dense_tasks: TaskScores | None = None
+    samples: tuple[Continuation, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -253,7 +261,14 @@ class Evaluation:
             "images": self.images,
             "sparsity": self.sparsity,
             "data": self.data,
+            **({} if self.tasks is None else {"tasks": _scores(self.tasks)}),
+            **({} if self.dense_tasks is None else {"dense_tasks": _scores(self.dense_tasks)}),
+            **({"samples": [sample.to_json() for sample in self.samples]} if self.samples else {}),
         }
+
+
+def _scores(tasks: TaskScores) -> dict[str, dict[str, dict[str, float | None]]]:
+    return {name: {metric: score.to_json() for metric, score in scores.items()} for name, scores in tasks.items()}
 
 
 def criterion_label(metric: str | Criterion, criterion: Criterion) -> str:
