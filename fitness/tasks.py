@@ -55,16 +55,14 @@ TaskScores = Mapping[str, Mapping[str, TaskScore]]
 
 @dataclass(frozen=True)
 class TaskSuite:
-    """Tasks that are known to exist.
+    """Tasks with their data.
 
     Attributes:
-        names: of tasks, groups or tags.
-        manager: of the harness, which builds them.
+        built: what the harness makes of each name, of a task, a group or a tag.
         trust_remote_code: metrics that bring Python code may run.
     """
 
-    names: tuple[str, ...]
-    manager: Any
+    built: Mapping[str, Any]
     trust_remote_code: bool
 
     def run(
@@ -84,8 +82,9 @@ class TaskSuite:
             limit: examples of each task; None takes all.
 
         Raises:
-            InvalidInput: a task cannot be built or run, such as one whose data cannot be had.
+            InvalidInput: a task cannot be run.
         """
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         found: dict[str, dict[str, TaskScore]] = {}
@@ -98,44 +97,19 @@ class TaskSuite:
                 batch_size=BATCH,
                 softmax_dtype=torch.float32,
             )
-            for name in self.names:
+            for name, built in self.built.items():
                 _report(harness, f"{name} with {language_model.name}", progress)
-                found |= _scores(self._results(harness, name, shots, limit))
+                with _guarded(name, self.trust_remote_code):
+                    for task in built["tasks"].values():
+                        _set_shots(task, shots)
+                    found |= _scores(evaluate(lm=harness, task_dict=built, limit=limit, log_samples=False))
         return found
 
-    def _results(self, harness: Any, name: str, shots: int | None, limit: int | None) -> dict[str, Any]:
-        from lm_eval import evaluate
 
-        refused: list[str] = []
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(_seeded())
-                stack.enter_context(_sandboxed_templates())
-                if not self.trust_remote_code:
-                    stack.enter_context(_no_foreign_metrics(refused))
-                built = self.manager.load([name])
-                for task in built["tasks"].values():
-                    _set_shots(task, shots)
-                results: dict[str, Any] = evaluate(lm=harness, task_dict=built, limit=limit, log_samples=False)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the harness, its tasks and the libraries below it have no common base
-            if not refused:
-                raise InvalidInput(f"task {name!r} cannot be run: {one_line(error)}") from error
-            results = {}
-        if refused:
-            raise InvalidInput(
-                f"task {name!r} scores by {refused[0]!r} of the library evaluate, which is Python code of others: give "
-                "--trust-remote-code if you trust its author"
-            )
-        return results
-
-
-@contextmanager
-def open_tasks(
+def load_tasks(
     names: Sequence[str] | None, folder: str | Path | None = None, *, trust_remote_code: bool = False
-) -> Iterator[TaskSuite | None]:
-    """The tasks with these names, as long as the block runs; None for None.
+) -> TaskSuite | None:
+    """The tasks with these names and their data; None for None.
 
     Files of `folder` are read as data and handed to the harness as such: only with `trust_remote_code` does it read,
     and run, what has tags ``!function``. Templates are rendered in a sandbox.
@@ -148,15 +122,15 @@ def open_tasks(
         trust_remote_code: run Python code that tasks or their metrics bring along.
 
     Raises:
-        InvalidInput: the harness is not installed, there is no such task or folder, or a file needs Python code.
+        InvalidInput: the harness is not installed, there is no such task or folder, its data cannot be had, or a file
+            needs Python code.
     """
     if names is None:
-        yield None
-        return
+        return None
     if not names:
         raise InvalidInput("no task is named: give names of lm-eval, such as arc_easy,hellaswag")
     files = None if folder is None else read_task_files(folder, trust_remote_code)
-    if find_spec("lm_eval") is None:
+    if any(find_spec(package) is None for package in ("lm_eval", "accelerate")):
         raise InvalidInput("tasks need lm-eval: pip install 'evoprune[tasks]'")
     with tempfile.TemporaryDirectory(prefix="evoprune-tasks-") as place, _quiet():
         from lm_eval.tasks import TaskManager
@@ -175,7 +149,38 @@ def open_tasks(
                 close = get_close_matches(name, manager.all_tasks, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` shows all"
                 raise InvalidInput(f"no task {name[:80]!r}; {hint}")
-        yield TaskSuite(tuple(names), manager, trust_remote_code)
+        built = {}
+        for name in names:
+            with _guarded(name, trust_remote_code):
+                built[name] = manager.load([name])
+    return TaskSuite(built, trust_remote_code)
+
+
+@contextmanager
+def _guarded(name: str, trust_remote_code: bool) -> Iterator[None]:
+    """Build or run a task: its texts in a sandbox, its metrics no code of others, its errors as one line.
+
+    Raises:
+        InvalidInput: it cannot be built or run.
+    """
+    refused: list[str] = []
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_seeded())
+            stack.enter_context(_sandboxed_templates())
+            if not trust_remote_code:
+                stack.enter_context(_no_foreign_metrics(refused))
+            yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the harness, its tasks and the libraries below it have no common base
+        if not refused:
+            raise InvalidInput(f"task {name!r} cannot be run: {one_line(error)}") from error
+    if refused:
+        raise InvalidInput(
+            f"task {name!r} scores by {refused[0]!r} of the library evaluate, which is Python code of others: give "
+            "--trust-remote-code if you trust its author"
+        )
 
 
 def _set_shots(task: Any, shots: int | None) -> None:

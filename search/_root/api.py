@@ -38,7 +38,7 @@ from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics import Statistics
-from evoprune.fitness.tasks import open_tasks
+from evoprune.fitness.tasks import load_tasks
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
 from evoprune.metrics.criterion import Criterion
@@ -326,35 +326,33 @@ def evaluate(
     _check_beside(tasks, {"tasks_path": tasks_path, "shots": shots, "limit": limit})
     if sample_tokens is not None and not samples:
         raise InvalidInput("sample_tokens goes with samples: say how many by --samples")
-    with open_tasks(tasks, tasks_path, trust_remote_code=bool(loading.get("trust_remote_code"))) as suite:
-        language_model = loaded(model, loading, progress)
-        width = default_window(language_model, window)
-        count = None if tokens is None else tokens // width
-        if count == 0:
-            raise InvalidInput(
-                f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window"
-            )
-        windows = read_side(language_model, data, "C", window=width, count=count)
-        if tokens is None:
-            windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
-        written = SAMPLE_TOKENS if sample_tokens is None else sample_tokens
-        begun: Tensor | None = None
-        if samples:
-            if isinstance(windows, Samples):
-                raise InvalidInput("samples go on with text: give --data a text without images")
-            check_continuations(language_model, windows, samples, written)
-            begun = windows
-        reference = None if dense is None else loaded(dense, loading, progress)
-        held_out = _held_out(language_model, windows, None if reference is None else reference.model, progress)
-        texts: tuple[Continuation, ...] = ()
-        if begun is not None:
-            progress(f"writing {samples} samples", 0, 1)
-            texts = continuations(language_model, begun, samples, written, reference)
-            progress(f"writing {samples} samples", 1, 1)
-        scores = dense_scores = None
-        if suite is not None:
-            scores = suite.run(language_model, progress, shots=shots, limit=limit)
-            dense_scores = None if reference is None else suite.run(reference, progress, shots=shots, limit=limit)
+    suite = load_tasks(tasks, tasks_path, trust_remote_code=bool(loading.get("trust_remote_code")))
+    language_model = loaded(model, loading, progress)
+    width = default_window(language_model, window)
+    count = None if tokens is None else tokens // width
+    if count == 0:
+        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
+    windows = read_side(language_model, data, "C", window=width, count=count)
+    if tokens is None:
+        windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
+    written = SAMPLE_TOKENS if sample_tokens is None else sample_tokens
+    begun: Tensor | None = None
+    if samples:
+        if isinstance(windows, Samples):
+            raise InvalidInput("samples go on with text: give --data a text without images")
+        check_continuations(language_model, windows, samples, written)
+        begun = windows
+    reference = None if dense is None else loaded(dense, loading, progress)
+    held_out = _held_out(language_model, windows, None if reference is None else reference.model, progress)
+    texts: tuple[Continuation, ...] = ()
+    if begun is not None:
+        progress(f"writing {samples} samples", 0, 1)
+        texts = continuations(language_model, begun, samples, written, reference)
+        progress(f"writing {samples} samples", 1, 1)
+    scores = dense_scores = None
+    if suite is not None:
+        scores = suite.run(language_model, progress, shots=shots, limit=limit)
+        dense_scores = None if reference is None else suite.run(reference, progress, shots=shots, limit=limit)
     images = isinstance(windows, Samples)
     if images:
         width = round(n_tokens(windows) / len(windows))

@@ -362,7 +362,7 @@ def evaluate(
         option(
             "--tasks",
             metavar="NAMES",
-            help="tasks, groups or tags of lm-evaluation-harness, separated by commas; needs evoprune[tasks]",
+            help="tasks, groups or tags of lm-evaluation-harness, separated by commas; needs evoprune\\[tasks]",
             panel=TASKS,
         ),
     ] = None,

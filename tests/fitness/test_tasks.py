@@ -11,7 +11,7 @@ import torch
 
 from evoprune.fitness.forms import cut_model
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.tasks import open_tasks
+from evoprune.fitness.tasks import load_tasks
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput
 from tests.models import tiny_language_model
@@ -23,9 +23,10 @@ pytest.importorskip("lm_eval")
 
 def run(folder: Path, language_model: LanguageModel, *, trust: bool = False, **options: int) -> dict[str, float | None]:
     """Scores of the task by metric, and their standard errors under ``+-``."""
-    with open_tasks(["birds"], folder, trust_remote_code=trust) as suite:
-        assert suite is not None
-        found = suite.run(language_model, lambda *_: None, **options)
+    suite = load_tasks(["birds"], folder, trust_remote_code=trust)
+    assert suite is not None
+    found = suite.run(language_model, lambda *_: None, **options)
+    assert suite.run(language_model, lambda *_: None, **options) == found
     assert list(found) == ["birds"]
     scores = found["birds"].items()
     return {name: score.value for name, score in scores} | {f"{name}+-": score.stderr for name, score in scores}
@@ -128,8 +129,5 @@ def test_code_by_other_ways_is_refused(old: str, new: str, message: str, tmp_pat
 
 @pytest.mark.slow
 def test_names_that_nobody_has(tmp_path: Path) -> None:
-    with (
-        pytest.raises(InvalidInput, match="no task 'arc_eassy'; did you mean 'arc_easy'"),
-        open_tasks(["birds", "arc_eassy"], save_tasks(tmp_path / "tasks")),
-    ):
-        pass
+    with pytest.raises(InvalidInput, match="no task 'arc_eassy'; did you mean 'arc_easy'"):
+        load_tasks(["birds", "arc_eassy"], save_tasks(tmp_path / "tasks"))
