@@ -15,17 +15,19 @@ from evoprune.fitness.unit_costs import UnitCosts
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.records import Site
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.engine.executor import Job
 from evoprune.search.kinds.policy import KIND
 from evoprune.search.learner_options import learner_options
-from evoprune.search.learners import LEARNERS, Problem
+from evoprune.search.learners import LEARNERS, Learner, Problem
 from evoprune.search.level_run import criterion_json, sites_of
+from evoprune.search.policies import Budget
 from evoprune.search.policies.start import FLAT, start_logits, z_scores
 from evoprune.search.policy_budget import budget_of, keep_rates
 from evoprune.search.policy_result import PolicyComparison, unit_rows
 from evoprune.search.policy_search import FINALISTS, PolicySearch, Texts
-from evoprune.search.policy_start import check_start, given_start, logits_from
+from evoprune.search.policy_start import Start, check_start, given_start, logits_from
 from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun
 from evoprune.search.worker_session import Ask, First
@@ -104,22 +106,18 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
         payload = {"prepared": prepared.name, "masker": config.masker}
         scores = self._scores(payload, ask)
         budget = budget_of(table, config.target, scores)
-        mapping, rates = config.searcher.mapping, keep_rates(budget)
-        # From a flat start nobody is to know what the prior says, not even a step later.
-        prior = np.zeros(table.n) if mapping == FLAT else z_scores(scores, table.groups)
-        start = start_logits(mapping, scores, table.groups, rates, seed=config.seed)
-        if (given := given_start(config.seed_from)) is not None:
-            assert config.seed_from is not None
-            sites, widths = sites_of(prepared), () if self._costs is None else self._costs.widths
-            check_start(given, config.seed_from, table, prepared.facts["model_class"], sites, widths)
-            start = logits_from(given, table, prior, sites)
-        problem = Problem(budget, table.groups, prior, start, self._steps, config.seed)
-        learner = LEARNERS[config.searcher.name].build(problem, learner_options(config.searcher))
+        given = self._given(prepared)
+        learner = self._learner(budget, scores, given, sites_of(prepared))
         if table.strata is not None and not learner.exact:
             raise InvalidInput(
                 f"the learner {config.searcher.name} meets a budget on average, and a pattern binds every mask: give "
                 "another --searcher, such as score-function"
             )
+        starts = self._starts()
+
+        def learner_from(mask: np.ndarray) -> Learner:
+            return self._learner(budget, mask.astype(np.float64), None, ())
+
         return PolicySearch(
             learner,
             groups=table.groups,
@@ -132,8 +130,40 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
             evaluations=config.evaluations,
             identity=self.identity,
             payload=payload,
-            starts=self._starts(),
+            starts=starts,
+            learner_from=learner_from if starts and given is None else None,
         )
+
+    def _given(self, prepared: Summary) -> Start | None:
+        """What ``seed_from`` names.
+
+        Raises:
+            InvalidInput: it is of another model, or of other units.
+        """
+        source = self.config.seed_from
+        given = given_start(source)
+        if given is not None and source is not None:
+            widths = () if self._costs is None else self._costs.widths
+            check_start(given, source, self._table, prepared.facts["model_class"], sites_of(prepared), widths)
+        return given
+
+    def _learner(self, budget: Budget, scores: np.ndarray, given: Start | None, sites: Sequence[Site]) -> Learner:
+        """At its beginning.
+
+        Args:
+            scores: [n] by which the policy starts.
+            given: what it starts from beside these; None is nothing.
+            sites: the matrices of the model.
+        """
+        config, groups = self.config, self._table.groups
+        mapping = config.searcher.mapping
+        # From a flat start nobody is to know what the prior says, not even a step later.
+        prior = np.zeros(len(groups)) if mapping == FLAT else z_scores(scores, groups)
+        start = start_logits(mapping, scores, groups, keep_rates(budget), seed=config.seed)
+        if given is not None:
+            start = logits_from(given, self._table, prior, sites)
+        problem = Problem(budget, groups, prior, start, self._steps, config.seed)
+        return LEARNERS[config.searcher.name].build(problem, learner_options(config.searcher))
 
     def comparison(self, prepared: Summary, search: PolicySearch, ask: Ask) -> PolicyComparison:
         return PolicyComparison(self.config, self.identity, search, self._table, self._costs, self._run)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -126,6 +126,8 @@ class PolicySearch:
         identity: hash of everything that an evaluation depends on beside mask and windows.
         payload: what every job says beside these.
         starts: further masks to begin with, by name: they compete with the modes of the policy.
+        learner_from: the learner that starts from one of these; where it is given, the best of them is what is learned
+            from.
 
     Attributes:
         best: the best mode so far.
@@ -150,8 +152,11 @@ class PolicySearch:
         identity: str,
         payload: Mapping[str, Any],
         starts: Mapping[str, np.ndarray] | None = None,
+        learner_from: Callable[[np.ndarray], Learner] | None = None,
     ) -> None:
         self.learner = learner
+        self._learner_from = learner_from
+        self._anew: str | None = None
         self.n = len(groups)
         self.payload = dict(payload)
         self.best: Mode | None = None
@@ -299,12 +304,20 @@ class PolicySearch:
                 self._modes.append(mode)
         if self._modes:
             self.best = min(self._modes, key=_rank)
+        if self._stage == INITIALISATION and self.best is not None and self.best.kept != self.initialisation.kept:
+            self._start_anew(self.best.kept)
         note = {"policy": self._probabilities(True)} if self._stage == INITIALISATION else {}
         if self._spent():
             self._finish()
         else:
             self._next_step()
         return note
+
+    def _start_anew(self, kept: str) -> None:
+        """Learn from this mask on, which one of `starts` is."""
+        if self._learner_from is not None:
+            self.learner = self._learner_from(unpacked(kept, self.n))
+            self._anew = kept
 
     def _learn(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Move the policy; what the history says of it afterwards."""
@@ -396,6 +409,7 @@ class PolicySearch:
     def state(self) -> dict[str, Any]:
         return {
             "learner": self.learner.state(),
+            "anew": self._anew,
             "step": self.step,
             "stage": self._stage,
             "best": None if self.best is None else asdict(self.best),
@@ -418,6 +432,8 @@ class PolicySearch:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        if state["anew"] is not None:
+            self._start_anew(state["anew"])
         self.learner.restore(state["learner"])
         self.step = state["step"]
         self._stage = state["stage"]

@@ -12,7 +12,7 @@ import pytest
 
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.executor import Outcome
-from evoprune.search.learners import LEARNERS, Problem
+from evoprune.search.learners import LEARNERS, Learner, Problem
 from evoprune.search.loop import Birth
 from evoprune.search.policies import Strata
 from evoprune.search.policy_search import INITIALISATION, PolicySearch, Texts, packed, unpacked
@@ -211,6 +211,28 @@ def test_masks_that_stand_beside_the_policy_compete_with_it() -> None:
     drive(found)
     assert found.best is not None and found.best.kept == packed(given) and found.best.step == 0
     assert found.starts["given"].fitness == found.best.fitness
+
+
+def test_what_is_learned_starts_from_the_best_of_the_masks_beside_it_and_is_restored_there() -> None:
+    given = ~PLANTED
+
+    def from_mask(mask: np.ndarray) -> Learner:
+        start = np.where(mask, 2.0, -2.0)
+        problem = Problem(Strata(np.zeros(N, dtype=int), np.array([KEPT])), np.arange(N) // 6, start, start, 40, 0)
+        return LEARNERS["score-function"].build(problem)
+
+    def begun() -> PolicySearch:
+        return search(
+            evaluations=60, starts={"given": given, "worse": PLANTED | (np.arange(N) < 8)}, learner_from=from_mask
+        )
+
+    first = begun()
+    drive(first, rounds=2)
+    assert first.learner.mode().tolist() == given.tolist()
+    second = begun()
+    second.restore(json.loads(json.dumps(first.state())))
+    assert json.dumps(drive(first)) == json.dumps(drive(second))
+    assert first.best is not None and first.best.kept == packed(given)
 
 
 def test_the_history_tells_the_means_of_every_step_and_snapshots_of_all_units() -> None:
