@@ -38,12 +38,12 @@ from evoprune.fitness.mask_units import unit_columns, unit_table
 from evoprune.fitness.maskers import ByUnits
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.units import find_units
+from evoprune.metrics.packed import unpacked
 from evoprune.metrics.shape_file import read_shape
 from evoprune.search.config import resolve_as
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.journal import EvaluationLog
-from evoprune.search.policy_search import unpacked
 from evoprune.search.result import paired_difference
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import generation_plan

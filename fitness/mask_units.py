@@ -25,6 +25,7 @@ from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.mask import check_pattern
+from evoprune.metrics.packed import packed
 from evoprune.metrics.shape import BlockShape, BlockWidths
 
 Mask = NDArray[np.bool_]
@@ -209,7 +210,7 @@ class UnitTable:
     def packed(self, mask: Mask) -> str:
         """A mask as hex of its packed bits, the first unit in the highest bit; `unpacked` reads it."""
         self.check(mask)
-        return np.packbits(mask).tobytes().hex()
+        return packed(mask)
 
     def unpacked(self, text: Any) -> Mask:
         """The mask that `packed` wrote.

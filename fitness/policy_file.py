@@ -25,6 +25,7 @@ from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import canonical_json, strict_json, user_path, user_text, write_atomically
+from evoprune.metrics.packed import packed
 from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import from_ranges, to_ranges
 from evoprune.metrics.terminals import STATISTICS
@@ -213,7 +214,7 @@ def to_json(policy: LearnedPolicy) -> dict[str, Any]:
     for index, row in enumerate(table.rows):
         part = table.of_row(index)
         kept = policy.mask[part]
-        said = np.packbits(kept).tobytes().hex() if bits else to_ranges(np.flatnonzero(kept).tolist())
+        said = packed(kept) if bits else to_ranges(np.flatnonzero(kept).tolist())
         surely = {} if policy.probabilities is None else {"keep": policy.probabilities[part].tolist()}
         units.append({**row.to_json(), "kept": said, **surely})
     return {

@@ -12,11 +12,6 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 
 
-def unpacked(kept: str, n: int) -> Mask:
-    """The mask [n] bool of its hexadecimal, eight units a byte."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(kept), dtype=np.uint8), count=n).astype(bool)
-
-
 def chosen_metrics(mask: Mask, metrics: Sequence[str]) -> list[str]:
     """The metric of each matrix, of a mask [matrices * metrics] that keeps one unit of each."""
     return [metrics[choice] for choice in mask.reshape(-1, len(metrics)).argmax(axis=1).tolist()]

@@ -27,7 +27,7 @@ from evoprune.search.policies.start import FLAT, start_logits, z_scores
 from evoprune.search.policy_budget import budget_of, keep_rates
 from evoprune.search.policy_result import PolicyComparison, unit_rows
 from evoprune.search.policy_search import FINALISTS, PolicySearch, Texts
-from evoprune.search.policy_start import Start, check_start, given_start, logits_from
+from evoprune.search.policy_start import Start, check_start, given_start, logits_from, start_json
 from evoprune.search.result import failure
 from evoprune.search.search_run import Plan, SearchRun
 from evoprune.search.worker_session import Ask, First
@@ -47,7 +47,7 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
 
     def seeds_identity(self) -> dict[str, Any]:
         given = given_start(self.config.seed_from)
-        return {"prior": self._prior(), "given": None if given is None else content_hash(repr(given))}
+        return {"prior": self._prior(), "given": None if given is None else start_json(given)}
 
     def prepare(self, first: First, ask: Ask) -> Summary:
         prepared = super().prepare(first, ask)

@@ -19,10 +19,11 @@ import numpy as np
 
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import content_hash, derived_seed
+from evoprune.metrics.packed import packed, unpacked
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.learners import Answer, Learner, Trial
 from evoprune.search.loop import Birth
-from evoprune.search.mask_words import mask_words, unpacked
+from evoprune.search.mask_words import mask_words
 from evoprune.search.result import standard_error, window_mean
 
 INITIALISATION = "initialisation"
@@ -103,11 +104,6 @@ class _Measurement:
     kept: str
     values: tuple[float, ...] | None = None
     trials: tuple[int, ...] = ()
-
-
-def packed(mask: np.ndarray) -> str:
-    """A mask [n] bool in hexadecimal, eight units a byte."""
-    return np.packbits(mask).tobytes().hex()
 
 
 class PolicySearch:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evoprune.fitness import policy_file
 from evoprune.fitness.mask_units import UnitRow, UnitTable
 from evoprune.fitness.maskers import ByUnits, parts_of
 from evoprune.fitness.policy_file import FORMAT, LearnedPolicy, read_policy
 from evoprune.fitness.units import PARTS
+from evoprune.metrics import allocation_file, shape_file
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.errors import InvalidInput
@@ -51,6 +53,13 @@ def given_start(source: str | None) -> Start | None:
         if file.exists():
             return _read(file)
     raise InvalidInput(f"run {source} searched {run.kind}s: a shape, an allocation or a policy is needed")
+
+
+def start_json(start: Start) -> dict[str, Any]:
+    """A start as its file has it."""
+    if isinstance(start, LearnedPolicy):
+        return policy_file.to_json(start)
+    return allocation_file.to_json(start) if isinstance(start, Allocation) else shape_file.to_json(start)
 
 
 def check_start(

@@ -65,9 +65,10 @@ class PolicyKind:
         history = list(run.history())
         best, state = None, run.peek()
         if state is not None and (mode := state["search"]["best"]) is not None:
+            from evoprune.metrics.packed import unpacked
             from evoprune.search.config import validated_as
             from evoprune.search.config_policy import PolicySearchConfig
-            from evoprune.search.mask_words import spelled, unpacked
+            from evoprune.search.mask_words import spelled
 
             rows, masker = run.identity["unit_rows"], validated_as(PolicySearchConfig, run.config).masker
             mask = unpacked(mode["kept"], sum(row["count"] for row in rows))

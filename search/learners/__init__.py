@@ -144,10 +144,12 @@ class LearnerPlugin(Protocol):
     Attributes:
         what: one line for people.
         gradients: it asks for losses with gradients.
+        adapts: it can choose the number of masks of a step by itself.
     """
 
     what: ClassVar[str]
     gradients: ClassVar[bool]
+    adapts: ClassVar[bool]
 
     def build(self, problem: Problem, options: Mapping[str, Any] | None = None) -> Learner:
         """The learner of a problem.
@@ -178,6 +180,7 @@ class Options(ABC):
     """What plug-ins share: how they are built."""
 
     name: ClassVar[str]
+    adapts: ClassVar[bool] = False
 
     @abstractmethod
     def make(self, problem: Problem) -> Learner:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from evoprune.metrics.packed import packed, unpacked
 from evoprune.search.learners import Diagnostics
 from evoprune.search.policies import Floats, Mask
 
@@ -98,10 +99,10 @@ class Monitor:
         if step % SPAN:
             return
         if self._mask is not None:
-            before = np.unpackbits(np.frombuffer(bytes.fromhex(self._mask), np.uint8), count=len(mask)).astype(bool)
+            before = unpacked(self._mask, len(mask))
             either = int((before | mask).sum())
             self._jaccard = int((before & mask).sum()) / either if either else 1.0
-        self._mask = np.packbits(mask).tobytes().hex()
+        self._mask = packed(mask)
 
     @property
     def cosine(self) -> float | None:

@@ -68,6 +68,7 @@ class ScoreFunctionOptions(Options):
     name: ClassVar[str] = "score-function"
     what: ClassVar[str] = "policy gradient"
     gradients: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_choice("parameters", self.parameters, PARAMETERS)

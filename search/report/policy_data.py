@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from evoprune.metrics.packed import unpacked
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.kinds.policy import KIND
-from evoprune.search.mask_words import Mask, chosen_metrics, counts_text, unpacked
+from evoprune.search.mask_words import Mask, chosen_metrics, counts_text
 from evoprune.search.policy_search import INITIALISATION
 from evoprune.search.report.run_data import RunData
 from evoprune.search.rundir import RunDirectory

@@ -10,11 +10,11 @@ import optuna
 import pytest
 from rich.console import Console
 
+from evoprune.metrics.packed import unpacked
 from evoprune.search.config import resolve_as
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.engine.trial_record import fits
 from evoprune.search.kinds.policy import KIND
-from evoprune.search.mask_words import unpacked
 from evoprune.search.publishing import rebuild_board
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import start_search

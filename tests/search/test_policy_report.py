@@ -23,13 +23,13 @@ from evoprune.fitness.mask_units import UnitRow, UnitTable
 from evoprune.fitness.maskers import ByMetrics, masker_from
 from evoprune.fitness.unit_costs import AttentionCost, MlpCost, UnitCosts
 from evoprune.metrics.files import canonical_json, content_hash
+from evoprune.metrics.packed import unpacked
 from evoprune.metrics.shape import BlockWidths
 from evoprune.search.board_note import finished_policy_note, searching_policy_note
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.kinds.policy import KIND
 from evoprune.search.learners import LEARNERS, Problem
-from evoprune.search.mask_words import unpacked
 from evoprune.search.policy_budget import budget_of
 from evoprune.search.policy_result import PolicyComparison, unit_rows
 from evoprune.search.policy_search import PolicySearch, Texts

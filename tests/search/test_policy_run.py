@@ -300,6 +300,7 @@ def test_options_that_cannot_be_are_refused_in_one_line(options: dict[str, Any],
     ("settings", "message"),
     [
         ({"searcher.name": "no-such"}, "no learner 'no-such'"),
+        ({"searcher.name": "cma", "searcher.samples": "auto"}, "fixed number of masks a step: give --population"),
         ({"searcher.options": {"rte": 1}}, "has no parameter 'rte'"),
         ({"searcher.options": {"estimator": "no-such"}}, "no-such"),
         ({"searcher.baselines": ["no-such"]}, "no unit criterion 'no-such'"),

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.packed import packed, unpacked
 from evoprune.search.engine.executor import Outcome
 from evoprune.search.learners import LEARNERS, Learner, Problem
 from evoprune.search.loop import Birth
 from evoprune.search.policies import Strata
-from evoprune.search.policy_search import INITIALISATION, PolicySearch, Texts, packed, unpacked
+from evoprune.search.policy_search import INITIALISATION, PolicySearch, Texts
 
 N, KEPT = 24, 15
 PLANTED = np.arange(N) % 8 < 3
