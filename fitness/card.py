@@ -94,6 +94,7 @@ def model_card(
     loading: Loading = Loading(),
     cut: Cut | None = None,
     again: bool = False,
+    sparsities: bool = False,
 ) -> str:
     """README.md of a checkpoint.
 
@@ -105,6 +106,7 @@ def model_card(
         loading: what loads the checkpoint.
         cut: what a shape took away, if one did.
         again: whether the folder holds a recipe that makes it again.
+        sparsities: whether it holds a report of what was done to each matrix.
     """
     reader, variable, task = _TASKS.get(loading.auto, _TEXT_ONLY)
     # The tokenizer does not need it, but whoever loads it reads config.json first, and would be asked.
@@ -147,7 +149,9 @@ def model_card(
         json.dumps(_without_matrices(recipe), indent=2, sort_keys=True, ensure_ascii=False),
         "```",
         "",
-        "All numbers, layer by layer, are in `evoprune.json`." + (_AGAIN if again else ""),
+        "All numbers, layer by layer, are in `evoprune.json`"
+        + (", and what each layer took in `sparsity_report.json`." if sparsities else ".")
+        + (_AGAIN if again else ""),
         "",
         "## Loading",
         "",

@@ -27,6 +27,7 @@ from evoprune.metrics.files import user_path, write_atomically
 
 FORMAT = "evoprune checkpoint 1"
 RECORD = "evoprune.json"
+SPARSITY_REPORT = "sparsity_report.json"
 # How a model that also reads images wants them: copied as they are, since not every processor can be built everywhere.
 PROCESSOR_FILES = (
     "processor_config.json",
@@ -45,6 +46,7 @@ def write_checkpoint(
     report: Mapping[str, Any],
     cut: Cut | None = None,
     files: Mapping[str, str] | None = None,
+    sparsity: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the model as it is now: safetensors with its zeros, tokenizer, `evoprune.json` and a model card.
 
@@ -62,6 +64,7 @@ def write_checkpoint(
         report: numbers about it; a mapping in it that has a ``perplexity`` becomes a row of the card's table.
         cut: what a shape took away; None if every matrix is as large as it was.
         files: text of further files by name, with which `evoprune prune --recipe` makes the checkpoint again.
+        sparsity: what becomes `sparsity_report.json`: what was done to each matrix, and what that took. JSON values.
 
     Returns:
         The absolute path of the folder.
@@ -101,11 +104,12 @@ def write_checkpoint(
                 "recipe": recipe,
                 "report": report,
             }
-            text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-            write_atomically(partial / RECORD, text)
+            write_atomically(partial / RECORD, _json(record))
+            if sparsity is not None:
+                write_atomically(partial / SPARSITY_REPORT, _json(sparsity))
             loading = Loading(auto_class(model.config).__name__, language_model.cut, bool(modules))
-            again = bool(files)
-            card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut, again=again)
+            has = {"again": bool(files), "sparsities": sparsity is not None}
+            card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut, **has)
             write_atomically(partial / "README.md", card)
             for name, content in (files or {}).items():
                 write_atomically(partial / name, content)
@@ -115,6 +119,10 @@ def write_checkpoint(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def check_out_dir(out_dir: Path | str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from evoprune.fitness.adapters import Prunable, SiteModule
 from evoprune.fitness.compressors import AtRunTime, Goal, Limited, compress, compressor_of
 from evoprune.fitness.factored import FactoredLinear, refuse_factored
+from evoprune.fitness.footprint import footprint
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
@@ -37,12 +38,16 @@ class PrunedLayer:
         shape: (out, in).
         removed: weights that went.
         error: relative output error, 0 = lossless and 1 = the layer deleted; None without statistics of its inputs.
+        seconds, peak_bytes: what the compressor took; see `Footprint`. None where none ran.
     """
 
     name: str
     shape: tuple[int, int]
     removed: int
     error: float | None
+    # Two layers of which the same became are equal, however long it took.
+    seconds: float | None = field(default=None, compare=False)
+    peak_bytes: int | None = field(default=None, compare=False)
 
     @property
     def weights(self) -> int:
@@ -200,7 +205,8 @@ def reach(
             names.update([name for name in _OF_ERROR if name in statistics.names][:1])
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
         try:
-            result = compress(compressor, weight, goal, given)
+            with footprint(weight.device) as took:
+                result = compress(compressor, weight, goal, given)
         except (InvalidCandidate, InvalidInput) as error:
             raise InvalidInput(f"cannot compress {site.name}: {error}") from None
         removed = goal.removed
@@ -213,7 +219,8 @@ def reach(
             removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
+        shape = (site.out_features, site.in_features)
+        layers.append(PrunedLayer(site.name, shape, removed, result.error, took.seconds, took.peak_bytes))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 

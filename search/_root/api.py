@@ -276,7 +276,9 @@ def prune(
         progress("writing the checkpoint", 0, 1)
         report = {name: value for name, value in pruned.to_json().items() if name in kept}
         files = None if stored is None else stored.files()
-        pruned = replace(pruned, out=write_checkpoint(language_model, out, recipe=recipe, report=report, files=files))
+        sparsities = pruned.sparsity_report()
+        written = write_checkpoint(language_model, out, recipe=recipe, report=report, files=files, sparsity=sparsities)
+        pruned = replace(pruned, out=written)
         progress("writing the checkpoint", 1, 1)
     if recovers is not None:
         recovers.finish()

@@ -107,6 +107,32 @@ class Smaller:
             ],
         }
 
+    def sparsity_report(self) -> dict[str, Any]:
+        """What `sparsity_report.json` of a checkpoint says: `to_json` by matrix, and what each took.
+
+        ``pattern`` is N:M or null; ``error`` is the relative output error right after the compressor, before a
+        recovery; ``seconds`` and ``peak_bytes`` are of the compressor and differ from run to run, so that no other
+        file has them.
+        """
+        told = self.to_json()
+        return {
+            "format": "evoprune-sparsity-report/1",
+            **{name: told[name] for name in ("sparsity", "removed", "prunable", "criterion", "compressor")},
+            "layers": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "pattern": told["pattern"],
+                    "removed": layer.removed,
+                    "sparsity": layer.sparsity,
+                    "error": layer.error,
+                    "seconds": layer.seconds,
+                    "peak_bytes": layer.peak_bytes,
+                }
+                for layer in self.layers
+            ],
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Removal(Smaller):

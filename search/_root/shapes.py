@@ -238,7 +238,8 @@ def cut_and_written(
     if out is not None:
         progress("writing the checkpoint", 0, 1)
         report = {name: value for name, value in done.to_json().items() if name in kept}
-        written = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut, files=stored.files())
+        beside: dict[str, Any] = {"files": stored.files(), "sparsity": done.sparsity_report()}
+        written = write_checkpoint(fitted, out, recipe=recipe, report=report, cut=cut, **beside)
         done = replace(done, out=written)
         progress("writing the checkpoint", 1, 1)
     if begun is not None:

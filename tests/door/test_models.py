@@ -79,11 +79,21 @@ def test_a_compressor_that_changes_weights(run: Run, tiny: Path, place: Path) ->
     wanda = run("prune", tiny, "--out", "masked", "--sparsity", 0.6, "--json").json
     errors = zip(document["layers"], wanda["layers"], strict=True)
     assert sum(ours["error"] < theirs["error"] for ours, theirs in errors) > 10
+    report = json.loads((place / "out" / "sparsity_report.json").read_text())
+    assert report["removed"] == document["removed"]
+    for stored, layer in zip(report["layers"], document["layers"], strict=True):
+        assert {name: stored[name] for name in layer} == layer
+        assert stored["pattern"] is None and stored["seconds"] > 0
+        # A whole process that holds torch is above 64 MiB; where the system does not say, there is no number.
+        assert stored["peak_bytes"] is None or stored["peak_bytes"] > 1 << 26
+    assert "`sparsity_report.json`" in (place / "out" / "README.md").read_text()
     told = run("prune", tiny, "--out", "out", "--pattern", "2:4", "--compressor", "sparsegpt", "--metric", "ria")
     assert "sparsegpt chooses by itself what goes and does not read --metric" in told.err
     assert "removed 7,680 of 15,360 prunable weights (50.00%) by sparsegpt at 2:4" in told.err
     for where in zeros(place / "out").values():
         assert (where.reshape(where.shape[0], -1, 4).sum(2) == 2).all()
+    report = json.loads((place / "out" / "sparsity_report.json").read_text())
+    assert {layer["pattern"] for layer in report["layers"]} == {"2:4"}
 
 
 def test_compressors_with_masks_of_a_metric_and_of_their_own(run: Run, tiny: Path, place: Path) -> None:

@@ -64,11 +64,12 @@ def files(tiny: Path, story: Path, place: Path) -> None:
 
 
 def written(folder: Path) -> dict[str, bytes]:
-    """All that a checkpoint says and holds, but for the card, which has times.
+    """All that a checkpoint says and holds, but for the card and the sparsity report, which have times.
 
     Errors of layers are left out: what they are measured with depends on the statistics that the cache happens to have.
     """
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
+    timed = ("README.md", "sparsity_report.json")
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in timed}
     record = json.loads(files["evoprune.json"])
     for layer in record["report"]["layers"]:
         del layer["error"]
