@@ -15,6 +15,7 @@ from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.levels import LevelDatabase, build_levels, criterion_key
 from evoprune.fitness.model_worker import Handler, criterion_from
 from evoprune.fitness.parcels import deliver
+from evoprune.fitness.pruning import check_rule
 from evoprune.fitness.resident_levels import Levels
 from evoprune.fitness.site_statistics import reading
 from evoprune.fitness.stored_levels import StoredLevels, build_stored_levels
@@ -30,6 +31,8 @@ class AllocationWorker(AllocatorWorker[LevelEvaluator]):
     """Answers jobs about levels: sparsities in steps of 1/256, one per site, in model order.
 
     Jobs (kind and payload):
+        prepare: ``compressor``, if its levels will be stored: matrices that it cannot have are refused before anything
+            is collected.
         database: ``prepared``, ``criterion``, ``compressor``, ``grid`` (the levels that are stored, where they are
             weights of their own); returns the name of the level ``database``.
         describe: ``prepared``, ``criterion``, ``terminals``, ``target``; returns ``statistics``, one number per site
@@ -55,6 +58,11 @@ class AllocationWorker(AllocatorWorker[LevelEvaluator]):
             "latency": self._latency,
             "whole-latency": self._whole_latency,
         }
+
+    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
+        if "compressor" in payload:
+            check_rule(self.language_model, self.context.rule, payload["compressor"])
+        return super()._prepare(payload)
 
     def _describe(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()

@@ -72,6 +72,9 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
             "formula": None if formula is None else formula.to_json(),
         }
 
+    def before_preparing(self) -> dict[str, Any]:
+        return {"compressor": self.config.target.compressor}
+
     def prepare(self, first: First, ask: Ask) -> Summary:
         prepared = super().prepare(first, ask)
         self.space(sites_of(prepared))  # what cannot be is refused before the work of hours

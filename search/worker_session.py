@@ -254,6 +254,10 @@ class WorkerSession(ABC, Generic[Config]):
             self.progress.phase("stopping: what runs is finished first; a second Ctrl-C stops at once")
         self._watch.tick()
 
+    def before_preparing(self) -> dict[str, Any]:
+        """What the worker has to know to refuse, before its long work, what the model cannot do: often nothing."""
+        return {}
+
     def prepare(self, first: First, ask: Ask) -> Summary:
         """Tokens, statistics and teacher, by one worker; nothing of this machine's paths enters the log.
 
@@ -262,7 +266,7 @@ class WorkerSession(ABC, Generic[Config]):
             ask: for what is done once in a run, such as measurements that nobody can repeat.
         """
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
-        values = first("prepare", {})
+        values = first("prepare", self.before_preparing())
         self._seconds_per_token = values["seconds_per_token"]
         return self.identify(Summary.from_json(values))
 

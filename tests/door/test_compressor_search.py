@@ -93,6 +93,31 @@ def test_what_cannot_be_is_refused(refused: Callable[..., str], tiny: Path) -> N
     assert "a formula asks for levels that are not stored" in refused(*search, "sparsegpt", "--searcher", "formula")
 
 
+@pytest.mark.parametrize(
+    ("spelled", "said"),
+    [
+        ("block:height=5", "cannot compress model.layers.0.self_attn.q_proj: blocks of 5 × 16 do not divide"),
+        ("armor:block=12", "cannot compress model.layers.0.self_attn.q_proj: wrappers in blocks of 12 do not fit"),
+    ],
+)
+def test_a_model_that_a_compressor_cannot_have_is_refused_before_statistics(
+    spelled: str, said: str, run: Run, tiny: Path, levels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collected(*given: object, **options: object) -> None:
+        raise AssertionError("statistics were collected")
+
+    monkeypatch.setattr("evoprune.fitness.prepare.statistics_for", collected)
+    monkeypatch.setattr("evoprune.calibration.statistics_for", collected)
+    words = ("--compressor", spelled)
+    done = run("search", "allocation", tiny, "--config", levels, *words, "--executor", "inline")
+    assert (done.code, done.err.strip().count("Traceback")) == (2, 0)
+    assert said in done.err.splitlines()[-1]
+    pruned = run("prune", tiny, "--out", "out", *words, "--sparsity", 0.5)
+    assert pruned.code == 2 and said in pruned.err.splitlines()[-1]
+    allocated = run("prune", tiny, "--out", "out", *words, "--allocation", "owl")
+    assert allocated.code == 2 and said in allocated.err.splitlines()[-1]
+
+
 def test_a_grid_that_the_budget_is_beyond(run: Run, tiny: Path, levels: Path) -> None:
     words = ("--config", levels, "--compressor", "sparsegpt", "--set", "target.grid=[64,96]", "--executor", "inline")
     done = run("search", "allocation", tiny, *words)
