@@ -200,6 +200,8 @@ def test_what_contradicts_is_refused(
         ("{ramp: 5}", "{ramp: [5]}", "weights.compressor.parameters.ramp: give a number, text"),
         ("{ramp: 5}", "{slope: 5}", "has no parameter 'slope'"),
         ("name: awp", "name: swp", "no compressor 'swp'"),
+        ("{name: awp, parameters: {ramp: 5}}", "{name: obq, parameters: {bits: 9}}", "bits 9 is outside [2, 8]"),
+        ("{name: awp, parameters: {ramp: 5}}", "{name: block, parameters: {height: 5}}", "blocks of 5 × 16 do not"),
         ("X_l2)", "X_l1)", "weights.expression: metric 'wanda' is mul(abs(W),X_l2) here"),
         ("format", "method: {name: laco}\nformat", "this has weights and method"),
         ("format", "seed: '1'\nformat", "seed: Input should be a valid integer"),

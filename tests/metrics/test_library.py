@@ -138,6 +138,26 @@ def test_wanda_mask_is_its_own_bit_for_bit(dtype: torch.dtype, sparsity: float) 
         assert torch.equal(keep, wanda.keep_pattern(weight, scaler_row, gone, width))
 
 
+def wanda_mask(weight: Tensor, norms: Tensor) -> Tensor:
+    given = {**free_inputs(SITE, weight, 0.5), "X_l2": norms.view(1, -1)}
+    return mask(CRITERIA["wanda"].score(SITE, given), MaskRule(0.5))
+
+
+def test_wanda_by_hand() -> None:
+    """Scores 4 8 4 3 and 1 16 12 4: of the tied ones the lower column goes."""
+    keep = wanda_mask(torch.tensor([[4.0, 1, 1, 3], [1, 2, 3, 4]]), torch.tensor([1.0, 8, 4, 1]))
+    assert keep.tolist() == [[False, True, True, False]] * 2
+
+
+def test_wanda_does_not_see_the_unit_of_an_input() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, norms = torch.randn(16, 24, generator=generator), torch.rand(24, generator=generator) + 0.5
+    keep = wanda_mask(weight, norms)
+    by = 2.0 ** torch.randint(-3, 4, (24,), generator=generator)
+    assert torch.equal(wanda_mask(weight / by, norms * by), keep)
+    assert torch.equal(wanda_mask(weight, torch.full((24,), 3.0)), mask(weight.abs(), MaskRule(0.5)))
+
+
 def _same_but_for_near_ties(first: Tensor, second: Tensor, score: Tensor, sparsity: float) -> bool:
     """Masks differ at most where a score is within 4 ulp of its row's cut."""
     cut = score.sort(1).values[:, int(score.shape[1] * sparsity), None]

@@ -77,6 +77,23 @@ def test_rows_keep_the_counts_of_the_mask() -> None:
         assert torch.equal(found.mask.sum(1), goal.mask.sum(1))
 
 
+@pytest.mark.parametrize("target", [0.5, (2, 4)], ids=str)
+def test_rounding_and_pruning_together_end_on_evenly_spaced_values(target: float | tuple[int, int]) -> None:
+    """Every group of columns of a row: at most 2^bits values, all whole multiples of one step, and the exact count."""
+    weight, gram = synthetic_layer(out=8, width=32, tokens=200)
+    goal = wanda(weight, gram, target)
+    found = compress("awp:bits=3,width=16,ramp=5,rounded_steps=10", weight, goal, {"H": gram})
+    assert int((~found.mask).sum()) == goal.removed
+    for group in found.weight.double().view(-1, 16):
+        values = torch.cat([group, group.new_zeros(1)]).unique()
+        assert len(values) <= 2**3
+        reach = (values[-1] - values[0]).item()
+        # The step is the reach over a whole number below 2^bits.
+        assert any(
+            torch.allclose(values * part / reach, (values * part / reach).round(), atol=1e-5) for part in range(1, 2**3)
+        )
+
+
 def test_a_ramp_finds_a_better_mask_than_it_was_given() -> None:
     weight, gram = synthetic_layer()
     goal = wanda(weight, gram, 0.7)

@@ -189,6 +189,18 @@ def test_every_row_loses_as_many_where_that_is_asked_for(name: str) -> None:
     assert by_row.error is not None and by_layer.error is not None and by_layer.error < by_row.error
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("target", [0.5, (2, 4)], ids=str)
+def test_a_gpu_does_as_a_cpu_does(name: str, target: float | tuple[int, int]) -> None:
+    weight, gram = synthetic_layer(out=16, width=32, tokens=200, dead=(3,))
+    goal = wanda_goal(name, weight, gram, target if takes(name, weight, (2, 4)) else 0.5)
+    there = replace(goal, mask=None if goal.mask is None else goal.mask.cuda())
+    found = compress(name, weight, goal, given(gram))
+    on_gpu = compress(name, weight.cuda(), there, given(gram.cuda()))
+    assert on_gpu.weight.is_cuda and int((~on_gpu.mask).sum()) == goal.removed
+    assert found.error is not None and on_gpu.error == pytest.approx(found.error, rel=1e-3, abs=1e-9)
+
+
 CHAPTER = {
     (0.8, 0.5): {"mask": 132, "refit": 82, "sparsegpt": 94, "sparsegpt+refit": 78, "obs": 67, "admm": 67, "awp": 86},
     (0.8, 0.7): {"mask": 390, "refit": 272, "sparsegpt": 318, "sparsegpt+refit": 274, "obs": 224, "admm": 222,
