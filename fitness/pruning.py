@@ -13,6 +13,7 @@ from evoprune.fitness.compressors import AtRunTime, Goal, Limited, compress, com
 from evoprune.fitness.factored import FactoredLinear, refuse_factored
 from evoprune.fitness.footprint import footprint
 from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.statistics_reader import SiteReader
 from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
@@ -300,7 +301,7 @@ def _count(site: Site, rule: MaskRule) -> int:
     return removed_count(rule.sparsity, site.weights)
 
 
-def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:
+def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: SiteReader | None) -> Tensor:
     """Scores of one matrix by a criterion.
 
     Args:

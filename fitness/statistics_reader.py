@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,13 @@ from evoprune.metrics.terminals import FREE_TERMINALS, TERMINALS
 
 # Along more rows than this a statistic may not be all zero (symbolic pruning metrics, section 3.7).
 DEAD_ROWS = 0.01
+
+
+class SiteReader(Protocol):
+    """What has statistics of sites: a set on the disk, or sums in memory."""
+
+    def site_statistics(self, site: str, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Several statistics of one site, private and float32; terminals that need no data are passed over."""
 
 
 class Statistics:

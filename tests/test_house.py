@@ -42,6 +42,8 @@ FORBIDDEN_METHODS = {
     "sympify", "parse_expr", "from_string", "builtins.eval", "builtins.exec", "gp.compile", "pickle.load",
     "pickle.loads", "torch.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load",
 }  # fmt: skip
+# Extras that cannot be installed beside the others; see pyproject.toml.
+APART = {"llmcompressor"}
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 
@@ -243,7 +245,8 @@ def test_constraints_are_plain_pins() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert [p for p in pins if not re.fullmatch(PIN, p)] == []
-    assert declared(*PYPROJECT["project"]["optional-dependencies"]) - {pin.partition("==")[0] for pin in pins} == set()
+    together = PYPROJECT["project"]["optional-dependencies"].keys() - APART
+    assert declared(*together) - {pin.partition("==")[0] for pin in pins} == set()
 
 
 def declared(*extras: str) -> set[str]:
@@ -262,7 +265,7 @@ def distributions(names: Iterable[str]) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     """What an extra brings is imported where it is used, so the rest works without it."""
     for module in MODULES:
-        extras = ("dashboard", "data", "diffusion", "recovery", "tasks", "torch-pruning")
+        extras = ("dashboard", "data", "diffusion", "llmcompressor", "recovery", "tasks", "torch-pruning")
         assert distributions(imported(module.tree)) <= declared(*extras), module.name
         top_level = ast.Module([n for n in module.tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
         assert distributions(imported(top_level)) <= declared(), module.name

@@ -30,7 +30,11 @@ EXTRAS = {
     "scipy": ("scipy", "`search allocation --searcher gp`: pip install 'evoprune[samplers]'"),
     "torch-pruning": (
         "torch_pruning",
-        "shapes of families without an adapter: pip install 'evoprune[torch-pruning]'",
+        "shapes of families without an adapter, and metrics as its importances: pip install 'evoprune[torch-pruning]'",
+    ),
+    "llmcompressor": (
+        "llmcompressor",
+        "metrics as its modifiers: pip install 'evoprune[llmcompressor]', in an environment of its own",
     ),
     "accelerate": ("accelerate", "`prune --recovery`: pip install 'evoprune[recovery]'"),
     "peft": ("peft", "`prune --recovery lora`: pip install 'evoprune[recovery]'"),
