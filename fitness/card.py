@@ -82,7 +82,10 @@ class Loading:
 
 # What loads text beside the model, and the Hub's name of the task, by the class that loads the model.
 _TEXT_ONLY = ("AutoTokenizer", "tokenizer", "text-generation")
-_TASKS = {"AutoModelForImageTextToText": ("AutoProcessor", "processor", "image-text-to-text")}
+_TASKS = {
+    "AutoModelForImageTextToText": ("AutoProcessor", "processor", "image-text-to-text"),
+    "AutoModelForImageClassification": ("AutoImageProcessor", "processor", "image-classification"),
+}
 
 
 def model_card(

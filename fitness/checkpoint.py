@@ -9,18 +9,17 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evoprune.fitness.adapters import auto_class
+from evoprune.fitness.adapters import Prunable
 from evoprune.fitness.cache import disk_errors
 from evoprune.fitness.card import Cut, Loading, WeightCounts, model_card, public_name
 from evoprune.fitness.compact import load_compact, write_compact
 from evoprune.fitness.hub import one_line, silence
-from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.modular import load_modular, modules_of, write_modular
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import user_path, write_atomically
@@ -28,18 +27,40 @@ from evoprune.metrics.files import user_path, write_atomically
 FORMAT = "evoprune checkpoint 1"
 RECORD = "evoprune.json"
 SPARSITY_REPORT = "sparsity_report.json"
-# How a model that also reads images wants them: copied as they are, since not every processor can be built everywhere.
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+
+
+class Writable(Prunable, Protocol):
+    """What can become a checkpoint; see `evoprune.fitness.models.LanguageModel` for what its attributes are.
+
+    Attributes:
+        model: of transformers.
+        auto: the class in transformers that loads it.
+    """
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype | None: ...
+
+    @property
+    def cut(self) -> bool: ...
+
+    @property
+    def auto(self) -> Any: ...
+
+    def save_readers(self, folder: Path) -> None:
+        """Write what turns text and images into its inputs."""
 
 
 def write_checkpoint(
-    language_model: LanguageModel,
+    language_model: Writable,
     out_dir: Path | str,
     *,
     recipe: Mapping[str, Any],
@@ -50,8 +71,8 @@ def write_checkpoint(
 ) -> Path:
     """Write the model as it is now: safetensors with its zeros, tokenizer, `evoprune.json` and a model card.
 
-    The files of a processor that lie beside the model are copied. A model whose blocks have widths of their own gets
-    the compact form, one with modules of ours the modular form.
+    The files of a processor that lie beside a model that reads images are copied. A model whose blocks have widths of
+    their own gets the compact form, one with modules of ours the modular form.
 
     The folder is written beside `out_dir`, loaded again as users will, compared weight by weight, and only then
     renamed. Weights get the dtype of the original files when every one of them survives that exactly, as it does
@@ -87,9 +108,7 @@ def write_checkpoint(
             partial.mkdir()
             with silence():
                 model.save_pretrained(partial, state_dict=dict(state))
-                language_model.tokenizer.save_pretrained(partial)
-            if language_model.multimodal:
-                _copy_processor(language_model.folder, partial)
+                language_model.save_readers(partial)
             _state_dtype_in_config(partial / "config.json", dtype)
             if language_model.cut:
                 write_compact(language_model, partial)
@@ -107,7 +126,7 @@ def write_checkpoint(
             write_atomically(partial / RECORD, _json(record))
             if sparsity is not None:
                 write_atomically(partial / SPARSITY_REPORT, _json(sparsity))
-            loading = Loading(auto_class(model.config).__name__, language_model.cut, bool(modules))
+            loading = Loading(language_model.auto.__name__, language_model.cut, bool(modules))
             has = {"again": bool(files), "sparsities": sparsity is not None}
             card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut, **has)
             write_atomically(partial / "README.md", card)
@@ -180,13 +199,6 @@ def _state_as(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def _copy_processor(folder: Path | None, out: Path) -> None:
-    """Bring along what `AutoProcessor` reads beside the tokenizer, if the model came with it."""
-    for name in PROCESSOR_FILES:
-        if folder is not None and (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-
-
 def _state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
     """Name in config.json the dtype of the files: transformers would name the one that the model computes in."""
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -194,7 +206,7 @@ def _state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
     write_atomically(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _count(language_model: LanguageModel, folder: Path, state: dict[str, Tensor]) -> WeightCounts:
+def _count(language_model: Writable, folder: Path, state: dict[str, Tensor]) -> WeightCounts:
     parameters = list(language_model.model.parameters())
     unique = {value.data_ptr(): value for value in state.values()}.values()
     return WeightCounts(
@@ -207,7 +219,7 @@ def _count(language_model: LanguageModel, folder: Path, state: dict[str, Tensor]
     )
 
 
-def _check_reload(language_model: LanguageModel, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+def _check_reload(language_model: Writable, folder: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Load the folder as a user would and compare every tensor bit for bit.
 
     Raises:
@@ -215,7 +227,7 @@ def _check_reload(language_model: LanguageModel, folder: Path, state: dict[str, 
     """
     model = language_model.model
     # A model of another author's class is loaded by that class: no file in the folder is run.
-    ours = auto_class(model.config) if type(model).__module__.startswith("transformers.") else type(model)
+    ours = language_model.auto if type(model).__module__.startswith("transformers.") else type(model)
     modules = modules_of(model)
     load = load_compact if language_model.cut else load_modular if modules else ours.from_pretrained
     with silence():

@@ -178,16 +178,25 @@ def load_processor(language_model: LanguageModel) -> Any:
 
 def _encoded(processor: Any, example: Example) -> dict[str, torch.Tensor]:
     prompt = _prompt(processor, example)
-    try:
-        images = None if example.image is None else Image.open(example.image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        raise InvalidInput(f"{example.image} is no image that can be read: give {', '.join(IMAGE_SUFFIXES)}") from None
+    images = None if example.image is None else open_image(example.image)
     try:
         with silence():
             found = processor(text=[prompt], images=images, return_tensors="pt")
     except Exception as error:  # such as a text with two placeholders and one image
         raise InvalidInput(f"the example {str(example.image or example.text)[:80]!r}: {one_line(error)}") from error
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image in RGB.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        raise InvalidInput(f"{path} is no image that can be read: give {', '.join(IMAGE_SUFFIXES)}") from None
 
 
 def _prompt(processor: Any, example: Example) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ DESCRIPTIONS = ["*.json", "*.model", "*.txt", "*.jinja"]
 DUPLICATES = ["consolidated*", "*/*"]
 # What says that a folder holds a pipeline of diffusers, and not a model.
 PIPELINE_INDEX = "model_index.json"
+# How a model that reads images wants them: copied as they are, since not every processor can be built everywhere.
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 @contextmanager
@@ -137,6 +146,13 @@ def fingerprint(folder: Path) -> str:
 def _hash_once(path: Path, size: int, modified: int) -> str:
     """`file_hash`, computed again in this process only when the file's size or time changed."""
     return file_hash(path)
+
+
+def copy_processor(folder: Path | None, out: Path) -> None:
+    """Bring along what `AutoProcessor` and `AutoImageProcessor` read, if the model came with it."""
+    for name in PROCESSOR_FILES:
+        if folder is not None and (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
 
 
 def one_line(error: BaseException) -> str:

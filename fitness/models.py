@@ -24,7 +24,15 @@ from transformers import (
 
 from evoprune.fitness.adapters import SiteModule, auto_class, decoder_blocks, is_multimodal, list_sites
 from evoprune.fitness.compact import compact_config, is_compact, load_compact
-from evoprune.fitness.hub import PIPELINE_INDEX, fingerprint, model_folder, one_line, silence, weight_files
+from evoprune.fitness.hub import (
+    PIPELINE_INDEX,
+    copy_processor,
+    fingerprint,
+    model_folder,
+    one_line,
+    silence,
+    weight_files,
+)
 from evoprune.fitness.modular import is_modular, load_modular, modular_config
 from evoprune.metrics.errors import InvalidInput
 
@@ -63,6 +71,17 @@ class LanguageModel:
     def multimodal(self) -> bool:
         """Whether it reads more than text."""
         return is_multimodal(self.model.config)
+
+    @property
+    def auto(self) -> Any:
+        """The class in transformers that loads it."""
+        return auto_class(self.model.config)
+
+    def save_readers(self, folder: Path) -> None:
+        """Write what turns text, and images if it reads any, into its inputs."""
+        self.tokenizer.save_pretrained(folder)
+        if self.multimodal:
+            copy_processor(self.folder, folder)
 
     @property
     def device(self) -> torch.device:
@@ -118,8 +137,8 @@ def load_model(
             supported.
     """
     parts = named_components(components)
-    target = _device(device)
-    chosen = _dtype(dtype, target)
+    target = device_of(device)
+    chosen = dtype_of(dtype, target)
     if device_map is not None and find_spec("accelerate") is None:
         raise InvalidInput("device_map needs accelerate: pip install accelerate")
     folder, config = check_model(name, revision=revision, trust_remote_code=trust_remote_code, components=parts)
@@ -132,9 +151,7 @@ def load_model(
             raise InvalidInput(f"model {name!r} does not fit on {target}: {one_line(error)}") from error
     elif any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidInput(f"model {name!r} does not fit on the devices of device_map: part of it went to the disk")
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax()):  # of a NaN both are NaN
-            raise InvalidInput(f"the weights in {folder} are damaged: {parameter_name} holds a NaN or an infinity")
+    check_weights(model, folder)
     known = model.get_input_embeddings().get_parameter("weight").shape[0]
     if tokenizer.vocab_size > known:
         raise InvalidInput(
@@ -146,6 +163,17 @@ def load_model(
     sites = tuple(list_sites(model, parts))
     cut = is_compact(_facts(folder))
     return LanguageModel(model, tokenizer, sites, name, fingerprint(folder), stored, parts, folder, cut)
+
+
+def check_weights(model: nn.Module, folder: Path) -> None:
+    """Refuse a model with a parameter that is not finite.
+
+    Raises:
+        InvalidInput: names it, and the folder that it is from.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(bound.isfinite() for bound in parameter.aminmax()):  # of a NaN both are NaN
+            raise InvalidInput(f"the weights in {folder} are damaged: {name} holds a NaN or an infinity")
 
 
 def named_components(components: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -183,7 +211,12 @@ def check_model(
     return folder, config
 
 
-def _device(device: str) -> torch.device:
+def device_of(device: str) -> torch.device:
+    """The device that a user means; ``auto`` is the first CUDA device, else the CPU.
+
+    Raises:
+        InvalidInput: there is none of this name here.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -195,7 +228,12 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _dtype(dtype: str, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that a user means; ``auto`` is float32 on a CPU and bfloat16 elsewhere.
+
+    Raises:
+        InvalidInput: no model computes in it.
+    """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype not in DTYPES:

@@ -114,7 +114,7 @@ def run_passes(
             leaders |= sums.leaders
             rows |= sums.rows
         for block in group:
-            writer.add(block, _encoded(results, [bound for bound in sites if bound.site.block == block]))
+            writer.add(block, encoded(results, [bound for bound in sites if bound.site.block == block]))
     return leaders, rows
 
 
@@ -201,7 +201,7 @@ def _plan(language_model: LanguageModel, stored: frozenset[str]) -> list[tuple[f
     return plan
 
 
-def _encoded(results: Results, sites: Iterable[SiteModule]) -> dict[str, Tensor]:
+def encoded(results: Results, sites: Iterable[SiteModule]) -> dict[str, Tensor]:
     """What is to be stored for `sites`, taken out of `results` so that memory is freed on the way."""
     encoded: dict[str, Tensor] = {}
     for bound in sites:

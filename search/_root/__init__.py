@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evoprune.api import allocate, collect_statistics, evaluate, load_model, prune
+    from evoprune.classifiers import load_classifier, prune_classifier
     from evoprune.fitness.statistics_import import import_gradients
     from evoprune.metrics.allocation import Allocation
     from evoprune.metrics.shape import Shape
-    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedPipeline
+    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedClassifier, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.policies import prune_policy
     from evoprune.recipes import prune_recipe
@@ -40,6 +41,7 @@ _HOMES = {
     "CutModel": "evoprune.outcomes",
     "Evaluation": "evoprune.outcomes",
     "Pruned": "evoprune.outcomes",
+    "PrunedClassifier": "evoprune.outcomes",
     "PrunedPipeline": "evoprune.outcomes",
     "Run": "evoprune.runs",
     "Shape": "evoprune.metrics.shape",
@@ -48,9 +50,11 @@ _HOMES = {
     "evaluate": "evoprune.api",
     "import_gradients": "evoprune.fitness.statistics_import",
     "list_runs": "evoprune.runs",
+    "load_classifier": "evoprune.classifiers",
     "load_model": "evoprune.api",
     "load_pipeline": "evoprune.pipelines",
     "prune": "evoprune.api",
+    "prune_classifier": "evoprune.classifiers",
     "prune_pipeline": "evoprune.pipelines",
     "prune_policy": "evoprune.policies",
     "prune_recipe": "evoprune.recipes",
@@ -69,6 +73,7 @@ __all__ = [
     "CutModel",
     "Evaluation",
     "Pruned",
+    "PrunedClassifier",
     "PrunedPipeline",
     "Run",
     "Shape",
@@ -78,9 +83,11 @@ __all__ = [
     "evaluate",
     "import_gradients",
     "list_runs",
+    "load_classifier",
     "load_model",
     "load_pipeline",
     "prune",
+    "prune_classifier",
     "prune_pipeline",
     "prune_policy",
     "prune_recipe",

@@ -277,21 +277,41 @@ def prune(
             )
         check_writable(out)
         from evoprune import api
+        from evoprune.classifiers import prune_classifier
+        from evoprune.fitness.classifiers import is_classifier
         from evoprune.fitness.pipelines import is_pipeline
         from evoprune.pipelines import prune_pipeline, read_prompts
         from evoprune.search.tables import layers_table
 
-        target = {
+        shared: dict[str, Any] = {
             "metric": metric or "wanda",
             "sparsity": sparsity,
             "allocation_parameters": key_values("--allocation-set", allocation_set or [], "spread=0.1"),
-            "budgets": _budgets(budget or []),
             "out": out,
+            "seed": seed,
             "progress": output.step,
         }
-        pipeline = is_pipeline(model)
+        target = {**shared, "budgets": _budgets(budget or [])}
+        pipeline, classifier = is_pipeline(model), is_classifier(model)
         pruned: Removal
-        if pipeline:
+        if classifier:
+            beside = {f"--{name.replace('_', '-')}": value for name, value in training.items()}
+            beside |= {"--budget": budget, "--components": components, "--calibration-window": calibration_window}
+            beside |= {"--tokens": None if tokens == "all" else tokens, "--form": None if form == "auto" else form}
+            _refuse_with_classifier(beside)
+            if calibration_sequences is not None:
+                shared["calibration_sequences"] = calibration_sequences
+            pruned = prune_classifier(
+                model,
+                images=calibration,
+                pattern=pattern,
+                group=group,
+                allocation=allocation,
+                compressor=compressor or "mask",
+                **shared,
+                **{name: value for name, value in loading.items() if name != "trust_remote_code"},
+            )
+        elif pipeline:
             if any(training.values()):
                 raise InvalidInput("a pipeline has no recovery: leave out --recovery and what goes with it")
             if form == "modules":
@@ -302,7 +322,7 @@ def prune(
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
                 )
             prompts = None if calibration is None else read_prompts(calibration)
-            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, seed=seed, **target)
+            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, **target)
         else:
             pruned = api.prune(
                 model,
@@ -312,7 +332,6 @@ def prune(
                 compressor=compressor,
                 form=form,
                 tokens=tokens,
-                seed=seed,
                 **target,
                 **training,
                 **text,
@@ -325,7 +344,11 @@ def prune(
             output.json(document)
         else:
             words = ["evoprune", "eval", document["out"], "--dense", model]
-            hint = "load it with DiffusionPipeline.from_pretrained" if pipeline else f"try it: {shlex.join(words)}"
+            hint = f"try it: {shlex.join(words)}"
+            if pipeline:
+                hint = "load it with DiffusionPipeline.from_pretrained"
+            elif classifier:
+                hint = _of_classifier(document["held_out"])
             output.tell(layers_table(document), hint)
             output.line(document["out"])
 
@@ -512,6 +535,25 @@ def stats(
                 f"{calibration or 'corpus'}; {size / 2**20:.1f} MiB"
             )
             output.line(str(found.folder))
+
+
+def _refuse_with_classifier(beside: dict[str, Any]) -> None:
+    """Refuse options, by name, that an image classifier has nothing for.
+
+    Raises:
+        InvalidInput: names the first that is given.
+    """
+    if told := [name for name, value in beside.items() if value]:
+        raise InvalidInput(f"{told[0]} is of language models, and this is an image classifier: leave it out")
+
+
+def _of_classifier(held_out: dict[str, float] | None) -> str:
+    """How near a pruned classifier is to the dense one, and what loads it."""
+    loads = "load it with AutoModelForImageClassification.from_pretrained"
+    if held_out is None:
+        return loads
+    found = f"on {held_out['images']} other images: KL {held_out['kl']:.4f}, same first class {held_out['top1']:.1%}"
+    return f"{found}; {loads}"
 
 
 def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:

@@ -115,7 +115,8 @@ CalibrationText = Annotated[
     option(
         "--calibration",
         metavar="TEXT",
-        help="text, or images with texts, of the statistics (side A); of a pipeline prompts, one a line",
+        help="text, or images with texts, of the statistics (side A); of an image classifier a folder of images, of a "
+        "pipeline prompts, one a line",
         panel=TEXT,
         default="corpus",
     ),

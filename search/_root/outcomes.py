@@ -9,6 +9,7 @@ from typing import Any
 
 from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.card import PassTimes
+from evoprune.fitness.classifiers import ImageClassifier
 from evoprune.fitness.continuations import Continuation
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
@@ -195,6 +196,24 @@ class PrunedPipeline(Removal):
     """
 
     pipeline: Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedClassifier(Removal):
+    """A pruned image classifier and what was done to it.
+
+    Attributes:
+        classifier: with the pruned weights in memory.
+        held_out: `evoprune.fitness.classifiers.agreement` with the dense model on images that statistics are not of;
+            None without such images.
+    """
+
+    classifier: ImageClassifier
+    held_out: Mapping[str, float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` prints of an image classifier."""
+        return super().to_json() | {"held_out": None if self.held_out is None else dict(self.held_out)}
 
 
 @dataclass(frozen=True, kw_only=True)
