@@ -48,7 +48,7 @@ class GradientSums:
         self._sums: Results = {name: _zeros(bound, names) for name, bound in self._sites.items()}
         self._seen: set[str] = set()
         self._sequences = 0
-        self._window = 0
+        self._window: int | None = 0
 
     @contextmanager
     def tapped(self) -> Iterator[None]:
@@ -60,8 +60,14 @@ class GradientSums:
             for handle in handles:
                 handle.remove()
 
-    def expect(self, sequences: int, window: int) -> None:
-        """Announce the batch that the next backward pass belongs to."""
+    def expect(self, sequences: int, window: int | None) -> None:
+        """Announce the batch that the next backward pass belongs to.
+
+        Args:
+            sequences: how many there are.
+            window: tokens in each; None of a single sequence, all of whose rows it then are, however many a layer gets.
+        """
+        assert window is not None or sequences == 1
         self._sequences, self._window = sequences, window
         self._seen.clear()
 
@@ -107,6 +113,8 @@ class GradientSums:
         return tapped
 
     def _per_sequence(self, name: str, tensor: Tensor) -> Tensor:
+        if self._window is None:
+            return tensor.reshape(1, -1, tensor.shape[-1])
         rows = self._sequences * self._window
         batched = tensor.dim() == 3 and tensor.shape[:2] == (self._sequences, self._window)
         if not batched and not (tensor.dim() == 2 and tensor.shape[0] == rows):

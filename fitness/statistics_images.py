@@ -52,7 +52,7 @@ def image_statistics(
 
     Raises:
         InvalidInput: unknown names, those of text alone or inside a block, or no images.
-        EvopruneError: a statistic is not finite, or layers get no equal number of tokens of each image.
+        EvopruneError: a statistic is not finite, or a layer runs more than once for an image.
     """
     stored = stored_names(names)
     if images.dim() != 4 or not len(images) or not images.is_floating_point():
@@ -113,7 +113,7 @@ class _Passes:
         self._classifier, self._images, self._progress = classifier, images, progress
         self._gradients = stored & GRADIENT_NAMES
         self._forward = stored - GRADIENT_NAMES
-        self._done = 0
+        self._done, self._batch = 0, 1
         self.tokens = 0
 
     def run(self) -> tuple[Results, dict[str, str], dict[str, int]]:
@@ -127,7 +127,7 @@ class _Passes:
             if self._forward:
                 sums = ForwardSums(self._classifier.sites, self._forward)
                 with torch.no_grad(), sums.hooked():
-                    for part in self._batches():
+                    for part in self._batches(IMAGES_AT_ONCE):
                         self._classifier.model(pixel_values=part)
                 _merge(found, sums.results(len(self._images)))
                 leaders, rows = sums.leaders, sums.rows
@@ -141,22 +141,24 @@ class _Passes:
         scale = loss_scale(self._classifier.model.dtype)
         sums = GradientSums(self._classifier.sites, self._gradients, scale)
         with torch.enable_grad(), sums.tapped():
-            for part in self._batches():
+            # One at a time: families that merge patches have other numbers of tokens in each stage.
+            for image in self._batches(1):
                 # Frozen weights build no graph: it starts at the images.
-                logits = self._classifier.model(pixel_values=part.requires_grad_(True)).logits
-                sums.expect(len(part), self.tokens)
-                (logits.float().square().mean(1).sum() * scale).backward()
+                logits = self._classifier.model(pixel_values=image.requires_grad_(True)).logits
+                sums.expect(1, None)
+                (logits.float().square().mean() * scale).backward()
         return sums.results(len(self._images))
 
-    def _batches(self) -> Iterable[Tensor]:
+    def _batches(self, size: int) -> Iterable[Tensor]:
         passes = bool(self._forward) + bool(self._gradients)
-        for part in self._images.split(IMAGES_AT_ONCE):
+        for part in self._images.split(size):
+            self._batch = len(part)
             yield self._classifier.given(part).detach().clone()
             self._done += len(part)
             self._progress(self._done, passes * len(self._images))
 
     def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.tokens = args[0].shape[-2]
+        self.tokens = args[0].numel() // args[0].shape[-1] // self._batch
 
 
 def _merge(found: Results, more: Results) -> None:

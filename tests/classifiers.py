@@ -18,8 +18,12 @@ ARCHITECTURES = {
     "vit": "ViTForImageClassification",
     "deit": "DeiTForImageClassificationWithTeacher",
     "dinov2": "Dinov2ForImageClassification",
+    "swin": "SwinForImageClassification",
 }
 FAMILIES = tuple(ARCHITECTURES)
+# Of those that merge patches from stage to stage: its blocks have other sizes.
+_STAGES = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2, "image_size": SIZE,
+           "patch_size": 2, "num_labels": CLASSES}  # fmt: skip
 
 
 def tiny_vit(family: str = "vit", *, seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -28,7 +32,7 @@ def tiny_vit(family: str = "vit", *, seed: int = 0, **changes: object) -> PreTra
         "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 64,
         "mlp_ratio": 2, "image_size": SIZE, "patch_size": 4, "num_labels": CLASSES,
     }  # fmt: skip
-    config = AutoConfig.for_model(family, **(settings | changes))
+    config = AutoConfig.for_model(family, **((_STAGES if family == "swin" else settings) | changes))
     config.dtype = torch.float32
     config.architectures = [ARCHITECTURES[family]]
     with torch.random.fork_rng():

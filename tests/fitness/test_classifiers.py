@@ -16,7 +16,6 @@ from evoprune.metrics.errors import InvalidInput
 from tests.classifiers import (
     CLASSES,
     FAMILIES,
-    LAYERS,
     SIZE,
     random_images,
     save_images,
@@ -39,7 +38,9 @@ def test_sites_are_the_linear_layers_of_the_blocks(family: str, tmp_path: Path) 
     loaded = load_classifier(str(save_tiny_vit(tmp_path / "model", family)))
     linear = {name for name, module in loaded.model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {bound.site.name for bound in loaded.sites} == {name for name in linear if "classifier" not in name}
-    assert [bound.site.block for bound in loaded.sites] == [block for block in range(LAYERS) for _ in range(6)]
+    # A stage of Swin also merges patches, but for the last.
+    merging = 1 if family == "swin" else 0
+    assert [bound.site.block for bound in loaded.sites] == [0] * (6 + merging) + [1] * 6
     assert loaded.logits(IMAGES).shape == (20, CLASSES)
     plain = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
@@ -53,14 +54,15 @@ def test_statistics_are_those_of_autograd_and_of_inputs_by_hand(family: str) -> 
     layers = {bound.site.name: other.get_submodule(bound.site.name) for bound in classifier.sites}
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0][0].detach()))
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].detach().flatten(0, -2)))
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     for image in IMAGES:
         other.zero_grad()
         other(pixel_values=image[None]).logits.square().mean().backward()
         for name, layer in layers.items():
             gradients[name].append(layer.weight.grad.clone())
-    assert (statistics.sequences, statistics.tokens) == (20, 20 * ((SIZE // 4) ** 2 + (2 if family == "deit" else 1)))
+    tokens = {"vit": 16 + 1, "dinov2": 16 + 1, "deit": 16 + 2, "swin": 64}[family]
+    assert (statistics.sequences, statistics.tokens) == (20, 20 * tokens)
     for name in layers:
         rows, steps = torch.cat(inputs[name]), torch.stack(gradients[name])
         found = statistics.site_statistics(name, {"H", "X_l2", "G_mean", "G_l2"})
