@@ -74,10 +74,15 @@ class ImageClassifier:
         return images.to(self.model.device, self.model.dtype)
 
 
-def is_classifier(name: str) -> bool:
-    """Whether a local folder holds an image classifier."""
+def is_classifier(name: str, revision: str | None = None) -> bool:
+    """Whether a local folder or a Hub id holds an image classifier; of the latter only descriptions are fetched.
+
+    Raises:
+        InvalidInput: there is no such model, or it cannot be reached.
+    """
+    folder = model_folder(name, revision=revision, trust_remote_code=False, weights=False)
     try:
-        facts = json.loads((user_path(name) / "config.json").read_text(encoding="utf-8")) if name else None
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
     architectures = facts.get("architectures") if isinstance(facts, dict) else None
@@ -100,11 +105,11 @@ def load_classifier(
     """
     target = device_of(device)
     chosen = dtype_of(dtype, target)
-    folder = model_folder(name, revision=revision, trust_remote_code=False, weights=True)
-    if not is_classifier(str(folder)):
+    if not is_classifier(name, revision):
         raise InvalidInput(
             f"{name[:200]} is no image classifier: give a folder of one, such as ViTForImageClassification"
         )
+    folder = model_folder(name, revision=revision, trust_remote_code=False, weights=True)
     try:
         with silence():
             model, info = AutoModelForImageClassification.from_pretrained(

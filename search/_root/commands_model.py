@@ -292,7 +292,8 @@ def prune(
             "progress": output.step,
         }
         target = {**shared, "budgets": _budgets(budget or [])}
-        pipeline, classifier = is_pipeline(model), is_classifier(model)
+        pipeline = is_pipeline(model)
+        classifier = not pipeline and is_classifier(model, revision)
         pruned: Removal
         if classifier:
             beside = {f"--{name.replace('_', '-')}": value for name, value in training.items()}

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForImageClassification
 
 import evoprune
-from evoprune.fitness.classifiers import agreement, classifier_of, load_classifier, read_images
+from evoprune.fitness import hub
+from evoprune.fitness.classifiers import agreement, classifier_of, is_classifier, load_classifier, read_images
 from evoprune.fitness.statistics_images import image_statistics
 from evoprune.metrics.errors import InvalidInput
 from tests.classifiers import (
@@ -157,6 +158,20 @@ def test_what_cannot_be_is_refused(make: Callable[[], object], said: str) -> Non
     with pytest.raises(InvalidInput, match=said) as refusal:
         make()
     assert "\n" not in str(refusal.value)
+
+
+def test_of_a_hub_id_descriptions_alone_say_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = save_tiny_vit(tmp_path / "model"), []
+
+    def download(name: str, **options: object) -> str:
+        asked.append((name, options["revision"], "*.safetensors" in options["allow_patterns"]))  # type: ignore[operator]
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert is_classifier("somebody/vit", "v2")
+    assert asked == [("somebody/vit", "v2", False)]
+    assert load_classifier("somebody/vit", revision="v2").folder == folder
+    assert asked[1:] == [("somebody/vit", "v2", False), ("somebody/vit", "v2", True)]
 
 
 def test_other_models_are_refused(tmp_path: Path) -> None:
