@@ -75,6 +75,8 @@ def prune_classifier(
     rule = _rule(criterion, own, sparsity, pattern, group, allocation, compressor)
     if isinstance(compressor_of(compressor), AtRunTime):
         raise InvalidInput(f"compressor {compressor!r} is of language models: give one of weights, such as block")
+    if own is not None and allocation_parameters:
+        raise InvalidInput(f"parameter {min(allocation_parameters)!r} is of an allocator, and this allocation is there")
     allocator = None if allocation is None or own is not None else configured(str(allocation), allocation_parameters)
     needs = needed_statistics(criterion, compressor)
     if allocator is not None:

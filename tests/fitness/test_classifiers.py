@@ -13,6 +13,7 @@ import evoprune
 from evoprune.fitness import hub
 from evoprune.fitness.classifiers import agreement, classifier_of, is_classifier, load_classifier, read_images
 from evoprune.fitness.statistics_images import image_statistics
+from evoprune.metrics.allocation_file import write_allocation
 from evoprune.metrics.errors import InvalidInput
 from tests.classifiers import (
     CLASSES,
@@ -107,6 +108,21 @@ def test_blocks_go_where_slopes_say() -> None:
         agreement(dense, pruned.classifier.logits(IMAGES))["kl"]
         < agreement(dense, uniform.classifier.logits(IMAGES))["kl"]
     )
+
+
+def test_an_allocation_of_a_file_is_met(tmp_path: Path) -> None:
+    classifier, file = tiny_classifier(), tmp_path / "allocation.json"
+    found = evoprune.prune_classifier(classifier, metric="magnitude", sparsity=0.4, allocation="erk").allocation
+    assert found is not None
+    write_allocation(found, file)
+    again = evoprune.prune_classifier(classifier, metric="magnitude", allocation=file)
+    assert {layer.name: layer.removed for layer in again.layers} == {site.name: site.removed for site in found.sites}
+    for options, said in (
+        ({"sparsity": 0.5}, r"the allocation's budget is 0.4, not 0.5"),
+        ({"allocation_parameters": {"power": 1}}, "parameter 'power' is of an allocator, and this allocation is there"),
+    ):
+        with pytest.raises(InvalidInput, match=said):
+            evoprune.prune_classifier(classifier, metric="magnitude", allocation=found, **options)
 
 
 def test_agreement_by_hand() -> None:
