@@ -131,6 +131,7 @@ class JointComparison:
             "kind": KIND.name,
             "model": config.model.name,
             "target": f"{config.target.sparsity:g}",
+            "compressor": config.target.compressor,
             "objective": config.objective,
             "seed": config.seed,
             "rounds": config.rounds,

@@ -12,6 +12,7 @@ from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.records import Group
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.identity import versions
+from evoprune.search.removal import PLAIN, compressor_option, followed_by
 
 
 def winner_export(
@@ -44,7 +45,8 @@ def winner_export(
     return MetricExport(
         Metric(expression, group, f"evoprune run {result['run']}"),
         rule=config.target.rule,
-        title=f"found by evoprune on {config.model.name} at {result['target']}{_allocated(result)}",
+        title=f"found by evoprune on {config.model.name} at {result['target']}{_allocated(result)}"
+        f"{followed_by(result['compressor'])}",
         provenance={
             "run": result["run"],
             "created": identity["created"],
@@ -60,6 +62,7 @@ def winner_export(
                 "dtype": dtype,
             },
             "seed": config.seed,
+            "compressor": config.target.compressor,
             "fitness": f"{config.objective} {best['fitness']:.5f} ± {best['stderr']:.5f} on {tokens[-1]} tokens",
             "evaluations": result["evaluations"],
             "parents": best["parents"],
@@ -92,8 +95,9 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
         "",
         f"    {export.metric.expression.text}",
         "",
-        f"`metric.py` needs nothing but torch; `evoprune prune MODEL --metric metric.json` uses it. {_same(export)}",
+        f"`metric.py` needs nothing but torch; `{_command(result)}` uses it. {_same(export)}",
         "",
+        *_compressed(result),
         "| | perplexity | loss | KL | minus winner's |",
         "| --- | ---: | ---: | ---: | ---: |",
         *(_row(name, heldout, difference) for name, heldout, difference in rows),
@@ -105,6 +109,22 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
         f"{result['evaluations']} evaluations.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _command(result: Mapping[str, Any]) -> str:
+    return f"evoprune prune MODEL --metric metric.json{compressor_option(result)}"
+
+
+def _compressed(result: Mapping[str, Any]) -> list[str]:
+    """What has to be known of the numbers below where masks were not all."""
+    compressor = result["compressor"]
+    if compressor == PLAIN:
+        return []
+    return [
+        f"What every metric keeps was compressed by `{compressor}` before it was measured, that of the baselines too: "
+        "this one was found for masks that are followed by it.",
+        "",
+    ]
 
 
 def _row(name: str, heldout: Mapping[str, Any], winner_minus_this: Mapping[str, float] | None) -> str:

@@ -154,6 +154,7 @@ class MetricComparison:
             "target": str(self._rule),
             "group": self._rule.group,
             "allocation": None if self._allocation is None else described_allocation(self._allocation),
+            "compressor": config.target.compressor,
             "objective": config.objective,
             "seed": config.seed,
             "evaluations": evaluations,
@@ -239,8 +240,13 @@ class MetricComparison:
 
 
 def described_allocation(allocation: Allocation) -> dict[str, Any]:
-    """What a result says of the allocation that candidates were masked at: who made it, and what matrices lose."""
-    return {"allocator": allocation.allocator, "sparsity": allocation.sparsity, "sites": allocation.by_name()}
+    """What a result says of the allocation that candidates were masked at: who made it, and what matrices lose.
+
+    Also for which compressor it was searched, if it says so.
+    """
+    searched = {name: value for name, value in allocation.parameters.items() if name == "compressor"}
+    described = {"allocator": allocation.allocator, "sparsity": allocation.sparsity, "sites": allocation.by_name()}
+    return described | searched
 
 
 def criterion_json(expression: Expression) -> dict[str, Any]:

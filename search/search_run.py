@@ -210,7 +210,8 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
     def _announce(self, prepared: Summary, executor: Executor) -> None:
         """What the search will cost, before it starts."""
         facts, config, plan = prepared.facts, self.config, self.plan()
-        pace = plan.per_candidate * self._seconds_per_token / max(executor.workers, 1)
+        seconds = plan.per_candidate * self._seconds_per_token + self._compressor_seconds
+        pace = seconds / max(executor.workers, 1)
         if config.evaluations is None:
             cost = f"{config.minutes:g} min: expect {60 * (config.minutes or 0) / pace:,.0f} candidates"
         else:
@@ -224,6 +225,11 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             f"{' / '.join(f'{tokens:,}' for tokens in plan.tokens)} tokens by {plan.step}, about "
             f"{plan.per_candidate:,.0f} a candidate; {cost}"
         )
+        if self._compressor_seconds:
+            self.progress.line(
+                f"{self.context.compressor} takes {self._compressor_seconds:.2g} s of a candidate, the forward passes "
+                f"{seconds - self._compressor_seconds:.2g} s"
+            )
         self.progress.line(memory_line(facts, self.context.statistics))
         if executor.workers > plan.busy_workers:
             self.progress.line(f"warning: {executor.workers} workers and {plan.crowded(executor.workers)}")

@@ -20,7 +20,7 @@ from evoprune.search.calibration import calibration_options
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
-from evoprune.search.removal import PLAIN, removed_by
+from evoprune.search.removal import PLAIN, compressor_option, followed_by, removed_by
 from evoprune.search.result import measured_on
 
 _STATUS_STYLES = {
@@ -144,6 +144,7 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     target = f"{'--pattern' if ':' in str(result['target']) else '--sparsity'} {result['target']}"
     if result.get("allocation") is not None:
         target = f"--allocation {shlex.quote(str(metric.with_name('allocation.json')))}"
+    target += compressor_option(result)
     ways = {
         "python": str(metric),
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
@@ -355,14 +356,16 @@ def target_text(result: Mapping[str, Any]) -> str:
         fewer = f"fewer {COUNTED[result['cost']]} in heads and MLPs"
         return target if ":" in target else f"{100 * float(target):.4g}% {fewer}"
     if result["kind"] == "joint":
-        return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
+        followed = followed_by(result.get("compressor", PLAIN))
+        return f"{100 * float(target):.4g}% sparsity, metric{followed} and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":
         if result.get("drop_only"):
             return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"
         return f"{100 * float(target):.4g}% sparsity by {_remover(result)}"
+    followed = followed_by(result.get("compressor", PLAIN))
     if (allocation := result.get("allocation")) is not None:
-        return f"{100 * float(target):.4g}% sparsity, allocated by {allocation['allocator']}"
-    return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"
+        return f"{100 * float(target):.4g}% sparsity, allocated by {allocation['allocator']}{followed}"
+    return f"{target if ':' in target else f'{100 * float(target):.4g}% sparsity per ' + result['group']}{followed}"
 
 
 def _remover(result: Mapping[str, Any]) -> str:

@@ -77,6 +77,29 @@ PruneGroup = Annotated[
         default="the criterion's own",
     ),
 ]
+SearchCompressor = Annotated[
+    str | None,
+    option(
+        "--compressor",
+        metavar="C",
+        help="what the other weights become: one of `evoprune list compressors`, such as refit or obq:bits=3",
+        panel=TARGET,
+        default="mask",
+        autocompletion=completion.plugins("evoprune.fitness.compressors"),
+    ),
+]
+MetricCompressor = Annotated[
+    str | None,
+    option(
+        "--compressor",
+        metavar="C",
+        help="what the other weights become, for every candidate anew: one of `evoprune list compressors` that reads a "
+        "metric, such as refit:steps=10",
+        panel=TARGET,
+        default="mask",
+        autocompletion=completion.plugins("evoprune.fitness.compressors"),
+    ),
+]
 
 # Model
 Dtype = Annotated[
