@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from evoprune.fitness.block_hooks import beside_hidden, input_replaced, input_seen, output_seen, passing_through
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Batch, Sequences, forward_batches
+from evoprune.fitness.statistics_forward import ForwardSums
 from evoprune.fitness.statistics_passes import FORWARD_TOKENS
 
 See = Callable[[Tensor], None]
@@ -61,9 +62,17 @@ class BlockWalk:
             to: the block that becomes the present one, with what it is given when those before it run as they are now;
                 None stops at the last layer of `see`.
         """
+        hidden = self._forward(see, to, None)
+        if to is not None:
+            self._hidden, self.at = hidden, to
+
+    def _forward(self, see: Mapping[nn.Module, See], to: int | None, sums: ForwardSums | None) -> list[Tensor]:
+        """What the block `to` is given, batch by batch; the walk stays where it is."""
         hidden: list[Tensor] = []
         for number, batch in enumerate(self._batches):
             waiting = set(see)
+            if sums is not None:
+                sums.expect(batch)
             with suppress(_Enough), ExitStack() as stack:
                 if self.at:
                     stack.enter_context(self._from(self._hidden[number]))
@@ -75,8 +84,23 @@ class BlockWalk:
                         stack.enter_context(output_seen(self._blocks[index], partial(self._learn, index)))
                     stack.enter_context(input_seen(self._blocks[to], partial(_keep, hidden)))
                 self._body(**batch.to(self._device).inputs, use_cache=False)
-        if to is not None:
-            self._hidden, self.at = hidden, to
+        return hidden
+
+    @torch.no_grad()
+    def collect(self, sums: ForwardSums, *, move: bool = False) -> None:
+        """Run the text through the present block, while `sums`, of matrices in this block, listen.
+
+        Args:
+            sums: what listens.
+            move: let the block behind become the present one, if there is one.
+        """
+        with sums.hooked():
+            if self.at + 1 == len(self._blocks):
+                self._forward({}, None, sums)
+            else:
+                hidden = self._forward({}, self.at + 1, sums)
+                if move:
+                    self._hidden, self.at = hidden, self.at + 1
 
     @contextmanager
     def _from(self, hidden: Tensor) -> Iterator[None]:

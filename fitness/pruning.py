@@ -9,9 +9,16 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import AtRunTime, Goal, Limited, compress, compressor_of
+from evoprune.fitness.compressors import (
+    AtRunTime,
+    Goal,
+    Limited,
+    compress,
+    compressor_of,
+    relative_output_error,
+)
 from evoprune.fitness.factored import FactoredLinear, refuse_factored
-from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.statistics_reader import Replayed, SiteStatistics
 from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
@@ -25,7 +32,7 @@ from evoprune.metrics.terminals import STATISTICS
 DEFAULT_SPARSITY = 0.5
 
 # What the relative output error of a layer is measured with, the better one first.
-_OF_ERROR = ("H", "X_ss")
+OF_ERROR = ("H", "X_ss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +43,16 @@ class PrunedLayer:
         name: module path.
         shape: (out, in).
         removed: weights that went.
-        error: relative output error, 0 = lossless and 1 = the layer deleted; None without statistics of its inputs.
+        error: relative output error, 0 = lossless and 1 = the layer deleted, on the inputs that the matrix has in the
+            dense model; None without statistics of its inputs.
+        path_error: the same on the inputs that it has in the pruned model; None unless it was pruned in replay.
     """
 
     name: str
     shape: tuple[int, int]
     removed: int
     error: float | None
+    path_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -123,7 +133,7 @@ def prune_model(
     criterion: Criterion,
     rule: MaskRule,
     *,
-    statistics: Statistics | None = None,
+    statistics: SiteStatistics | None = None,
     compressor: str = "mask",
     allocation: Allocation | None = None,
     modules: bool = False,
@@ -135,7 +145,8 @@ def prune_model(
         language_model: dense, or pruned before: its weights are scored as they are.
         criterion: gives the scores, low = removed first.
         rule: how many weights go, and what their scores are compared within; see `mask_rule`.
-        statistics: at least `needed_statistics`; None if those are none.
+        statistics: at least `needed_statistics`; None if those are none. They are asked for matrix by matrix in model
+            order, each before it changes, so that they may depend on what became of the blocks before.
         compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
             `rule` must be the sparsity of its budget, by row.
@@ -172,7 +183,7 @@ def reach(
     language_model: Prunable,
     goals: Iterable[tuple[SiteModule, Goal]],
     *,
-    statistics: Statistics | None = None,
+    statistics: SiteStatistics | None = None,
     compressor: str = "mask",
     modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -197,8 +208,9 @@ def reach(
         site, weight = bound.site, bound.weight()
         names = set(plugin.needs)
         if statistics is not None:
-            names.update([name for name in _OF_ERROR if name in statistics.names][:1])
+            names.update([name for name in OF_ERROR if name in statistics.names][:1])
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
+        before = weight.float().clone() if isinstance(statistics, Replayed) else None
         try:
             result = compress(compressor, weight, goal, given)
         except (InvalidCandidate, InvalidInput) as error:
@@ -213,7 +225,16 @@ def reach(
             removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
+        lost, on_path = result.error, None
+        if isinstance(statistics, Replayed) and before is not None:
+            dense = statistics.dense_inputs(site.name, weight.device)
+            on_path, lost = (
+                lost,
+                relative_output_error(
+                    before, result.weight.float(), gram=dense.get("H"), input_squares=dense.get("X_ss")
+                ),
+            )
+        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, lost, on_path))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 
@@ -250,7 +271,7 @@ def _masks(
     language_model: Prunable,
     criterion: Criterion,
     rule: MaskRule,
-    statistics: Statistics | None,
+    statistics: SiteStatistics | None,
     allocation: Allocation | None,
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """What a criterion removes from every matrix, one at a time unless scores are compared across all of them."""
@@ -293,7 +314,7 @@ def _count(site: Site, rule: MaskRule) -> int:
     return removed_count(rule.sparsity, site.weights)
 
 
-def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: Statistics | None) -> Tensor:
+def site_scores(bound: SiteModule, criterion: Criterion, rule: MaskRule, statistics: SiteStatistics | None) -> Tensor:
     """Scores of one matrix by a criterion.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,34 @@ from evoprune.metrics.terminals import FREE_TERMINALS, TERMINALS
 
 # Along more rows than this a statistic may not be all zero (symbolic pruning metrics, section 3.7).
 DEAD_ROWS = 0.01
+
+
+class SiteStatistics(Protocol):
+    """Statistics of the matrices of one model, wherever they come from.
+
+    Attributes:
+        names: what `site_statistics` can give.
+        manifest: what they were made from.
+    """
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+    def site_statistics(self, site: str, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Several statistics of one site, private and float32; terminals that need no data are passed over."""
+        ...
+
+
+@runtime_checkable
+class Replayed(Protocol):
+    """Statistics of a model whose blocks are pruned one after the other, which know the dense model's beside them."""
+
+    def dense_inputs(self, site: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """``H`` or ``X_ss`` of the inputs that a site has in the dense model."""
+        ...
 
 
 class Statistics:

@@ -224,17 +224,19 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         document: as `prune --json` prints it.
     """
     measured = any(layer["error"] is not None for layer in document["layers"])
+    replayed = any("path_error" in layer for layer in document["layers"])
     metrics = document.get("policy", {}).get("sites", {})
     inputs = {row["name"]: row["sparsity"] for row in document.get("thresholds", ())}
     more = [
         *(["inputs let go"] if inputs else []),
         *(["output error"] if measured else []),
+        *(["path error"] if replayed else []),
         *(["metric"] if metrics else []),
     ]
     table = plain_box("matrix", "shape", "sparsity", *more)
     for layer in document["layers"]:
         share = [f"{inputs.get(layer['name'], 0):.4f}"] if inputs else []
-        error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
+        error = [f"{layer[name]:.5f}" for name in ("error", "path_error") if layer.get(name) is not None]
         metric = [Text(metrics[layer["name"]], overflow="fold")] if metrics else []
         shape = " × ".join(str(size) for size in layer["shape"])
         table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *share, *error, *metric)

@@ -21,6 +21,7 @@ from evoprune.calibration import (
     default_window,
     loaded,
     silent,
+    token_choice,
 )
 from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.adapters import list_sites, rebind, zero_fraction
@@ -36,8 +37,9 @@ from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
+from evoprune.fitness.replay import Replay, check_replay, dense_names
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
-from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.statistics_reader import SiteStatistics
 from evoprune.fitness.tasks import load_tasks
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
@@ -77,6 +79,7 @@ def prune(
     allocation_parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str | None = None,
+    accumulation: Literal["dense", "path"] | None = None,
     policy: str | Path | LearnedPolicy | None = None,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
@@ -112,6 +115,9 @@ def prune(
             the weights that stay make up for it. ``scap`` removes no weights: it lets that share of the inputs of every
             prunable matrix go at run time, or, without a `sparsity`, shares of its own by kind of matrix. None is the
             one that `allocation` was searched for, if its file says so, else ``mask``.
+        accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks (the default), or
+            those before it as they are now pruned, ``path``, which takes up no errors of theirs; see
+            `evoprune.fitness.replay`. Gradients and allocators read the dense model in either case.
         policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
@@ -145,6 +151,7 @@ def prune(
             "allocation_parameters": allocation_parameters,
             "budgets": budgets,
             "compressor": compressor,
+            "accumulation": accumulation,
         }
         if told := [name for name, value in beside.items() if value is not None]:
             raise InvalidInput(f"a policy says by itself what goes: leave out {told[0]}")
@@ -162,6 +169,7 @@ def prune(
             progress=progress,
             **loading,
         )
+    check_choice("accumulation", accumulation or "dense", ("dense", "path"))
     criterion = load_metric(metric) if isinstance(metric, str) else metric
     named = "uniform" if allocation is None and budgets else allocation
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
@@ -181,6 +189,8 @@ def prune(
     )
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     check_rule(language_model, rule, compressor)
+    if accumulation == "path":
+        check_replay(language_model, rule, compressor)
     if modules:
         check_modular(language_model.model, cut=language_model.cut)
     begun = None if recovers is None else recovers.started(language_model)
@@ -195,7 +205,7 @@ def prune(
     own = given.resolved(language_model, criterion, text)
     if own is not None:
         rule = MaskRule(own.sparsity)
-    statistics: Statistics | None = None
+    statistics: SiteStatistics | None = None
     thresholds: tuple[Thresholded, ...] = ()
     # Weights that a search has measured come out again, bit for bit, from sums in the same order.
     with torch_threads(given.provenance.threads):
@@ -208,7 +218,10 @@ def prune(
             )
             layers = pruned_before(language_model, {found.name: found.error for found in thresholds})
         else:
-            statistics = collect_statistics(language_model, needs, **text) if needs else None
+            if accumulation == "path":
+                statistics = _replay(language_model, needs, **text)
+            elif needs:
+                statistics = collect_statistics(language_model, needs, **text)
             layers = prune_model(
                 language_model,
                 criterion,
@@ -230,6 +243,7 @@ def prune(
         allocation=own,
         modules=modules,
         statistics=statistics,
+        accumulation=accumulation or "dense",
         recovers=recovers is not None,
         text=text,
     )
@@ -242,6 +256,7 @@ def prune(
         criterion=criterion_label(metric, criterion) if plugin.reads_criterion else None,
         rule=rule,
         compressor=compressor,
+        accumulation=None if statistics is None else accumulation or "dense",
         layers=layers,
         recovery=recovered,
         allocation=own,
@@ -257,6 +272,7 @@ def prune(
         "group": rule.group,
         "allocation": None if own is None else to_json(own),
         "compressor": compressor,
+        "accumulation": pruned.accumulation,
         "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
     }
     kept = ["removed", "prunable", "layers"]
@@ -410,7 +426,27 @@ def own_copy(language_model: LanguageModel) -> LanguageModel:
     return replace(language_model, model=model, sites=rebind(language_model.sites, model))
 
 
-def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
+def _replay(
+    language_model: LanguageModel,
+    needs: Iterable[str],
+    *,
+    calibration: str,
+    calibration_sequences: int,
+    calibration_window: int | None,
+    tokens: str | TokenChoice,
+    seed: int,
+    progress: Progress,
+) -> Replay:
+    """Statistics behind pruned blocks; arguments as of `collect_statistics`."""
+    text: dict[str, Any] = {"calibration": calibration, "calibration_sequences": calibration_sequences, "seed": seed}
+    text |= {"calibration_window": calibration_window, "tokens": tokens, "progress": progress}
+    gradients = dense_names(needs)
+    dense = collect_statistics(language_model, gradients, **text) if gradients else None
+    windows = calibration_windows(language_model, calibration, calibration_sequences, calibration_window, seed)
+    return Replay(language_model, windows, needs, dense=dense, tokens=token_choice(tokens))
+
+
+def _described(statistics: SiteStatistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
     """What a recipe says of the calibration."""
     return {
         "text": public_name(text),

@@ -99,6 +99,16 @@ def prune(
             autocompletion=completion.plugins("evoprune.fitness.compressors"),
         ),
     ] = None,
+    accumulation: Annotated[
+        Literal["dense", "path"] | None,
+        option(
+            "--accumulation",
+            help="what calibration text has gone through when it reaches a block: dense blocks, or those before it as "
+            "they are now pruned",
+            panel=TARGET,
+            default="dense",
+        ),
+    ] = None,
     allocation: Annotated[
         str | None,
         option(
@@ -226,6 +236,7 @@ def prune(
             "--metric": metric,
             "--group": group,
             "--compressor": compressor,
+            "--accumulation": accumulation,
             "--allocation-set": allocation_set,
             "--budget": budget,
         }
@@ -301,6 +312,8 @@ def prune(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
                 )
+            if accumulation == "path":
+                raise InvalidInput("a pipeline is pruned by statistics of the dense one: leave out --accumulation path")
             prompts = None if calibration is None else read_prompts(calibration)
             pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, seed=seed, **target)
         else:
@@ -310,6 +323,7 @@ def prune(
                 group=group,
                 allocation=allocation,
                 compressor=compressor,
+                accumulation=accumulation,
                 form=form,
                 tokens=tokens,
                 seed=seed,

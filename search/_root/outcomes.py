@@ -101,10 +101,7 @@ class Smaller:
             "allocation": None,
             "recovery": None if self.recovery is None else self.recovery.to_json(),
             **({} if self.policy is None else {"policy": dict(self.policy)}),
-            "layers": [
-                {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
-                for layer in self.layers
-            ],
+            "layers": [_of_layer(layer) for layer in self.layers],
         }
 
 
@@ -116,6 +113,8 @@ class Removal(Smaller):
         criterion: the name of the criterion, or its expression; None if the compressor read none.
         rule: how many weights went, and what their scores were compared within.
         compressor: what happened to the weights that stayed.
+        accumulation: what the text of the statistics had gone through, ``dense`` blocks or pruned ones, ``path``; None
+            if no statistics were read.
         allocation: the sparsity of each matrix; None if all had the same.
         merged: sparse cores and their wrappers were multiplied out, so that nothing is zero.
         thresholds: of layers whose inputs are let go at run time.
@@ -124,6 +123,7 @@ class Removal(Smaller):
     criterion: str | None
     rule: MaskRule
     compressor: str
+    accumulation: str | None = None
     allocation: Allocation | None = None
     merged: bool = False
     thresholds: tuple[Thresholded, ...] = ()
@@ -134,9 +134,15 @@ class Removal(Smaller):
             "pattern": str(self.rule) if self.rule.pattern else None,
             "criterion": self.criterion,
             "compressor": self.compressor,
+            "accumulation": self.accumulation,
             "allocation": None if self.allocation is None else self.allocation.summary(),
             **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
+
+
+def _of_layer(layer: PrunedLayer) -> dict[str, Any]:
+    facts = {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
+    return facts if layer.path_error is None else facts | {"path_error": layer.path_error}
 
 
 def _said(found: Thresholded) -> dict[str, Any]:
