@@ -47,7 +47,12 @@ class MetricWorker(ModelWorker):
             "finals": self._finals,
             "heldout": self._heldout,
             "agreement": self._agreement,
+            "replayed": self._replayed,
         }
+
+    def _restore(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator[1].restore()
 
     def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
         summary = super()._prepare(payload)

@@ -13,6 +13,7 @@ from evoprune.metrics.records import Group
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.identity import versions
 from evoprune.search.removal import PLAIN, compressor_option, followed_by
+from evoprune.search.replaying import NOTE, OPTION, REPLAYED
 
 
 def winner_export(
@@ -88,6 +89,9 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
     """The text of ``README.md``: what was found, and the held-out table."""
     own = result["best"]["heldout"]
     rows = [("dense", result["dense"]["heldout"], None), ("**winner**", own, None)]
+    replayed = result["best"].get("replayed")
+    if replayed is not None:
+        rows.append((REPLAYED, replayed, result["best"]["winner_minus_replayed"]))
     ranked = sorted(result["baselines"], key=lambda row: (row["heldout"]["loss"], row["name"]))
     rows += [(row["name"], row["heldout"], row["winner_minus_this"]) for row in ranked]
     lines = [
@@ -122,9 +126,15 @@ def _compressed(result: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"What every metric keeps was compressed by `{compressor}` before it was measured, that of the baselines too: "
-        "this one was found for masks that are followed by it.",
+        f"this one was found for masks that are followed by it.{_replayed(result)}",
         "",
     ]
+
+
+def _replayed(result: Mapping[str, Any]) -> str:
+    if result["best"].get("replayed") is None:
+        return ""
+    return f" {NOTE} That is what `{_command(result)}{OPTION}` writes."
 
 
 def _row(name: str, heldout: Mapping[str, Any], winner_minus_this: Mapping[str, float] | None) -> str:

@@ -19,6 +19,7 @@ from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
 from evoprune.search.loop import Birth, BirthLoop, Budget
+from evoprune.search.replaying import PHASE, Replayable
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Ask, Config, WorkerSession
 
@@ -173,6 +174,9 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
         self._watch.phase("measuring on held-out text")
         outcomes = ask(comparison.jobs())
         result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+        if isinstance(comparison, Replayable) and (job := comparison.replay()) is not None:
+            self._watch.phase(PHASE)
+            result["best"] |= comparison.replayed(ask([job], limited=False)[0])
         result["bit_reproducible"] = not self._admission.mixed
         result["images"] = self._facts["images"]
         comparison.export(self._run, result)

@@ -16,7 +16,7 @@ from evoprune.metrics.expression import parse
 from evoprune.search.calibration import calibration_options
 from evoprune.search.joint_steps import FOLDER
 from evoprune.search.removal import compressor_option
-from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
+from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box, prune_ways
 from evoprune.search.tables_allocation import map_table
 
 
@@ -63,6 +63,6 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "a step": f"evoprune show {shlex.quote(str(run / FOLDER / result['steps'][0]['step']))}",
-        "prune": prune_command(result, run),
+        **prune_ways(result, prune_command(result, run)),
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]

@@ -78,8 +78,11 @@ def commands(data: AllocationData) -> dict[str, str]:
     file, target = shlex.quote(str(data.run.path / "export" / "allocation.json")), data.config.target
     inside = removal_options(target.metric, target.compressor)
     with_winner = {
-        "Prune the model with the winner": f"evoprune prune {model} {inside} --allocation {file} --out pruned"
-        f"{document.same_statistics(data)}",
+        **document.pruning(
+            data,
+            "Prune the model with the winner",
+            f"evoprune prune {model} {inside} --allocation {file} --out pruned{document.same_statistics(data)}",
+        ),
         "Write the winner as EvoPress reads it": f"evoprune export {run} --to allocation.txt",
         **document.search_on(data),
         "Start another search of this model from the winner": (

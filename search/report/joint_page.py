@@ -69,7 +69,8 @@ def commands(data: JointData) -> dict[str, str]:
     run = shlex.quote(str(data.run.path))
     with_winner: dict[str, str] = {}
     if data.result is not None:
-        with_winner["Prune the model with both winners"] = prune_command(data.result, data.run.path)
+        command = prune_command(data.result, data.run.path)
+        with_winner |= document.pruning(data, "Prune the model with both winners", command)
         last = shlex.quote(str(data.run.path / FOLDER / data.result["steps"][-1]["step"]))
         with_winner["See what the last step found"] = f"evoprune show {last}"
         with_winner["Write the metric to a file"] = f"evoprune export {run} --to metric.py"

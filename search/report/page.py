@@ -148,8 +148,11 @@ def commands(data: ReportData) -> dict[str, str]:
         target = f"--allocation {shlex.quote(str(data.run.path / 'export' / 'allocation.json'))}"
     target += compressor_option(data.result or {"compressor": data.config.target.compressor})
     with_winner = {
-        "Prune a model with the winner": f"evoprune prune {model} --metric {metric} {target} --out pruned"
-        f"{document.same_statistics(data)}",
+        **document.pruning(
+            data,
+            "Prune a model with the winner",
+            f"evoprune prune {model} --metric {metric} {target} --out pruned{document.same_statistics(data)}",
+        ),
         **document.search_on(data),
         "Start another search from this front": f"evoprune search metric OTHER_MODEL --seed-from {run}",
     }
