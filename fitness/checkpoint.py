@@ -87,22 +87,13 @@ def write_checkpoint(
                 language_model.tokenizer.save_pretrained(partial)
             if language_model.multimodal:
                 _copy_processor(language_model.folder, partial)
-            _state_dtype_in_config(partial / "config.json", dtype)
+            state_dtype_in_config(partial / "config.json", dtype)
             if language_model.cut:
                 write_compact(language_model, partial)
             if modules := modules_of(model):
                 write_modular(model, partial)
             counts = _count(language_model, partial, state)
-            record = {
-                "format": FORMAT,
-                "evoprune": version("evoprune"),
-                "model": public_name(language_model.name),
-                "fingerprint": language_model.fingerprint,
-                "recipe": recipe,
-                "report": report,
-            }
-            text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-            write_atomically(partial / RECORD, text)
+            write_atomically(partial / RECORD, record_text(language_model, recipe, report))
             loading = Loading(auto_class(model.config).__name__, language_model.cut, bool(modules))
             again = bool(files)
             card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut, again=again)
@@ -110,11 +101,24 @@ def write_checkpoint(
             for name, content in (files or {}).items():
                 write_atomically(partial / name, content)
             _check_reload(language_model, partial, state, dtype)
-            _flush(partial)
-            _put_in_place(partial, out)
+            flush_folder(partial)
+            put_in_place(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def record_text(language_model: LanguageModel, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """What `evoprune.json` says: how which model was pruned, and numbers about it."""
+    record = {
+        "format": FORMAT,
+        "evoprune": version("evoprune"),
+        "model": public_name(language_model.name),
+        "fingerprint": language_model.fingerprint,
+        "recipe": recipe,
+        "report": report,
+    }
+    return json.dumps(record, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def check_out_dir(out_dir: Path | str) -> Path:
@@ -179,7 +183,7 @@ def _copy_processor(folder: Path | None, out: Path) -> None:
             shutil.copyfile(folder / name, out / name)
 
 
-def _state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
+def state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
     """Name in config.json the dtype of the files: transformers would name the one that the model computes in."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -229,14 +233,14 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return head is not None and head.get_parameter("weight") is model.get_input_embeddings().get_parameter("weight")
 
 
-def _flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Bring the files to the disk before the rename makes them count."""
     for file in folder.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def put_in_place(partial: Path, out: Path) -> None:
     """Rename `partial` to `out`; an older checkpoint there is moved aside first and deleted last."""
     if not out.exists():
         partial.rename(out)

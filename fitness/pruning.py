@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,15 +164,40 @@ def prune_model(
     """
     check_rule(language_model, rule, compressor)
     if allocation is not None:
-        if rule != MaskRule(allocation.sparsity):
-            raise InvalidInput(
-                f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}"
-            )
-        check_allocation(language_model, allocation)
+        check_allocation(language_model, allocation, rule)
+    return prune_sites(
+        language_model,
+        language_model.sites,
+        criterion,
+        rule,
+        statistics=statistics,
+        compressor=compressor,
+        allocation=allocation,
+        modules=modules,
+        progress=progress,
+    )
+
+
+def prune_sites(
+    language_model: Prunable,
+    sites: Sequence[SiteModule],
+    criterion: Criterion,
+    rule: MaskRule,
+    *,
+    statistics: SiteStatistics | None = None,
+    compressor: str = "mask",
+    allocation: Allocation | None = None,
+    modules: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PrunedLayer, ...]:
+    """`prune_model` for some matrices, in model order, once `check_rule` and `check_allocation` have passed.
+
+    Scores that are compared across the whole model are compared across these.
+    """
     if compressor_of(compressor).reads_criterion:
-        goals = _masks(language_model, criterion, rule, statistics, allocation)
+        goals = _masks(sites, criterion, rule, statistics, allocation)
     else:
-        goals = _counts(language_model, rule, allocation)
+        goals = _counts(sites, rule, allocation)
     return reach(
         language_model, goals, statistics=statistics, compressor=compressor, modules=modules, progress=progress
     )
@@ -257,18 +282,20 @@ def pruned_before(language_model: Prunable, errors: Mapping[str, float]) -> tupl
     )
 
 
-def check_allocation(language_model: Prunable, allocation: Allocation) -> None:
-    """Refuse an allocation of another model, or one that does not meet its own budget.
+def check_allocation(language_model: Prunable, allocation: Allocation, rule: MaskRule | None = None) -> None:
+    """Refuse an allocation of another model, one that does not meet its own budget, or one that `rule` contradicts.
 
     Raises:
         InvalidInput: names the first matrix that differs, or both sums.
     """
+    if rule is not None and rule != MaskRule(allocation.sparsity):
+        raise InvalidInput(f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}")
     allocation.check_budget()
     allocation.check(type(language_model.model).__name__, [bound.site for bound in language_model.sites])
 
 
 def _masks(
-    language_model: Prunable,
+    sites: Sequence[SiteModule],
     criterion: Criterion,
     rule: MaskRule,
     statistics: SiteStatistics | None,
@@ -276,12 +303,12 @@ def _masks(
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """What a criterion removes from every matrix, one at a time unless scores are compared across all of them."""
     if rule.group == "global" and rule.sparsity is not None:
-        scores = [site_scores(bound, criterion, rule, statistics) for bound in language_model.sites]
-        for bound, keep in zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True):
+        scores = [site_scores(bound, criterion, rule, statistics) for bound in sites]
+        for bound, keep in zip(sites, global_masks(scores, rule.sparsity), strict=True):
             yield bound, Goal.of_mask(keep)
         return
     own = {} if allocation is None else allocation.by_name()
-    for bound in language_model.sites:
+    for bound in sites:
         of_site = own_rule(rule, own, bound.site.name)
         if of_site is None:
             yield bound, Goal.of_mask(torch.zeros_like(bound.weight(), dtype=torch.bool))
@@ -292,11 +319,11 @@ def _masks(
 
 
 def _counts(
-    language_model: Prunable, rule: MaskRule, allocation: Allocation | None
+    sites: Sequence[SiteModule], rule: MaskRule, allocation: Allocation | None
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """How much goes of every matrix where a compressor chooses what."""
     own = {} if allocation is None else {site.name: site.removed for site in allocation.sites}
-    for bound in language_model.sites:
+    for bound in sites:
         site = bound.site
         if own:
             yield bound, Goal(own[site.name])

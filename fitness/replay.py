@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from evoprune.fitness.amia import TokenChoice
-from evoprune.fitness.block_walk import BlockWalk
+from evoprune.fitness.block_walk import BlockWalk, States
 from evoprune.fitness.compressors import AtRunTime, compressor_of
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pruning import OF_ERROR, PrunedLayer, needed_statistics, prune_model
@@ -93,30 +94,37 @@ def dense_names(names: Iterable[str]) -> frozenset[str]:
     return frozenset(names) & (GRADIENT_NAMES | REGIONAL_NAMES)
 
 
-def check_replay(language_model: LanguageModel, rule: MaskRule, compressor: str) -> None:
+def check_replay(
+    language_model: LanguageModel, rule: MaskRule, compressor: str, option: str = "accumulation path"
+) -> None:
     """Refuse what no walk through the blocks can do; worth asking before long work.
 
+    Args:
+        language_model, rule, compressor: as of `replayed`.
+        option: what asks for the walk, for messages.
+
     Raises:
-        InvalidInput: scores of all blocks are to be compared, a compressor works at run time, or matrices outside the
-            language model are to be pruned.
+        InvalidInput: scores of all blocks are to be compared, a compressor works at run time, or matrices of several
+            components are to be pruned.
         UnknownName: no such compressor.
     """
     if isinstance(compressor_of(compressor), AtRunTime):
-        raise InvalidInput(f"compressor {compressor!r} goes from block to block by itself: leave out accumulation path")
+        raise InvalidInput(f"compressor {compressor!r} goes from block to block by itself: leave out {option}")
     if rule.group == "global" and rule.pattern is None:
         raise InvalidInput(
-            "group global compares the scores of all blocks before the first is pruned: give another group, or "
-            "accumulation dense"
+            f"group global compares the scores of all blocks before the first is pruned: give another group, or leave "
+            f"out {option}"
         )
-    if language_model.components is not None and len({bound.site.component for bound in language_model.sites}) > 1:
-        raise InvalidInput("accumulation path goes through one component: leave out --components, or name one")
+    if len({bound.site.component for bound in language_model.sites}) > 1:
+        raise InvalidInput(f"{option} goes through one component: leave out --components, or name one")
 
 
-class Replay:
-    """Statistics of a model that is being pruned: of each block as it is reached, behind the blocks as they are then.
+class BlockByBlock:
+    """Statistics of the dense model, of one block at a time, each before it is pruned.
 
     They are collected when the first matrix of a block is asked for, and let go with the last; so blocks have to be
-    asked for in model order, and a matrix is asked for everything before it changes.
+    asked for in model order, and a matrix is asked for everything before it changes. They are the same, bit for bit, as
+    those of a pass through the whole model.
 
     Args:
         language_model: as it is before; its weights change between two blocks.
@@ -124,14 +132,21 @@ class Replay:
         names: terminals that need data, or ``H``.
         dense: statistics of gradients; see `replayed`.
         tokens: see `replayed`.
+        states: makes what the hidden states before a block are kept in, by the name of a walk.
+        begin: the first block that will be asked for; the walks are then told where they are.
 
     Attributes:
         names: what `site_statistics` gives: what was asked for, and what relative output errors are measured by.
         manifest: what they are made from, as far as a recipe says it.
+        walks: the texts on their way through the blocks, by name.
 
     Raises:
         UnknownName: a name is not a statistic.
+        InvalidInput: one is of gradients and not in `dense`, or undefined for the model or the text.
     """
+
+    walk_names: ClassVar[tuple[str, ...]] = ("dense",)
+    source: ClassVar[str] = "dense"
 
     def __init__(
         self,
@@ -141,27 +156,29 @@ class Replay:
         *,
         dense: Statistics | None = None,
         tokens: TokenChoice | None = None,
+        states: Callable[[str], States] = lambda name: [],
+        begin: int = 0,
     ) -> None:
         wanted = frozenset(names) - FREE_TERMINALS
         self._gradients = dense_names(wanted)
         if missing := self._gradients - (frozenset() if dense is None else dense.names):
             raise InvalidInput(f"{min(missing)} is of the dense model and was not collected: add it to the statistics")
         self._dense = dense
-        stored = stored_names(wanted - self._gradients)
-        if stored.isdisjoint(OF_ERROR):
-            stored |= {OF_ERROR[-1]}
-        refuse_undefined(language_model, sequences, stored)
-        self._stored = stored
-        self._of_error = next(name for name in OF_ERROR if name in stored)
-        self.names = stored | self._gradients | {root for root, square in SQUARE_ROOTS.items() if square in stored}
+        self._stored = self._completed(stored_names(wanted - self._gradients))
+        self.names = (
+            self._gradients | self._stored | {root for root, square in SQUARE_ROOTS.items() if square in self._stored}
+        )
+        refuse_undefined(language_model, sequences, self._stored)
         self._model = language_model
         self._sequences = sequences
-        settings = PassSettings(tokens=tokens)
-        self.manifest: dict[str, Any] = text_facts(sequences) | {"settings": asdict(settings)}
-        self._settings = settings
+        self._settings = PassSettings(tokens=tokens)
+        self.manifest: dict[str, Any] = text_facts(sequences) | {"settings": asdict(self._settings)}
         blocks = [name for name, _ in language_model.blocks()]
-        self._walks = {name: BlockWalk(language_model, blocks, [sequences]) for name in ("dense", "path")}
-        self._block = -1
+        self.walks = {
+            name: BlockWalk(language_model, blocks, [sequences], states=partial(states, name))
+            for name in self.walk_names
+        }
+        self._block = begin - 1
         self._found: dict[str, BlockStatistics] = {}
 
     def site_statistics(self, site: str, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -172,35 +189,67 @@ class Replay:
         """
         wanted = frozenset(names) - FREE_TERMINALS
         found = {} if self._dense is None else self._dense.site_statistics(site, wanted & self._gradients, device)
-        return found | self._at(site)["path"].site_statistics(site, wanted - self._gradients, device)
+        return found | self._at(site)[self.source].site_statistics(site, wanted - self._gradients, device)
+
+    def leave(self) -> None:
+        """Let the text through the present block as it now is, so that it is not needed any more."""
+        self._found = {}
+
+    def _completed(self, stored: frozenset[str]) -> frozenset[str]:
+        return stored
+
+    def _at(self, site: str) -> dict[str, BlockStatistics]:
+        block = next(bound.site.block for bound in self._model.sites if bound.site.name == site)
+        if block != self._block:
+            assert block == self._block + 1, "blocks are asked for in model order"
+            self._found = {}
+            self._found = self._reached(block)
+            self._block = block
+        return self._found
+
+    def _reached(self, block: int) -> dict[str, BlockStatistics]:
+        # What the dense blocks hand on has to go through this one before it changes.
+        return {"dense": self._collect("dense", block, self._stored, move=True)}
+
+    @torch.no_grad()
+    def _collect(self, name: str, block: int, stored: frozenset[str], *, move: bool) -> BlockStatistics:
+        sites = [bound for bound in self._model.sites if bound.site.block == block]
+        sums = forward_sums(self._model, sites, stored, self._settings)
+        self.walks[name].collect(sums, move=move)
+        return BlockStatistics(sums.results(len(self._sequences)), sums.leaders)
+
+
+class Replay(BlockByBlock):
+    """Statistics of a model that is being pruned: of each block as it is reached, behind the blocks as they are then.
+
+    Otherwise as `BlockByBlock`. Relative output errors are measured on dense inputs too, so there is always a statistic
+    to measure them by.
+    """
+
+    walk_names: ClassVar[tuple[str, ...]] = ("dense", "path")
+    source: ClassVar[str] = "path"
 
     def dense_inputs(self, site: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """What the relative output error on inputs from dense blocks is measured by: ``H`` or ``X_ss``."""
         return self._at(site)["dense"].site_statistics(site, [self._of_error], device)
 
-    def _at(self, site: str) -> dict[str, BlockStatistics]:
-        block = next(bound.site.block for bound in self._model.sites if bound.site.name == site)
-        if block != self._block:
-            self._reach(block)
-        return self._found
+    def leave(self) -> None:
+        """See `BlockByBlock`."""
+        super().leave()
+        self.walks["path"].run({}, to=self._block + 1)
 
-    @torch.no_grad()
-    def _reach(self, block: int) -> None:
-        assert block == self._block + 1, "blocks are replayed in model order"
-        self._found = {}
-        path, dense = self._walks["path"], self._walks["dense"]
-        if block:
-            path.run({}, to=block)
-        self._found["path"] = self._collect(path, block, self._stored, move=False)
-        # What the dense blocks hand on has to go through this one before it changes.
-        self._found["dense"] = self._collect(dense, block, frozenset({self._of_error}), move=True)
-        self._block = block
+    @property
+    def _of_error(self) -> str:
+        return next(name for name in OF_ERROR if name in self._stored)
 
-    def _collect(self, walk: BlockWalk, block: int, stored: frozenset[str], *, move: bool) -> BlockStatistics:
-        sites = [bound for bound in self._model.sites if bound.site.block == block]
-        sums = forward_sums(self._model, sites, stored, self._settings)
-        walk.collect(sums, move=move)
-        return BlockStatistics(sums.results(len(self._sequences)), sums.leaders)
+    def _completed(self, stored: frozenset[str]) -> frozenset[str]:
+        return stored | {OF_ERROR[-1]} if stored.isdisjoint(OF_ERROR) else stored
+
+    def _reached(self, block: int) -> dict[str, BlockStatistics]:
+        if self.walks["path"].at < block:
+            self.walks["path"].run({}, to=block)
+        path = self._collect("path", block, self._stored, move=False)
+        return {"path": path, "dense": self._collect("dense", block, frozenset({self._of_error}), move=True)}
 
 
 class BlockStatistics:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from evoprune.fitness.statistics_import import import_gradients
     from evoprune.metrics.allocation import Allocation
     from evoprune.metrics.shape import Shape
-    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedPipeline
+    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedFiles, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.policies import prune_policy
     from evoprune.recipes import prune_recipe
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from evoprune.searches_policy import search_policy
     from evoprune.searches_structure import search_structure
     from evoprune.shapes import prune_shape, prune_structure
+    from evoprune.streaming import prune_streamed
 
     __version__: str
 
@@ -40,6 +41,7 @@ _HOMES = {
     "CutModel": "evoprune.outcomes",
     "Evaluation": "evoprune.outcomes",
     "Pruned": "evoprune.outcomes",
+    "PrunedFiles": "evoprune.outcomes",
     "PrunedPipeline": "evoprune.outcomes",
     "Run": "evoprune.runs",
     "Shape": "evoprune.metrics.shape",
@@ -54,6 +56,7 @@ _HOMES = {
     "prune_pipeline": "evoprune.pipelines",
     "prune_policy": "evoprune.policies",
     "prune_recipe": "evoprune.recipes",
+    "prune_streamed": "evoprune.streaming",
     "prune_shape": "evoprune.shapes",
     "prune_structure": "evoprune.shapes",
     "resume": "evoprune.searches",
@@ -69,6 +72,7 @@ __all__ = [
     "CutModel",
     "Evaluation",
     "Pruned",
+    "PrunedFiles",
     "PrunedPipeline",
     "Run",
     "Shape",
@@ -85,6 +89,7 @@ __all__ = [
     "prune_policy",
     "prune_recipe",
     "prune_shape",
+    "prune_streamed",
     "prune_structure",
     "resume",
     "search_allocation",

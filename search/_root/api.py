@@ -49,7 +49,7 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.metrics.records import MaskRule
-from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
+from evoprune.outcomes import CutModel, Evaluation, Pruned, Removal, criterion_label
 from evoprune.recipe_file import of_weights
 from evoprune.recoveries import given_recovery
 
@@ -264,17 +264,7 @@ def prune(
         merged=isinstance(plugin, Wrapping) and not modules,
         thresholds=thresholds,
     )
-    recipe: dict[str, Any] = {
-        "criterion": pruned.criterion,
-        "source": None if pruned.criterion is None else criterion.source,
-        "sparsity": rule.sparsity,
-        "pattern": str(rule) if rule.pattern else None,
-        "group": rule.group,
-        "allocation": None if own is None else to_json(own),
-        "compressor": compressor,
-        "accumulation": pruned.accumulation,
-        "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
-    }
+    recipe = weights_recipe(pruned, criterion, statistics, needs, calibration, seed)
     kept = ["removed", "prunable", "layers"]
     if isinstance(plugin, Wrapping):
         recipe["form"] = "modules" if modules else "plain"
@@ -314,6 +304,7 @@ def evaluate(
     limit: int | None = None,
     samples: int = 0,
     sample_tokens: int | None = None,
+    memory: str | int | None = None,
     progress: Progress = silent,
     **loading: Any,
 ) -> Evaluation:
@@ -333,6 +324,8 @@ def evaluate(
         limit: examples of each task; None takes all.
         samples: how many windows of text C the model goes on with, greedily, from their first words.
         sample_tokens: that it writes for each; None takes 32.
+        memory: bytes, or words such as ``2GiB``, beyond which evaluating shall not grow: the blocks of a model that is
+            given by name are then in memory one at a time. Not with tasks, samples or images.
         progress: told what runs.
         loading: further arguments of `load_model`, where a model is given by name.
 
@@ -342,15 +335,18 @@ def evaluate(
     _check_beside(tasks, {"tasks_path": tasks_path, "shots": shots, "limit": limit})
     if sample_tokens is not None and not samples:
         raise InvalidInput("sample_tokens goes with samples: say how many by --samples")
+    if memory is not None:
+        from evoprune.streaming import evaluate_streamed
+
+        if tasks is not None or samples:
+            raise InvalidInput("tasks and samples need the whole model: leave out --memory")
+        return evaluate_streamed(
+            model, dense, memory, data=data, window=window, tokens=tokens, progress=progress, **loading
+        )
     suite = load_tasks(tasks, tasks_path, trust_remote_code=bool(loading.get("trust_remote_code")))
     language_model = loaded(model, loading, progress)
     width = default_window(language_model, window)
-    count = None if tokens is None else tokens // width
-    if count == 0:
-        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
-    windows = read_side(language_model, data, "C", window=width, count=count)
-    if tokens is None:
-        windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
+    windows = held_out_windows(language_model, data, width, tokens)
     written = SAMPLE_TOKENS if sample_tokens is None else sample_tokens
     begun: Tensor | None = None
     if samples:
@@ -374,6 +370,19 @@ def evaluate(
         width = round(n_tokens(windows) / len(windows))
     sparsity = zero_fraction(language_model.sites)
     return Evaluation(language_model.name, held_out, width, sparsity, data, images, scores, dense_scores, texts)
+
+
+def held_out_windows(language_model: LanguageModel, data: str, width: int, tokens: int | None) -> Sequences:
+    """Text C; arguments as of `evaluate`, `width` is a number.
+
+    Raises:
+        InvalidInput: no such text, or too little of it.
+    """
+    count = None if tokens is None else tokens // width
+    if count == 0:
+        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
+    windows = read_side(language_model, data, "C", window=width, count=count)
+    return windows[: max(HELD_OUT_TOKENS // width, 1)] if tokens is None else windows
 
 
 def _check_beside(tasks: Sequence[str] | None, options: Mapping[str, object]) -> None:
@@ -444,6 +453,37 @@ def _replay(
     dense = collect_statistics(language_model, gradients, **text) if gradients else None
     windows = calibration_windows(language_model, calibration, calibration_sequences, calibration_window, seed)
     return Replay(language_model, windows, needs, dense=dense, tokens=token_choice(tokens))
+
+
+def weights_recipe(
+    pruned: Removal,
+    criterion: Criterion,
+    statistics: SiteStatistics | None,
+    needs: Iterable[str],
+    calibration: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What `evoprune.json` and the model card say of how single weights went, as JSON values.
+
+    Args:
+        pruned: what went.
+        criterion: that scored the weights.
+        statistics: that were read; None if none were.
+        needs: names of those that criterion and compressor need.
+        calibration, seed: the text, as given.
+    """
+    rule = pruned.rule
+    return {
+        "criterion": pruned.criterion,
+        "source": None if pruned.criterion is None else criterion.source,
+        "sparsity": rule.sparsity,
+        "pattern": str(rule) if rule.pattern else None,
+        "group": rule.group,
+        "allocation": None if pruned.allocation is None else to_json(pruned.allocation),
+        "compressor": pruned.compressor,
+        "accumulation": pruned.accumulation,
+        "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
+    }
 
 
 def _described(statistics: SiteStatistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:

@@ -117,6 +117,16 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along", rich_help_panel=MODEL)
 ]
 
+Memory = Annotated[
+    str | None,
+    option(
+        "--memory",
+        metavar="SIZE",
+        help="such as 2GiB or 500MB, by which this process grows at most: blocks come from the files one at a time",
+        panel=MODEL,
+        default="no limit, the whole model is loaded",
+    ),
+]
 Components = Annotated[
     str | None,
     option(

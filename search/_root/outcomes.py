@@ -167,6 +167,19 @@ class Pruned(Removal):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrunedFiles(Removal):
+    """A checkpoint that was pruned block by block, and what was done to it.
+
+    Attributes:
+        continued: how many blocks an interrupted run had written before.
+        discarded: whether something else had been begun there, which is gone.
+    """
+
+    continued: int = 0
+    discarded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrunedPipeline(Removal):
     """A pruned pipeline of diffusers and what was done to it.
 
