@@ -7,7 +7,7 @@ the first of them. Kept alive between two goals, it keeps that too.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -24,6 +24,19 @@ _KEPT_GRAMS = 5
 
 Given = Callable[[], tuple[Tensor, Mapping[str, Tensor]]]
 """Weight of a matrix, [out, in] in any floating dtype, and the statistics that the compressor needs, by name."""
+
+
+def kept_bytes(sites: Iterable[Site], max_bytes: int = MAX_KEPT_BYTES) -> int:
+    """What a `Compressing` keeps of these matrices, at most, asked about in this order."""
+    kept = 0
+    for site in sites:
+        if kept + _size(site) <= max_bytes:
+            kept += _size(site)
+    return kept
+
+
+def _size(site: Site) -> int:
+    return 4 * (site.weights + _KEPT_GRAMS * site.in_features**2)
 
 
 class MatrixCompressor:
@@ -107,7 +120,7 @@ class Compressing:
         if site.name in self._kept:
             return self._kept[site.name]
         found = MatrixCompressor(self._spelled, lambda: self._given(site, self.needs))
-        size = 4 * (site.weights + _KEPT_GRAMS * site.in_features**2)
+        size = _size(site)
         if size <= self._room:
             self._room -= size
             self._kept[site.name] = found

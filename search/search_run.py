@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from evoprune.fitness.compressing import kept_bytes
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.statistics_passes import gradient_sum_bytes
+from evoprune.metrics.records import Site
 from evoprune.search.config_allocation import AllocationSearchConfig, GenerationsConfig
 from evoprune.search.config_sections import Range
 from evoprune.search.config_structure import StructureSearchConfig
@@ -230,9 +232,10 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             f"{plan.per_candidate:,.0f} a candidate; {cost}"
         )
         if self._compressor_seconds:
+            kept = kept_bytes(Site(**site) for site in facts["sites"])
             self.progress.line(
                 f"{self.context.compressor} takes {self._compressor_seconds:.2g} s of a candidate, the forward passes "
-                f"{seconds - self._compressor_seconds:.2g} s"
+                f"{seconds - self._compressor_seconds:.2g} s; it keeps {_mib(kept)} in each worker"
             )
         self.progress.line(memory_line(facts, self.context.statistics))
         if executor.workers > plan.busy_workers:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evoprune.fitness.compressing import Compressing, MatrixCompressor
+from evoprune.fitness.compressing import Compressing, MatrixCompressor, kept_bytes
 from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, Goal, compress
 from evoprune.metrics.errors import InvalidCandidate, InvalidInput
 from evoprune.metrics.mask import mask
@@ -88,8 +88,11 @@ def test_what_is_kept_is_limited(layer: tuple[Tensor, dict[str, Tensor]]) -> Non
         begun.append(site.name)
         return weight, statistics
 
-    compressing = Compressing("refit", given, max_bytes=4 * (OUT * IN + 5 * IN * IN))
+    room = kept_bytes([SITE])
+    compressing = Compressing("refit", given, max_bytes=room)
     other = Site("layers.1.proj", "proj", block=1, n_blocks=2, out_features=OUT, in_features=IN)
+    # The weight, H and its damped copy are there at least.
+    assert 4 * (OUT * IN + 2 * IN * IN) <= room == kept_bytes([SITE, other], room) < kept_bytes([SITE, other])
     for goal in goals("refit", weight):
         assert goal.mask is not None
         expected = compress("refit", weight, goal, statistics).weight
