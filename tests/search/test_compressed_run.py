@@ -152,6 +152,7 @@ def joint(world: Path, compressor: str, **changes: Any) -> JointSearchConfig:
     )
 
 
+@pytest.mark.slow
 def test_both_halves_of_a_joint_search_are_under_it(world: Path) -> None:
     run = start_search(joint(world, REFIT, **{"target.grid": 6}), INLINE, run_dir=world / "joint")
     steps = [RunDirectory(run.path / "steps" / name) for name in ("1-metric", "2-allocation")]
