@@ -21,7 +21,6 @@ import argparse
 import copy
 import json
 import random
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -47,8 +46,7 @@ from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.result import paired_difference
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import generation_plan
-from evoprune.search.session import start_search
-from evoprune.search.worker_session import Resources
+from shared import searched
 
 OUT = Path(__file__).parent / "out"
 """Where results go."""
@@ -64,17 +62,6 @@ RELEASED = {"searcher.name": "released", "searcher.samples": 2}
 SMALL_STEPS = {"rate": 0.5, "kl": 0.032, "estimator": "auto"}
 """Of the small model, whose heads differ so little: by default 10, 12 and 11 of 12 are found on seeds 0, 1 and 2."""
 FLAT_RELEASED = {"searcher.options": {"rate": 0.1, "start": "problem"}}
-
-
-def searched(config: Any, label: str) -> RunDirectory:
-    """The run of a configuration; one that finished before is read, not repeated."""
-    folder = RUNS / label
-    if folder.exists():
-        run = RunDirectory.open(folder)
-        if run.result is not None:
-            return run
-        shutil.rmtree(folder)
-    return start_search(config, Resources(executor="inline"), run_dir=folder)
 
 
 def configured(model: str, seed: int, evaluations: int, heldout: int, **changes: Any) -> PolicySearchConfig:
@@ -171,7 +158,7 @@ def planted_part(options: argparse.Namespace) -> list[dict[str, Any]]:
                         **changes,
                     },
                 )
-                run = searched(config, f"{folder.name}-{learner}-{options.evaluations}")
+                run = searched(config, RUNS / f"{folder.name}-{learner}-{options.evaluations}")
                 counts = found_of(run, dead)
                 first = next((evaluations for evaluations, count in counts if count == dead.sum()), None)
                 rows.append(
@@ -206,7 +193,7 @@ def structured_part(options: argparse.Namespace) -> list[dict[str, Any]]:
         for seed in options.seeds:
             name, heldout = f"{100 * sparsity:.0f}-{seed}-{options.evaluations}", options.heldout_windows
             config = configured("reference", seed, options.evaluations, heldout, **{"target.sparsity": sparsity})
-            run = searched(config, f"ours-{name}")
+            run = searched(config, RUNS / f"ours-{name}")
             structure = resolve_as(
                 StructureSearchConfig,
                 overrides={
@@ -218,7 +205,7 @@ def structured_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
             each = generation_plan(structure.searcher, structure.data.window).per_candidate
             structure = structure.model_copy(update={"evaluations": max(100, round(tokens_of(config) / each))})
-            shapes = searched(structure, f"structure-{name}")
+            shapes = searched(structure, RUNS / f"structure-{name}")
             released = configured(
                 "reference",
                 seed,
@@ -234,10 +221,10 @@ def structured_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
             entrants = {
                 "policy": run,
-                "released": searched(released, f"released-{name}"),
+                "released": searched(released, RUNS / f"released-{name}"),
                 "policy from the shape": searched(
                     config.model_copy(update={"seed_from": str(shapes.path / "export" / "shape.json")}),
-                    f"seeded-{name}",
+                    RUNS / f"seeded-{name}",
                 ),
                 "structure search": shapes,
             }
@@ -296,7 +283,7 @@ def pattern_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in options.seeds:
         changes = {"target.pattern": "2:4", "searcher.prior": "wanda"}
         config = configured("reference", seed, options.evaluations, options.heldout_windows, **changes)
-        result = searched(config, f"pattern-{seed}-{options.evaluations}").result
+        result = searched(config, RUNS / f"pattern-{seed}-{options.evaluations}").result
         assert result is not None
         rows.append(
             {

@@ -1,8 +1,10 @@
-"""What benchmarks share: the reference model as a worker has it, and workers that exist already as an executor."""
+"""What benchmarks share: the reference model as a worker has it, such a worker as an executor, and runs."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from evoprune.fitness.worker import MetricWorker
 from evoprune.search.config_metric import DEFAULT_STATISTICS
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.engine.inline import InlineExecutor
+from evoprune.search.rundir import RunDirectory
+from evoprune.search.session import start_search
+from evoprune.search.worker_session import Resources
 
 
 def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:
@@ -23,6 +28,16 @@ def reference_worker(**changes: object) -> tuple[MetricWorker, Evaluator, str]:
     worker = MetricWorker(context)
     prepared = worker.handle("prepare", {})["name"]
     return worker, worker.evaluator(prepared), prepared
+
+
+def searched(config: Any, folder: Path) -> RunDirectory:
+    """The run of a configuration, in this process; one that finished in this folder before is read, not repeated."""
+    if folder.exists():
+        run = RunDirectory.open(folder)
+        if run.result is not None:
+            return run
+        shutil.rmtree(folder)
+    return start_search(config, Resources(executor="inline"), run_dir=folder)
 
 
 class Resident(InlineExecutor):

@@ -55,6 +55,7 @@ class AllocationWorker(AllocatorWorker[LevelEvaluator]):
             "describe": self._describe,
             "levels": self._levels,
             "heldout": self._heldout,
+            "replayed": self._replayed,
             "latency": self._latency,
             "whole-latency": self._whole_latency,
         }

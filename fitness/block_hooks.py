@@ -76,6 +76,11 @@ def passing_through(block: nn.Module, beside: tuple[Any, ...] | None) -> Iterato
             block.forward = before
 
 
+def hidden_output(output: Any) -> Tensor:
+    """A block's hidden states: transformers gives a tensor or a tuple that begins with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
 def beside_hidden(output: Any) -> tuple[Any, ...] | None:
     """What a block returns beside its hidden states, without tensors; None if it returns nothing else."""
     if not isinstance(output, tuple):

@@ -9,18 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from evoprune.fitness.block_hooks import beside_hidden, input_replaced, input_seen, output_seen, passing_through
+from evoprune.fitness.block_hooks import (
+    beside_hidden,
+    hidden_output,
+    input_replaced,
+    input_seen,
+    output_seen,
+    passing_through,
+)
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Batch, Sequences, forward_batches
+from evoprune.fitness.statistics_forward import ForwardSums
 from evoprune.fitness.statistics_passes import FORWARD_TOKENS
 
 See = Callable[[Tensor], None]
 """Takes in the inputs of a layer, [tokens, features], padding dropped."""
+
+
+class States(Protocol):
+    """Hidden states on the CPU, one tensor for each batch."""
+
+    def append(self, hidden: Tensor, /) -> None: ...
+
+    def __getitem__(self, number: int, /) -> Tensor: ...
 
 
 class _Enough(Exception):
@@ -37,19 +54,32 @@ class BlockWalk:
         blocks: module paths of its decoder blocks, in model order; each reads nothing of those before it but the hidden
             states.
         texts: [n, window] int64 token ids each, or samples.
+        states: makes what the hidden states before a block are kept in, empty.
+        batch: windows in a forward pass; None takes 2,048 tokens' worth.
 
     Attributes:
         at: the present block.
+        beside: what each block behind returns beside its hidden states, without tensors; None for nothing.
     """
 
-    def __init__(self, language_model: LanguageModel, blocks: Iterable[str], texts: Iterable[Sequences]) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        blocks: Iterable[str],
+        texts: Iterable[Sequences],
+        *,
+        states: Callable[[], States] = list,
+        batch: int | None = None,
+    ) -> None:
         model = language_model.model
         self._body = getattr(model, "base_model", model)
         self._device = language_model.device
         self._blocks = [model.get_submodule(name) for name in blocks]
-        self._beside: list[tuple[Any, ...] | None] = [None] * len(self._blocks)
-        self._batches = [batch for text in texts for batch in forward_batches(text, _batch(text), torch.device("cpu"))]
-        self._hidden: list[Tensor] = []
+        self.beside: list[tuple[Any, ...] | None] = [None] * len(self._blocks)
+        cpu = torch.device("cpu")
+        self._batches = [given for text in texts for given in forward_batches(text, batch or _batch(text), cpu)]
+        self._states = states
+        self._hidden: States | None = None
         self.at = 0
 
     @torch.no_grad()
@@ -59,13 +89,25 @@ class BlockWalk:
         Args:
             see: layers, and what is called with their inputs, once for each batch.
             to: the block that becomes the present one, with what it is given when those before it run as they are now;
-                None stops at the last layer of `see`.
+                the number of blocks is behind the last. None stops at the last layer of `see`.
         """
-        hidden: list[Tensor] = []
+        hidden = self._forward(see, to, None)
+        if to is not None:
+            self.resume(to, hidden)
+
+    def resume(self, at: int, hidden: States) -> None:
+        """Let `at` be the present block, which is given `hidden`, batch by batch."""
+        self._hidden, self.at = hidden, at
+
+    def _forward(self, see: Mapping[nn.Module, See], to: int | None, sums: ForwardSums | None) -> States:
+        """What the block `to` is given, batch by batch; the walk stays where it is."""
+        hidden = self._states()
         for number, batch in enumerate(self._batches):
             waiting = set(see)
+            if sums is not None:
+                sums.expect(batch)
             with suppress(_Enough), ExitStack() as stack:
-                if self.at:
+                if self._hidden is not None:
                     stack.enter_context(self._from(self._hidden[number]))
                 for module, taken in see.items():
                     done = waiting if to is None else None
@@ -73,21 +115,58 @@ class BlockWalk:
                 if to is not None:
                     for index in range(self.at, to):
                         stack.enter_context(output_seen(self._blocks[index], partial(self._learn, index)))
-                    stack.enter_context(input_seen(self._blocks[to], partial(_keep, hidden)))
+                    if to < len(self._blocks):
+                        stack.enter_context(input_seen(self._blocks[to], partial(_keep, hidden)))
+                    else:
+                        last = self._blocks[-1]
+                        stack.enter_context(output_seen(last, lambda made: _keep(hidden, hidden_output(made))))
                 self._body(**batch.to(self._device).inputs, use_cache=False)
-        if to is not None:
-            self._hidden, self.at = hidden, to
+        return hidden
+
+    @torch.no_grad()
+    def collect(self, sums: ForwardSums, *, move: bool = False) -> None:
+        """Run the text through the present block, while `sums`, of matrices in this block, listen.
+
+        Args:
+            sums: what listens.
+            move: go on to the next block, or behind the last.
+        """
+        with sums.hooked():
+            hidden = self._forward({}, self.at + 1, sums)
+        if move:
+            self.resume(self.at + 1, hidden)
+
+    @property
+    def hidden(self) -> States | None:
+        """What the present block is given; None before the first run."""
+        return self._hidden
+
+    @torch.no_grad()
+    def logits(self, model: PreTrainedModel) -> Iterator[tuple[Batch, Tensor]]:
+        """What the model makes of the text, batch by batch; to be asked for behind the last block.
+
+        Args:
+            model: the whole of which the blocks are a part; its norm and its head are run.
+
+        Yields:
+            What went in, and [rows, tokens, vocabulary] in the model's dtype.
+        """
+        assert self._hidden is not None and self.at == len(self._blocks), "the text is not through the blocks yet"
+        for number, batch in enumerate(self._batches):
+            with self._from(self._hidden[number]):
+                yield batch, model(**batch.to(self._device).inputs, use_cache=False).logits
 
     @contextmanager
     def _from(self, hidden: Tensor) -> Iterator[None]:
         with ExitStack() as stack:
-            for block, beside in zip(self._blocks[: self.at], self._beside, strict=False):
+            for block, beside in zip(self._blocks[: self.at], self.beside, strict=False):
                 stack.enter_context(passing_through(block, beside))
-            stack.enter_context(input_replaced(self._blocks[self.at], hidden.to(self._device)))
+            at = min(self.at, len(self._blocks) - 1)
+            stack.enter_context(input_replaced(self._blocks[at], hidden.to(self._device)))
             yield
 
     def _learn(self, index: int, output: Any) -> None:
-        self._beside[index] = beside_hidden(output)
+        self.beside[index] = beside_hidden(output)
 
 
 def _batch(text: Sequences) -> int:
@@ -103,7 +182,7 @@ def _take(batch: Batch, module: nn.Module, see: See, waiting: set[nn.Module] | N
             raise _Enough
 
 
-def _keep(states: list[Tensor], hidden: Tensor) -> None:
+def _keep(states: States, hidden: Tensor) -> None:
     states.append(hidden.to("cpu", copy=True))
     raise _Enough
 

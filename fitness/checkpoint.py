@@ -109,23 +109,15 @@ def write_checkpoint(
             with silence():
                 model.save_pretrained(partial, state_dict=dict(state))
                 language_model.save_readers(partial)
-            _state_dtype_in_config(partial / "config.json", dtype)
+            state_dtype_in_config(partial / "config.json", dtype)
             if language_model.cut:
                 write_compact(language_model, partial)
             if modules := modules_of(model):
                 write_modular(model, partial)
             counts = _count(language_model, partial, state)
-            record = {
-                "format": FORMAT,
-                "evoprune": version("evoprune"),
-                "model": public_name(language_model.name),
-                "fingerprint": language_model.fingerprint,
-                "recipe": recipe,
-                "report": report,
-            }
-            write_atomically(partial / RECORD, _json(record))
+            write_atomically(partial / RECORD, record_text(language_model, recipe, report))
             if sparsity is not None:
-                write_atomically(partial / SPARSITY_REPORT, _json(sparsity))
+                write_atomically(partial / SPARSITY_REPORT, json_text(sparsity))
             loading = Loading(language_model.auto.__name__, language_model.cut, bool(modules))
             has = {"again": bool(files), "sparsities": sparsity is not None}
             card = model_card(language_model.name, counts, recipe, report, loading=loading, cut=cut, **has)
@@ -133,15 +125,29 @@ def write_checkpoint(
             for name, content in (files or {}).items():
                 write_atomically(partial / name, content)
             _check_reload(language_model, partial, state, dtype)
-            _flush(partial)
-            _put_in_place(partial, out)
+            flush_folder(partial)
+            put_in_place(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
-def _json(values: Mapping[str, Any]) -> str:
+def json_text(values: Mapping[str, Any]) -> str:
+    """A file of a checkpoint: JSON with sorted keys, of values that are finite."""
     return json.dumps(values, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def record_text(language_model: Writable, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """What `evoprune.json` says: how which model was pruned, and numbers about it."""
+    record = {
+        "format": FORMAT,
+        "evoprune": version("evoprune"),
+        "model": public_name(language_model.name),
+        "fingerprint": language_model.fingerprint,
+        "recipe": recipe,
+        "report": report,
+    }
+    return json_text(record)
 
 
 def check_out_dir(out_dir: Path | str) -> Path:
@@ -199,7 +205,7 @@ def _state_as(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def _state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
+def state_dtype_in_config(file: Path, dtype: torch.dtype) -> None:
     """Name in config.json the dtype of the files: transformers would name the one that the model computes in."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -249,14 +255,14 @@ def _is_tied(model: PreTrainedModel) -> bool:
     return head is not None and head.get_parameter("weight") is model.get_input_embeddings().get_parameter("weight")
 
 
-def _flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Bring the files to the disk before the rename makes them count."""
     for file in folder.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
-def _put_in_place(partial: Path, out: Path) -> None:
+def put_in_place(partial: Path, out: Path) -> None:
     """Rename `partial` to `out`; an older checkpoint there is moved aside first and deleted last."""
     if not out.exists():
         partial.rename(out)

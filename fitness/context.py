@@ -31,6 +31,7 @@ class EvaluationContext:
         sparsity, pattern, group: the mask rule.
         allocation: the document of an `Allocation`, if matrices lose different fractions; the mask rule is then its
             budget, by row.
+        compressor: of a metric search: what becomes of the weights that a mask keeps.
         threads: torch threads on a CPU.
         places: where `model`, `data` and `calibration` are on a cluster's nodes; see `pack_inputs`. No part of the
             identity.
@@ -56,6 +57,7 @@ class EvaluationContext:
     pattern: tuple[int, int] | None = None
     group: Group = "row"
     allocation: Mapping[str, Any] | None = None
+    compressor: str = "mask"
     threads: int = 1
     places: Mapping[str, str] = field(default_factory=dict)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -69,22 +70,35 @@ def evaluate_language_model(
         InvalidInput: a window has no token to predict, or the vocabularies differ.
         InvalidCandidate: the model's output is not finite.
     """
-    if isinstance(windows, Tensor) and (len(windows) < 1 or windows.shape[1] < 2):
-        raise InvalidInput(
-            f"windows of shape {list(windows.shape)} hold no token to predict: give [1 or more, 2 or more]"
-        )
-    counts = n_predictions(windows)
-    if not counts.all():
-        raise InvalidInput("a sample holds no text to predict: give texts of two tokens or more beside the images")
+    counts = predictions(windows)
+    given = forward_batches(windows, max(batch, 1), _device(model))
+    return held_out_of(
+        counts, ((_logits(model, one), None if dense is None else _logits(dense, one), one) for one in given)
+    )
+
+
+@torch.inference_mode()
+def held_out_of(counts: Tensor, outputs: Iterable[tuple[Tensor, Tensor | None, Batch]]) -> HeldOut:
+    """What logits are worth.
+
+    Args:
+        counts: [n] int64, how many tokens of each window are predicted.
+        outputs: batch by batch, logits [rows, tokens, vocabulary], those of the dense model or None, and what went in.
+
+    Raises:
+        InvalidInput: the vocabularies differ.
+        InvalidCandidate: logits are not finite.
+    """
     n = len(counts)
-    losses, divergences = [], []
-    for given in forward_batches(windows, max(batch, 1), _device(model)):
-        loss, divergence = _window_sums(_logits(model, given), None if dense is None else _logits(dense, given), given)
+    losses, divergences, compared = [], [], False
+    for logits, dense, batch in outputs:
+        compared = dense is not None
+        loss, divergence = _window_sums(logits, dense, batch)
         losses.append(loss)
         divergences.append(divergence)
     per_window = torch.cat(losses) / counts
     mean = per_window.mean().item()
-    kls = None if dense is None else torch.cat(divergences) / counts
+    kls = torch.cat(divergences) / counts if compared else None
     if not (math.isfinite(mean) and (kls is None or bool(kls.isfinite().all()))):
         raise InvalidCandidate("NONFINITE", "the model's output is not finite on this text")
     return HeldOut(
@@ -96,6 +110,22 @@ def evaluate_language_model(
         window_losses=tuple(per_window.tolist()),
         window_kls=None if kls is None else tuple(kls.tolist()),
     )
+
+
+def predictions(windows: Sequences) -> Tensor:
+    """[n] int64: how many tokens of each sequence are predicted.
+
+    Raises:
+        InvalidInput: of one it is none.
+    """
+    if isinstance(windows, Tensor) and (len(windows) < 1 or windows.shape[1] < 2):
+        raise InvalidInput(
+            f"windows of shape {list(windows.shape)} hold no token to predict: give [1 or more, 2 or more]"
+        )
+    counts = n_predictions(windows)
+    if not counts.all():
+        raise InvalidInput("a sample holds no text to predict: give texts of two tokens or more beside the images")
+    return counts
 
 
 def _device(model: PreTrainedModel) -> torch.device:

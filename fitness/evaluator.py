@@ -1,4 +1,4 @@
-"""Score a candidate with one resident model: write masked weights into it, run forward, measure.
+"""Score a candidate with one resident model: write pruned weights into it, run forward, measure.
 
 The dense weights of the prunable matrices lie in a memory-mapped file that all workers of a node share. A candidate
 overwrites the model's own copy, so there is no second copy in a worker and no undo log; the next candidate, or
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evoprune.fitness.compressing import Compressing
+from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import Objective
 from evoprune.fitness.resident import ResidentWeights
@@ -40,6 +42,8 @@ class Evaluator:
         rule: how many weights go.
         own: sparsity of every site by name, in [0, 1], in place of one; empty if there is one. `rule` is then their
             budget, by row.
+        compressor: that reads a criterion: what becomes of the weights that a mask keeps; its `needs` are among the
+            statistics.
 
     Attributes:
         own: as given. What is applied next reads it, so that one model can be tried at several.
@@ -54,6 +58,7 @@ class Evaluator:
         teacher: Teacher | None,
         rule: MaskRule,
         own: Mapping[str, float] | None = None,
+        compressor: str = "mask",
     ) -> None:
         self.language_model = language_model
         self.windows = windows
@@ -63,6 +68,7 @@ class Evaluator:
         self.statistics = statistics
         self.head = linear_head(language_model.model, windows)
         self._resident = ResidentWeights(language_model, dense)
+        self._compressing = Compressing(compressor, self._given) if stores_weights(compressor) else None
 
     @property
     def sites(self) -> list[Site]:
@@ -76,6 +82,10 @@ class Evaluator:
             **free_inputs(site, weight, self.rule.fraction),
             **self.statistics.site_statistics(site.name, needs, weight.device),
         }
+
+    def _given(self, site: Site, needs: frozenset[str]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        weight = self._resident.dense(site.name).to(self.language_model.device)
+        return weight, self.statistics.site_statistics(site.name, needs, weight.device)
 
     def masks(self, criterion: Criterion, max_tied: float | None = None) -> Iterator[tuple[Site, Tensor]]:
         """(site, [out, in] bool mask, True = keep) for every site, one at a time unless the group is global.
@@ -105,20 +115,25 @@ class Evaluator:
 
     @torch.no_grad()
     def apply(self, criterion: Criterion, max_tied: float | None = None) -> int:
-        """Write the masked weights of every site into the model; the number of weights removed.
+        """Write what the compressor makes of every site by its mask into the model; the number of weights removed.
 
         Of a site at sparsity 1 the bias goes too. Nothing but `restore` brings it back.
 
         Raises:
-            InvalidCandidate: see `masks`; the model is then partly overwritten, as the next `apply` expects.
+            InvalidCandidate: see `masks`, or weights that are not finite; the model is then partly overwritten, as the
+                next `apply` expects.
+            InvalidInput: the compressor can make nothing of the statistics.
         """
         bound = {entry.site.name: entry for entry in self.language_model.sites}
         removed = 0
         for site, keep in self.masks(criterion, max_tied):
             if self.own.get(site.name) == 1:
                 self._resident.empty(bound[site.name])
-            else:
+            elif self._compressing is None:
                 self._resident.write(bound[site.name], keep)
+            else:
+                weight = self._compressing.weight(site, keep, self.rule.pattern)
+                self._resident.write_weight(bound[site.name], weight)
             removed += site.weights - int(keep.sum())
         return removed
 

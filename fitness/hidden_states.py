@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evoprune.fitness.block_hooks import hidden_output
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Sequences, forward_batches
 
@@ -34,7 +35,7 @@ def block_influence(language_model: LanguageModel, windows: Sequences, *, batch:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int = index
         ) -> None:
             before = (args[0] if args else kwargs["hidden_states"]).double()
-            after = _hidden(output).double()
+            after = hidden_output(output).double()
             change = 1 - torch.cosine_similarity(before, after, dim=-1)
             sums[index] += change.sum().item()
             tokens[index] += change.numel()
@@ -63,8 +64,3 @@ def without_block(language_model: LanguageModel, index: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _hidden(output: Any) -> Tensor:
-    """A block's hidden states: transformers gives a tensor or a tuple that begins with it."""
-    return output if isinstance(output, Tensor) else output[0]

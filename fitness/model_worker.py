@@ -12,12 +12,16 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.numerics import numerics
 from evoprune.fitness.parcels import deliver
-from evoprune.fitness.prepare import Prepared, prepare, seconds_per_token
+from evoprune.fitness.prepare import Prepared, calibration_windows, prepare, seconds_per_token
+from evoprune.fitness.replay import replayed
+from evoprune.fitness.resident import ResidentWeights
 from evoprune.fitness.samples import Sequences, n_predictions
-from evoprune.fitness.teacher import WindowLosses
+from evoprune.fitness.teacher import WindowLosses, linear_head, window_losses
+from evoprune.metrics.allocation_file import from_json as from_document
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.expression import from_json
+from evoprune.metrics.records import MaskRule
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -27,6 +31,10 @@ class ModelWorker:
 
     Jobs (kind and payload):
         prepare: nothing; returns the summary of the prepared set, and ``seconds_per_token``.
+
+        replayed, in kinds of search that list it: ``prepared``, ``criterion``, ``compressor``, ``allocation`` (its
+            document, or None: the context's rule everywhere); returns losses on text C, by window, of the model pruned
+            in replay.
 
     A kind of search adds its own in `jobs`. ``prepared`` in a payload is the set's name; a criterion is
     ``{"name": ...}`` or ``{"expression": nested lists}``.
@@ -81,6 +89,29 @@ class ModelWorker:
         windows, _ = prepared.text("search")
         speed = seconds_per_token(self.language_model, windows[: self.context.rungs[0]])
         return {**prepared.summary(), "seconds_per_token": speed}
+
+    def _replayed(self, payload: dict[str, Any]) -> dict[str, Any]:
+        self._restore()
+        prepared, model = self.prepared(payload["prepared"]), self.language_model
+        windows, teacher = prepared.text("heldout")
+        allocation = None if payload["allocation"] is None else from_document(payload["allocation"])
+        rule = self.context.rule if allocation is None else MaskRule(allocation.sparsity)
+        weights = ResidentWeights(model, prepared.dense)
+        try:
+            replayed(
+                model,
+                criterion_from(payload["criterion"]),
+                rule,
+                calibration_windows(model, self.context),
+                compressor=payload["compressor"],
+                allocation=allocation,
+                statistics=prepared.statistics(),
+            )
+            return heldout_answer(
+                window_losses(model.model, linear_head(model.model, windows), windows, teacher), windows
+            )
+        finally:
+            weights.restore()
 
 
 def heldout_answer(measured: WindowLosses, windows: Sequences) -> dict[str, Any]:

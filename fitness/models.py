@@ -142,8 +142,9 @@ def load_model(
     if device_map is not None and find_spec("accelerate") is None:
         raise InvalidInput("device_map needs accelerate: pip install accelerate")
     folder, config = check_model(name, revision=revision, trust_remote_code=trust_remote_code, components=parts)
-    tokenizer = _tokenizer(folder, config, trust_remote_code)
+    tokenizer = read_tokenizer(folder, config, trust_remote_code)
     model = _weights(folder, config, trust_remote_code, chosen, device_map)
+    check_vocabulary(folder, tokenizer, model)
     if device_map is None:
         try:
             model.to(target)  # type: ignore[arg-type]
@@ -152,16 +153,10 @@ def load_model(
     elif any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidInput(f"model {name!r} does not fit on the devices of device_map: part of it went to the disk")
     check_weights(model, folder)
-    known = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if tokenizer.vocab_size > known:
-        raise InvalidInput(
-            f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens, the model only {known}: "
-            f"they do not belong together"
-        )
     model.eval().requires_grad_(False)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
     sites = tuple(list_sites(model, parts))
-    cut = is_compact(_facts(folder))
+    cut = is_compact(config_facts(folder))
     return LanguageModel(model, tokenizer, sites, name, fingerprint(folder), stored, parts, folder, cut)
 
 
@@ -241,8 +236,12 @@ def dtype_of(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    """The content of config.json."""
+def config_facts(folder: Path) -> dict[str, Any]:
+    """The content of config.json.
+
+    Raises:
+        InvalidInput: there is none, it is damaged, or the folder holds a pipeline.
+    """
     file = folder / "config.json"
     if (folder / PIPELINE_INDEX).is_file():
         raise InvalidInput(
@@ -263,7 +262,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 def _config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a folder; that of the model it was made of where the folder holds a compact or modular form."""
     file = folder / "config.json"
-    facts = _facts(folder)
+    facts = config_facts(folder)
     compact, modular = is_compact(facts), is_modular(facts)
     family = facts.get("model_type")
     known = compact or modular or (isinstance(family, str) and family in CONFIG_MAPPING)
@@ -304,7 +303,26 @@ def _check_tokenizer_files(folder: Path, trust_remote_code: bool) -> None:
         raise InvalidInput(f"{folder} has no tokenizer: copy tokenizer.json there from the original model")
 
 
-def _tokenizer(folder: Path, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Refuse a tokenizer with tokens that the model's embeddings do not have.
+
+    Raises:
+        InvalidInput: it is one.
+    """
+    known = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if tokenizer.vocab_size > known:
+        raise InvalidInput(
+            f"the tokenizer in {folder} knows {tokenizer.vocab_size} tokens, the model only {known}: "
+            f"they do not belong together"
+        )
+
+
+def read_tokenizer(folder: Path, config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
     try:
         with silence():
             return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
@@ -319,7 +337,7 @@ def _weights(
     dtype: torch.dtype,
     device_map: str | dict[str, Any] | None,
 ) -> PreTrainedModel:
-    facts = _facts(folder)
+    facts = config_facts(folder)
 
     def load(attention: str) -> Any:
         options: dict[str, Any] = {

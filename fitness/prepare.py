@@ -17,13 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from evoprune.fitness.cache import cache_folder, disk_errors
+from evoprune.fitness.compressors import compressor_of
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.examples import read_side, reads_images
-from evoprune.fitness.factored import refuse_factored
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.parcels import find, link, packing, require
-from evoprune.fitness.pruning import check_allocation
+from evoprune.fitness.pruning import check_allocation, check_rule
 from evoprune.fitness.samples import Samples, Sequences, n_predictions, n_tokens
 from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
 from evoprune.fitness.statistics_store import KNOWN, stored_names
@@ -32,7 +32,6 @@ from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.interpreter import free_inputs
-from evoprune.metrics.mask import check_pattern
 from evoprune.metrics.probe import Probe, spread_sites
 from evoprune.metrics.records import Site
 from evoprune.metrics.terminals import STATISTICS
@@ -141,7 +140,8 @@ def prepare(
         "heldout": _evaluated(language_model, context, "C", context.heldout_windows),
     }
     calibration = calibration_windows(language_model, context)
-    needs = (frozenset(context.statistics) & KNOWN) | OBJECTIVES[context.objective].needs
+    needs = frozenset(context.statistics) & KNOWN
+    needs |= OBJECTIVES[context.objective].needs | compressor_of(context.compressor).needs
     identity = {
         "format": FORMAT,
         "fingerprint": language_model.fingerprint,
@@ -257,15 +257,11 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
     """Refuse what the model's shape cannot do.
 
     Raises:
-        InvalidInput: layers with wrappers; an allocation of another model; a pattern whose M does not divide a width; a
-            window longer than the model's context.
+        InvalidInput: see `check_rule`; an allocation of another model; a window longer than the model's context.
     """
-    refuse_factored(language_model.sites)
+    check_rule(language_model, context.rule, context.compressor)
     if context.allocation is not None:
         check_allocation(language_model, from_json(context.allocation))
-    if context.pattern is not None:
-        for bound in language_model.sites:
-            check_pattern(context.pattern, bound.site.in_features, bound.site.name)
     longest = language_model.context
     windows = [
         window

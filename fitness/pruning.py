@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import AtRunTime, Goal, Limited, compress, compressor_of
+from evoprune.fitness.compressors import (
+    AtRunTime,
+    Goal,
+    Limited,
+    compress,
+    compressor_of,
+    relative_output_error,
+)
 from evoprune.fitness.factored import FactoredLinear, refuse_factored
 from evoprune.fitness.footprint import footprint
-from evoprune.fitness.statistics import Statistics
-from evoprune.fitness.statistics_reader import SiteReader
+from evoprune.fitness.statistics_reader import ModelStatistics, Replayed, SiteReader
 from evoprune.fitness.surgery import put_module
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import Criterion
@@ -27,7 +33,7 @@ from evoprune.metrics.terminals import STATISTICS
 DEFAULT_SPARSITY = 0.5
 
 # What the relative output error of a layer is measured with, the better one first.
-_OF_ERROR = ("H", "X_ss")
+OF_ERROR = ("H", "X_ss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +44,11 @@ class PrunedLayer:
         name: module path.
         shape: (out, in).
         removed: weights that went.
-        error: relative output error, 0 = lossless and 1 = the layer deleted; None without statistics of its inputs.
+        error: relative output error, 0 = lossless and 1 = the layer deleted, on the inputs that the matrix has in the
+            dense model; None without statistics of its inputs.
         seconds, peak_bytes: what the compressor took; see `Footprint`. None where none ran.
+        path_error: the same as `error` on the inputs that it has in the pruned model; None unless it was pruned in
+            replay.
     """
 
     name: str
@@ -49,6 +58,7 @@ class PrunedLayer:
     # Two layers of which the same became are equal, however long it took.
     seconds: float | None = field(default=None, compare=False)
     peak_bytes: int | None = field(default=None, compare=False)
+    path_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -129,7 +139,7 @@ def prune_model(
     criterion: Criterion,
     rule: MaskRule,
     *,
-    statistics: Statistics | None = None,
+    statistics: ModelStatistics | None = None,
     compressor: str = "mask",
     allocation: Allocation | None = None,
     modules: bool = False,
@@ -141,7 +151,8 @@ def prune_model(
         language_model: dense, or pruned before: its weights are scored as they are.
         criterion: gives the scores, low = removed first.
         rule: how many weights go, and what their scores are compared within; see `mask_rule`.
-        statistics: at least `needed_statistics`; None if those are none.
+        statistics: at least `needed_statistics`; None if those are none. They are asked for matrix by matrix in model
+            order, each before it changes, so that they may depend on what became of the blocks before.
         compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
             `rule` must be the sparsity of its budget, by row.
@@ -159,15 +170,40 @@ def prune_model(
     """
     check_rule(language_model, rule, compressor)
     if allocation is not None:
-        if rule != MaskRule(allocation.sparsity):
-            raise InvalidInput(
-                f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}"
-            )
-        check_allocation(language_model, allocation)
+        check_allocation(language_model, allocation, rule)
+    return prune_sites(
+        language_model,
+        language_model.sites,
+        criterion,
+        rule,
+        statistics=statistics,
+        compressor=compressor,
+        allocation=allocation,
+        modules=modules,
+        progress=progress,
+    )
+
+
+def prune_sites(
+    language_model: Prunable,
+    sites: Sequence[SiteModule],
+    criterion: Criterion,
+    rule: MaskRule,
+    *,
+    statistics: ModelStatistics | None = None,
+    compressor: str = "mask",
+    allocation: Allocation | None = None,
+    modules: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[PrunedLayer, ...]:
+    """`prune_model` for some matrices, in model order, once `check_rule` and `check_allocation` have passed.
+
+    Scores that are compared across the whole model are compared across these.
+    """
     if compressor_of(compressor).reads_criterion:
-        goals = _masks(language_model, criterion, rule, statistics, allocation)
+        goals = _masks(sites, criterion, rule, statistics, allocation)
     else:
-        goals = _counts(language_model, rule, allocation)
+        goals = _counts(sites, rule, allocation)
     return reach(
         language_model, goals, statistics=statistics, compressor=compressor, modules=modules, progress=progress
     )
@@ -178,7 +214,7 @@ def reach(
     language_model: Prunable,
     goals: Iterable[tuple[SiteModule, Goal]],
     *,
-    statistics: Statistics | None = None,
+    statistics: ModelStatistics | None = None,
     compressor: str = "mask",
     modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -203,8 +239,9 @@ def reach(
         site, weight = bound.site, bound.weight()
         names = set(plugin.needs)
         if statistics is not None:
-            names.update([name for name in _OF_ERROR if name in statistics.names][:1])
+            names.update([name for name in OF_ERROR if name in statistics.names][:1])
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
+        before = weight.float().clone() if isinstance(statistics, Replayed) else None
         try:
             with footprint(weight.device) as took:
                 result = compress(compressor, weight, goal, given)
@@ -220,8 +257,16 @@ def reach(
             removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        shape = (site.out_features, site.in_features)
-        layers.append(PrunedLayer(site.name, shape, removed, result.error, took.seconds, took.peak_bytes))
+        lost, on_path, shape = result.error, None, (site.out_features, site.in_features)
+        if isinstance(statistics, Replayed) and before is not None:
+            dense = statistics.dense_inputs(site.name, weight.device)
+            on_path, lost = (
+                lost,
+                relative_output_error(
+                    before, result.weight.float(), gram=dense.get("H"), input_squares=dense.get("X_ss")
+                ),
+            )
+        layers.append(PrunedLayer(site.name, shape, removed, lost, took.seconds, took.peak_bytes, on_path))
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 
@@ -244,31 +289,33 @@ def pruned_before(language_model: Prunable, errors: Mapping[str, float]) -> tupl
     )
 
 
-def check_allocation(language_model: Prunable, allocation: Allocation) -> None:
-    """Refuse an allocation of another model, or one that does not meet its own budget.
+def check_allocation(language_model: Prunable, allocation: Allocation, rule: MaskRule | None = None) -> None:
+    """Refuse an allocation of another model, one that does not meet its own budget, or one that `rule` contradicts.
 
     Raises:
         InvalidInput: names the first matrix that differs, or both sums.
     """
+    if rule is not None and rule != MaskRule(allocation.sparsity):
+        raise InvalidInput(f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}")
     allocation.check_budget()
     allocation.check(type(language_model.model).__name__, [bound.site for bound in language_model.sites])
 
 
 def _masks(
-    language_model: Prunable,
+    sites: Sequence[SiteModule],
     criterion: Criterion,
     rule: MaskRule,
-    statistics: Statistics | None,
+    statistics: ModelStatistics | None,
     allocation: Allocation | None,
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """What a criterion removes from every matrix, one at a time unless scores are compared across all of them."""
     if rule.group == "global" and rule.sparsity is not None:
-        scores = [site_scores(bound, criterion, rule, statistics) for bound in language_model.sites]
-        for bound, keep in zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True):
+        scores = [site_scores(bound, criterion, rule, statistics) for bound in sites]
+        for bound, keep in zip(sites, global_masks(scores, rule.sparsity), strict=True):
             yield bound, Goal.of_mask(keep)
         return
     own = {} if allocation is None else allocation.by_name()
-    for bound in language_model.sites:
+    for bound in sites:
         of_site = own_rule(rule, own, bound.site.name)
         if of_site is None:
             yield bound, Goal.of_mask(torch.zeros_like(bound.weight(), dtype=torch.bool))
@@ -279,11 +326,11 @@ def _masks(
 
 
 def _counts(
-    language_model: Prunable, rule: MaskRule, allocation: Allocation | None
+    sites: Sequence[SiteModule], rule: MaskRule, allocation: Allocation | None
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """How much goes of every matrix where a compressor chooses what."""
     own = {} if allocation is None else {site.name: site.removed for site in allocation.sites}
-    for bound in language_model.sites:
+    for bound in sites:
         site = bound.site
         if own:
             yield bound, Goal(own[site.name])

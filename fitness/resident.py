@@ -49,7 +49,7 @@ class ResidentWeights:
         torch.where(keep, dense, torch.zeros((), dtype=dense.dtype, device=dense.device), out=target)
 
     @torch.no_grad()
-    def write_stored(self, bound: SiteModule, weight: Tensor) -> None:
+    def write_weight(self, bound: SiteModule, weight: Tensor) -> None:
         """Overwrite the weight of a site by `weight`, [out, in] in the model's dtype, on any device."""
         bound.weight().copy_(weight)
 

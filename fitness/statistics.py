@@ -123,6 +123,15 @@ def collect_statistics(
     return found
 
 
+def text_facts(windows: Sequences) -> dict[str, Any]:
+    """What a manifest says of the text, as JSON values: a hash of its tokens, how many sequences, and the longest.
+
+    Raises:
+        InvalidInput: these are no windows.
+    """
+    return {"windows": _text_hash(windows), "sequences": len(windows), "window": _longest(windows)}
+
+
 def _longest(windows: Sequences) -> int:
     """Tokens of the longest sequence.
 
@@ -147,13 +156,10 @@ def _text_hash(windows: Sequences) -> str:
 def _identity(language_model: LanguageModel, windows: Sequences, settings: PassSettings) -> dict[str, Any]:
     """All that decides a statistic's bits, but for library versions."""
     model = language_model.model
-    return {
+    return text_facts(windows) | {
         "format": FORMAT_VERSION,
         "definitions": DEFINITION_VERSION,
         "fingerprint": language_model.fingerprint,
-        "windows": _text_hash(windows),
-        "sequences": len(windows),
-        "window": _longest(windows),
         "components": list(language_model.components or ()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": str(getattr(model.config, "_attn_implementation", None)),

@@ -90,7 +90,7 @@ def run_passes(
             runs.
     """
     sequences = len(calibration)
-    _refuse_what_cannot_be(language_model, calibration, stored)
+    refuse_undefined(language_model, calibration, stored)
     plan = _plan(language_model, stored)
     done = 0
     leaders: dict[str, str] = {}
@@ -107,7 +107,7 @@ def run_passes(
         if names & (GRADIENT_NAMES | REGIONAL_NAMES):
             results = _gradients(language_model, sites, group, names, calibration, settings, advance)
         else:
-            sums = _forward_sums(language_model, sites, names, settings)
+            sums = forward_sums(language_model, sites, names, settings)
             batch = settings.forward_batch or 1
             forward_pass(language_model.model, sums, calibration, batch, language_model.device, advance)
             results = sums.results(sequences)
@@ -118,7 +118,12 @@ def run_passes(
     return leaders, rows
 
 
-def _refuse_what_cannot_be(language_model: LanguageModel, calibration: Sequences, stored: frozenset[str]) -> None:
+def refuse_undefined(language_model: LanguageModel, calibration: Sequences, stored: frozenset[str]) -> None:
+    """Refuse statistics that a model or a text does not have.
+
+    Raises:
+        InvalidInput: gradients of a tower are asked for, or norms by modality of a tower or of text.
+    """
     towers = {bound.site.component for bound in language_model.sites} - {LANGUAGE}
     if towers and (asked := stored & (GRADIENT_NAMES | REGIONAL_NAMES)):
         raise InvalidInput(f"{min(asked)} is a gradient, which {min(towers)} has none of: leave one of them out")
@@ -150,9 +155,10 @@ def _sum_room(weight_bytes: int) -> int:
     return max(SUM_BYTES, weight_bytes)
 
 
-def _forward_sums(
+def forward_sums(
     language_model: LanguageModel, sites: list[SiteModule], names: frozenset[str], settings: PassSettings
 ) -> ForwardSums:
+    """What collects the stored statistics `names` of inputs and outputs of some sites, of all or of chosen tokens."""
     if settings.tokens is None:
         return ForwardSums(sites, names, wanda=settings.mode == "wanda_fp32")
     blocks = dict(enumerate(block for _, block in language_model.blocks()))

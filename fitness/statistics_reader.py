@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,30 @@ class SiteReader(Protocol):
 
     def site_statistics(self, site: str, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Several statistics of one site, private and float32; terminals that need no data are passed over."""
+
+
+class ModelStatistics(SiteReader, Protocol):
+    """Statistics of the matrices of one model, which say what they are.
+
+    Attributes:
+        names: what `site_statistics` can give.
+        manifest: what they were made from.
+    """
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    @property
+    def manifest(self) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class Replayed(Protocol):
+    """Statistics of a model whose blocks are pruned one after the other, which know the dense model's beside them."""
+
+    def dense_inputs(self, site: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """``H`` or ``X_ss`` of the inputs that a site has in the dense model."""
+        ...
 
 
 class Statistics:

@@ -97,7 +97,7 @@ class StoredLevels:
         """What brings a matrix to a stored level."""
 
         def write(weights: ResidentWeights, bound: SiteModule, level: int) -> None:
-            weights.write_stored(bound, self.weight(bound.site.name, level))
+            weights.write_weight(bound, self.weight(bound.site.name, level))
 
         yield write
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from evoprune.fitness.compressors import stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.evaluator import Evaluator
 from evoprune.fitness.model_worker import Handler, ModelWorker, criterion_from, heldout_answer
 from evoprune.fitness.objectives import OBJECTIVES
 from evoprune.fitness.prepare import Prepared
 from evoprune.fitness.teacher import WindowLosses, window_losses
+from evoprune.metrics.criterion import CRITERIA
 
 # Restore the dense model and compare its checksum once in so many evaluations.
 _CHECK_EVERY = 50
@@ -24,7 +27,7 @@ def build(context: dict[str, Any]) -> MetricWorker:
 class MetricWorker(ModelWorker):
     """Answers jobs about pruning metrics.
 
-    Jobs (kind and payload), beside `prepare`:
+    Jobs (kind and payload), beside `prepare`, which also tells ``compressor_seconds``, those of one candidate:
         evaluate: ``prepared``, ``criterion``, ``thresholds``, ``max_tied``; returns fitness by rung.
         finals: ``prepared``, ``criterion``, ``windows`` (first and last of text B); returns losses by window.
         heldout: ``prepared``, ``criterion`` (None: the dense model); returns losses on text C, by window.
@@ -44,7 +47,24 @@ class MetricWorker(ModelWorker):
             "finals": self._finals,
             "heldout": self._heldout,
             "agreement": self._agreement,
+            "replayed": self._replayed,
         }
+
+    def _restore(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator[1].restore()
+
+    def _prepare(self, payload: dict[str, Any]) -> dict[str, Any]:
+        summary = super()._prepare(payload)
+        if not stores_weights(self.context.compressor):
+            return summary
+        evaluator = self.evaluator(summary["name"])
+        # Also refuses statistics that the compressor can make nothing of, before the search.
+        with evaluator.applied(CRITERIA["magnitude"]):
+            began = time.perf_counter()
+            evaluator.apply(CRITERIA["magnitude"])
+            seconds = time.perf_counter() - began
+        return {**summary, "compressor_seconds": seconds}
 
     def _evaluate(self, payload: dict[str, Any]) -> dict[str, Any]:
         evaluator = self.evaluator(payload["prepared"])
@@ -107,6 +127,7 @@ class MetricWorker(ModelWorker):
                 teacher,
                 self.context.rule,
                 self.context.own,
+                self.context.compressor,
             )
             self._evaluator = (opened, evaluator)
         return self._evaluator[1]

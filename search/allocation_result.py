@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.fitness.card import public_name
+from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import write_allocation
 from evoprune.metrics.allocation_formula import AllocationFormula, Statistics, formula_document, read_formula
 from evoprune.metrics.emit_allocation import allocation_source
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.files import file_hash, write_atomically
+from evoprune.metrics.records import MaskRule
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.generation_search import GenerationSearch
@@ -25,6 +27,7 @@ from evoprune.search.level_result import (
     write_whole,
 )
 from evoprune.search.pooled_search import Member
+from evoprune.search.replaying import replay_job, replayed_facts
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
@@ -66,6 +69,7 @@ class AllocationComparison:
         self._seeds = seeds
         self._model_class = model_class
         self._distinct = distinct
+        self._winner: Mapping[str, Any] = {}
         self._fitness = {genome: search.seed_fitness.get(name) for name, genome in search.seeds.items()}
         self._entrants: dict[str, Genome | None] = {"dense": None, "winner": self._best.genome, **seeds}
         self._statistics = statistics
@@ -77,6 +81,31 @@ class AllocationComparison:
     def jobs(self) -> list[Job]:
         """Every entrant on held-out text."""
         return heldout_jobs(self._identity, self._search, self._entrants.values())
+
+    def replay(self) -> Job | None:
+        """See `Replayable`."""
+        target, payload = self._config.target, self._search.payload
+        if target.stored is None:
+            return None
+        row = {"allocation": sparsities_of(self._search.space, self._best.genome)}
+        return replay_job(
+            self._identity,
+            payload["prepared"],
+            payload["criterion"],
+            target.compressor,
+            MaskRule(target.sparsity),
+            self._allocation(row, {}, None),
+        )
+
+    def replayed(self, outcome: Outcome) -> dict[str, Any]:
+        """See `Replayable`."""
+        return replayed_facts(outcome, self._winner)
+
+    def _allocation(self, row: Mapping[str, Any], parameters: Mapping[str, Any], fingerprint: str | None) -> Allocation:
+        # Where parts go as a whole, the budget is what came nearest to the target.
+        budget = None if self._config.target.drop_only else self._config.target.sparsity
+        space = self._search.space
+        return allocation_of_row(row, space, self._model_class, budget, "evolution", parameters, fingerprint)
 
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """The content of ``result.json``, from the outcomes of `jobs`.
@@ -91,6 +120,7 @@ class AllocationComparison:
             elif name in ("dense", "winner", "formula"):
                 raise failure(outcome)
         config, search, best = self._config, self._search, self._best
+        self._winner = losses["winner"]
         return {
             **run_facts(config, search, run_id, evaluations, self._distinct),
             "stage_tokens": [stage.windows * config.data.window for stage in config.searcher.stages],
@@ -152,14 +182,8 @@ class AllocationComparison:
         """
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
-        # Where parts go as a whole, the budget is what came nearest to the target.
-        budget = None if self._config.target.drop_only else self._config.target.sparsity
         parameters = provenance(self._config, result)
-        space = self._search.space
-        fingerprint = run.identity["model_fingerprint"]
-        winner = allocation_of_row(
-            result["best"], space, self._model_class, budget, "evolution", parameters, fingerprint
-        )
+        winner = self._allocation(result["best"], parameters, run.identity["model_fingerprint"])
         write_whole(winner, folder / "allocation.json")
         write_allocation(winner, folder / "allocation.txt")
         if "formula" in result:

@@ -16,6 +16,7 @@ from evoprune.search.kinds import kind_of
 from evoprune.search.mask_words import metric_counts
 from evoprune.search.policy_search import PolicySearch
 from evoprune.search.pooled_search import PooledSearch
+from evoprune.search.removal import PLAIN
 from evoprune.search.tables import WINNERS, heldout_caption, heldout_rows, target_text
 from evoprune.search.tables_front import front_caption, front_head, front_rows, span
 from evoprune.search.tables_policy import found_text
@@ -43,6 +44,8 @@ def searching_note(
     ]
     if config.target.allocation is not None:
         rows.append(("target", f"{config.aim}, {config.target.allocation}"))
+    elif config.target.compressor != PLAIN:
+        rows.append(("target", config.aim))
     if best is None:
         return "\n".join(["## Searching", "", *_table(("", ""), rows)])
     tokens = config.racing.rungs[len(best.rungs) - 1] * config.data.window

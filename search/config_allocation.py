@@ -23,9 +23,11 @@ from evoprune.search.config_sections import (
     check_front,
     with_range,
 )
+from evoprune.search.removal import COMPRESSOR
 from evoprune.search.spaces.levels import reference_name, spread_levels
 
 DEFAULT_SPARSITY = 0.6
+DEFAULT_GRID = 16
 DEFAULT_RANGE: Range = (0.4, 0.7)
 # Where whole parts go, a model is soon ruined.
 DEFAULT_DROP_RANGE: Range = (0.1, 0.5)
@@ -46,13 +48,9 @@ class AllocationTarget(Section):
         None, description="of a front, the least and the most that goes; 0.4 and 0.7, or 0.1 and 0.5 with drop_only"
     )
     metric: str = Field("wanda", description="the criterion inside: a name, an expression, or an exported file")
-    compressor: str = Field(
-        "mask",
-        description="what becomes of the weights that stay: a name from `evoprune list compressors`, perhaps with "
-        "parameters, such as obq:bits=3",
-    )
+    compressor: str = Field("mask", description=COMPRESSOR)
     grid: int | tuple[int, ...] = Field(
-        16,
+        DEFAULT_GRID,
         description="for a compressor that changes weights, whose levels are stored: how many around the target beside "
         "the most that can go, or which, in 256ths",
     )

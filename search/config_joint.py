@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from evoprune.fitness.context import EvaluationContext
-from evoprune.search.config_allocation import DEFAULT_SPARSITY, GenerationsConfig
+from evoprune.search.config_allocation import DEFAULT_GRID, DEFAULT_SPARSITY, GenerationsConfig
 from evoprune.search.config_metric import DEFAULT_STATISTICS, MetricSearchConfig, RacingConfig, SearcherConfig
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
+from evoprune.search.removal import COMPRESSOR
 
 
 class JointTarget(Section):
@@ -20,6 +21,10 @@ class JointTarget(Section):
     sparsity: Sparsity = Field(DEFAULT_SPARSITY, description="fraction of all prunable weights to remove, in (0, 1)")
     granularity: Literal["matrix", "block", "kind"] = Field(
         "matrix", description="what has a level of its own: every matrix, every block, or every kind of matrix"
+    )
+    compressor: str = Field("mask", description=COMPRESSOR)
+    grid: int | tuple[int, ...] = Field(
+        DEFAULT_GRID, description="for a compressor that changes weights: the levels of the allocation searches"
     )
 
 
@@ -96,7 +101,10 @@ class JointSearchConfig(SearchConfig):
             seed_from: the metric to start from, or a run of such.
             allocation: file of the sparsities that candidates are masked at; None for uniform sparsity.
         """
-        target = {"sparsity": self.target.sparsity, "allocation": None if allocation is None else str(allocation)}
+        target = {
+            **self.target.model_dump(mode="json", include={"sparsity", "compressor"}),
+            "allocation": None if allocation is None else str(allocation),
+        }
         return {
             **self._common(step),
             **self.metric.model_dump(mode="json"),

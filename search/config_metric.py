@@ -15,6 +15,7 @@ from evoprune.metrics.records import GROUPS, MaskRule, parse_pattern
 from evoprune.metrics.terminals import STATISTICS, TERMINALS
 from evoprune.search.config_sections import SearchConfig, Section, Sparsity
 from evoprune.search.given import read_named
+from evoprune.search.removal import COMPRESSOR, followed_by
 
 # Forward, backward and Hessian statistics that a search may read unless told otherwise.
 DEFAULT_STATISTICS = ("X_l2", "X_l1", "X_mean", "X_var", "X_max", "Y_l2", "G_l2", "G_l1", "G_mean", "Hinv")
@@ -35,6 +36,7 @@ class TargetConfig(Section):
         None,
         description="a file of sparsities, one for each matrix, or a run that left one; its budget is the sparsity",
     )
+    compressor: str = Field("mask", description=COMPRESSOR)
 
     @model_validator(mode="before")
     @classmethod
@@ -154,7 +156,8 @@ class MetricSearchConfig(SearchConfig):
 
     @property
     def aim(self) -> str:
-        return f"{self.target.rule}{'' if self.target.allocation is None else ' by an allocation'}"
+        allocated = "" if self.target.allocation is None else " by an allocation"
+        return f"{self.target.rule}{allocated}{followed_by(self.target.compressor)}"
 
     def context(self) -> EvaluationContext:
         """What workers have to know.
@@ -184,5 +187,6 @@ class MetricSearchConfig(SearchConfig):
             pattern=rule.pattern,
             group=rule.group,
             allocation=None if allocation is None else to_json(allocation),
+            compressor=self.target.compressor,
             threads=self.threads,
         )

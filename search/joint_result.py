@@ -7,17 +7,21 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from evoprune.metrics.allocation_file import read_allocation
 from evoprune.metrics.criterion import CRITERIA
 from evoprune.metrics.expression import parse
 from evoprune.metrics.files import content_hash
+from evoprune.metrics.records import MaskRule
 from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.joint_steps import Step
 from evoprune.search.kinds.joint import KIND
 from evoprune.search.metric_result import criterion_json
+from evoprune.search.replaying import replay_job, replayed_facts
 from evoprune.search.result import failure, paired_difference, standard_error, summary
 from evoprune.search.rundir import RunDirectory
 
@@ -54,6 +58,7 @@ class JointComparison:
         prepared: name of the prepared set.
         steps: lines of the history.
         found: results of all steps, in their order.
+        folder: of the run.
     """
 
     def __init__(
@@ -63,12 +68,15 @@ class JointComparison:
         prepared: str,
         steps: Sequence[Mapping[str, Any]],
         found: Sequence[Mapping[str, Any]],
+        folder: Path,
     ) -> None:
         self._config = config
         self._identity = identity
         self._prepared = prepared
         self._steps = steps
         self._found = found
+        self._folder = folder
+        self._heldout: Mapping[str, Any] = {}
         metrics, allocations = found[::2], found[1::2]
         terminals = config.context().statistics
         reference = next(name for name in REFERENCES if CRITERIA[name].needs <= {"W", *terminals})
@@ -107,6 +115,25 @@ class JointComparison:
             raise failure(outcomes[-1])
         self._winner = min(pairs, key=lambda name: _mean(self._search[name]["kl"]))
 
+    def replay(self) -> Job | None:
+        """What measures the best pair in replay; see `evoprune.search.replaying.Replayable`."""
+        entrant = self._entrants[self._winner]
+        assert entrant.criterion is not None and entrant.round is not None
+        allocation = read_allocation(Step(2 * entrant.round - 1, self._folder).export("allocation.json"))
+        target = self._config.target
+        return replay_job(
+            self._identity,
+            self._prepared,
+            entrant.criterion,
+            target.compressor,
+            MaskRule(target.sparsity),
+            allocation,
+        )
+
+    def replayed(self, outcome: Outcome) -> dict[str, Any]:
+        """What ``best`` of the result says of it, given the outcome; asked after `result`."""
+        return replayed_facts(outcome, self._heldout)
+
     def result(self, run_id: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """The content of ``result.json``.
 
@@ -123,6 +150,7 @@ class JointComparison:
             elif name in ("dense", self._winner):
                 raise failure(outcome)
         config, winner = self._config, self._entrants[self._winner]
+        self._heldout = heldout[self._winner]
         reasons: Counter[str] = Counter()
         for one in self._found:
             reasons.update(one["reasons"])
@@ -131,6 +159,7 @@ class JointComparison:
             "kind": KIND.name,
             "model": config.model.name,
             "target": f"{config.target.sparsity:g}",
+            "compressor": config.target.compressor,
             "objective": config.objective,
             "seed": config.seed,
             "rounds": config.rounds,

@@ -23,6 +23,7 @@ from evoprune.search.joint_result import JointComparison
 from evoprune.search.joint_steps import Step, history_line, step_config, steps_of
 from evoprune.search.kinds import config_of
 from evoprune.search.metric_run import seeds_from
+from evoprune.search.replaying import PHASE
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import carry_out
 from evoprune.search.watch import EVENT_SECONDS
@@ -33,7 +34,7 @@ class JointRun(WorkerSession[JointSearchConfig]):
     """One session of a joint search."""
 
     worker_factory = "evoprune.fitness.joint_worker:build"
-    pure_jobs = ("pair",)
+    pure_jobs = ("pair", "replayed")
 
     def seeds_identity(self) -> dict[str, Any]:
         return {name: seed.to_json() for name, seed in seeds_from(self.config.seed_from).items()}
@@ -129,13 +130,16 @@ class JointRun(WorkerSession[JointSearchConfig]):
     def _compared(self, prepared: Summary, found: list[dict[str, Any]], stopping: Callable[[], bool]) -> dict[str, Any]:
         """The best of all rounds on text B, beside the others on text C, and its files in the run's folder."""
         steps = list(self._run.history())
-        comparison = JointComparison(self.config, self.identity, prepared.name, steps, found)
+        comparison = JointComparison(self.config, self.identity, prepared.name, steps, found, self._run.path)
         with self._workers() as executor:
             self.phase("comparing the rounds", " on text B")
             comparison.choose(self._ask(executor, stopping, comparison.jobs("search")))
             self.phase("measuring on held-out text")
             outcomes = self._ask(executor, stopping, comparison.jobs("heldout"))
-        result = comparison.result(self._run.run_id, outcomes)
+            result = comparison.result(self._run.run_id, outcomes)
+            if (job := comparison.replay()) is not None:
+                self.phase(PHASE)
+                result["best"] |= comparison.replayed(self._ask(executor, stopping, [job], limited=False)[0])
         result["bit_reproducible"] = not self._admission.mixed and all(one["bit_reproducible"] for one in found)
         result["images"] = self._facts["images"]
         comparison.export(self._run, result)

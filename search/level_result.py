@@ -84,7 +84,7 @@ def allocation_of_row(
     budget: float | None,
     allocator: str,
     parameters: Mapping[str, Any],
-    fingerprint: str,
+    fingerprint: str | None,
 ) -> Allocation:
     """The allocation of a row of a result.
 
@@ -95,7 +95,7 @@ def allocation_of_row(
         budget: as a fraction of all weights; None is what goes, as it is where the steps of the space are so coarse
             that the budget is met to less than a file may claim.
         allocator: who made it, with its `parameters`.
-        fingerprint: of the weights that it was found on.
+        fingerprint: of the weights that it was found on, if anybody asks.
 
     Raises:
         InvalidInput: it does not meet the budget.

@@ -41,7 +41,7 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
 
     kind = KIND
     worker_factory = "evoprune.fitness.allocation_worker:build"
-    pure_jobs: ClassVar[tuple[str, ...]] = ("allocate", "levels", "heldout")
+    pure_jobs: ClassVar[tuple[str, ...]] = ("allocate", "levels", "heldout", "replayed")
     _database = ""
 
     def tokens_of(self, job: Job) -> int:

@@ -12,6 +12,8 @@ from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.records import Group
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.identity import versions
+from evoprune.search.removal import PLAIN, compressor_option, followed_by
+from evoprune.search.replaying import NOTE, OPTION, REPLAYED
 
 
 def winner_export(
@@ -44,7 +46,8 @@ def winner_export(
     return MetricExport(
         Metric(expression, group, f"evoprune run {result['run']}"),
         rule=config.target.rule,
-        title=f"found by evoprune on {config.model.name} at {result['target']}{_allocated(result)}",
+        title=f"found by evoprune on {config.model.name} at {result['target']}{_allocated(result)}"
+        f"{followed_by(result['compressor'])}",
         provenance={
             "run": result["run"],
             "created": identity["created"],
@@ -60,6 +63,7 @@ def winner_export(
                 "dtype": dtype,
             },
             "seed": config.seed,
+            "compressor": config.target.compressor,
             "fitness": f"{config.objective} {best['fitness']:.5f} ± {best['stderr']:.5f} on {tokens[-1]} tokens",
             "evaluations": result["evaluations"],
             "parents": best["parents"],
@@ -85,6 +89,9 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
     """The text of ``README.md``: what was found, and the held-out table."""
     own = result["best"]["heldout"]
     rows = [("dense", result["dense"]["heldout"], None), ("**winner**", own, None)]
+    replayed = result["best"].get("replayed")
+    if replayed is not None:
+        rows.append((REPLAYED, replayed, result["best"]["winner_minus_replayed"]))
     ranked = sorted(result["baselines"], key=lambda row: (row["heldout"]["loss"], row["name"]))
     rows += [(row["name"], row["heldout"], row["winner_minus_this"]) for row in ranked]
     lines = [
@@ -92,8 +99,9 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
         "",
         f"    {export.metric.expression.text}",
         "",
-        f"`metric.py` needs nothing but torch; `evoprune prune MODEL --metric metric.json` uses it. {_same(export)}",
+        f"`metric.py` needs nothing but torch; `{_command(result)}` uses it. {_same(export)}",
         "",
+        *_compressed(result),
         "| | perplexity | loss | KL | minus winner's |",
         "| --- | ---: | ---: | ---: | ---: |",
         *(_row(name, heldout, difference) for name, heldout, difference in rows),
@@ -105,6 +113,28 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
         f"{result['evaluations']} evaluations.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _command(result: Mapping[str, Any]) -> str:
+    return f"evoprune prune MODEL --metric metric.json{compressor_option(result)}"
+
+
+def _compressed(result: Mapping[str, Any]) -> list[str]:
+    """What has to be known of the numbers below where masks were not all."""
+    compressor = result["compressor"]
+    if compressor == PLAIN:
+        return []
+    return [
+        f"What every metric keeps was compressed by `{compressor}` before it was measured, that of the baselines too: "
+        f"this one was found for masks that are followed by it.{_replayed(result)}",
+        "",
+    ]
+
+
+def _replayed(result: Mapping[str, Any]) -> str:
+    if result["best"].get("replayed") is None:
+        return ""
+    return f" {NOTE} That is what `{_command(result)}{OPTION}` writes."
 
 
 def _row(name: str, heldout: Mapping[str, Any], winner_minus_this: Mapping[str, float] | None) -> str:

@@ -23,6 +23,7 @@ from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.level_result import write_whole
 from evoprune.search.metric_export import readme, winner_export
 from evoprune.search.metric_search import MetricSearch
+from evoprune.search.replaying import replay_job, replayed_facts
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 
@@ -113,6 +114,7 @@ class MetricComparison:
         self._best = best
         self._rule = config.target.rule
         self._allocation = allocation
+        self._winner: Mapping[str, Any] = {}
         self._entrants: dict[str, dict[str, Any] | None] = {"dense": None, "winner": criterion_json(best.expression)}
         for name in BASELINES:
             if CRITERIA[name].needs <= config.terminals:
@@ -131,6 +133,16 @@ class MetricComparison:
         payload = {"prepared": self._prepared.name, "criterion": winner, "others": others}
         return [*jobs, self._job("agreement", winner, payload)]
 
+    def replay(self) -> Job | None:
+        """See `Replayable`."""
+        criterion = criterion_json(self._best.expression)
+        compressor, name = self._config.target.compressor, self._prepared.name
+        return replay_job(self._identity, name, criterion, compressor, self._rule, self._allocation)
+
+    def replayed(self, outcome: Outcome) -> dict[str, Any]:
+        """See `Replayable`."""
+        return replayed_facts(outcome, self._winner)
+
     def result(self, run_id: str, evaluations: int, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """The content of ``result.json``, from the outcomes of `jobs`.
 
@@ -147,6 +159,7 @@ class MetricComparison:
             if name in ("dense", "winner") and outcome.status != "ok":
                 raise failure(outcome)
         config, search = self._config, self._search
+        self._winner = losses["winner"]
         return {
             "run": run_id,
             "kind": "metric",
@@ -154,6 +167,7 @@ class MetricComparison:
             "target": str(self._rule),
             "group": self._rule.group,
             "allocation": None if self._allocation is None else described_allocation(self._allocation),
+            "compressor": config.target.compressor,
             "objective": config.objective,
             "seed": config.seed,
             "evaluations": evaluations,
@@ -239,8 +253,13 @@ class MetricComparison:
 
 
 def described_allocation(allocation: Allocation) -> dict[str, Any]:
-    """What a result says of the allocation that candidates were masked at: who made it, and what matrices lose."""
-    return {"allocator": allocation.allocator, "sparsity": allocation.sparsity, "sites": allocation.by_name()}
+    """What a result says of the allocation that candidates were masked at: who made it, and what matrices lose.
+
+    Also for which compressor it was searched, if it says so.
+    """
+    searched = {name: value for name, value in allocation.parameters.items() if name == "compressor"}
+    described = {"allocator": allocation.allocator, "sparsity": allocation.sparsity, "sites": allocation.by_name()}
+    return described | searched
 
 
 def criterion_json(expression: Expression) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class MetricRun(SearchRun[MetricSearchConfig, MetricSearch]):
 
     kind = KIND
     worker_factory = "evoprune.fitness.worker:build"
-    pure_jobs = ("evaluate", "finals", "heldout", "agreement")
+    pure_jobs = ("evaluate", "finals", "heldout", "agreement", "replayed")
 
     def seeds_identity(self) -> dict[str, Any]:
         return {name: seed.to_json() for name, seed in self._seeds().items()}

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from evoprune.fitness.compressing import kept_bytes
 from evoprune.fitness.prepare import Summary
 from evoprune.fitness.statistics_passes import gradient_sum_bytes
+from evoprune.metrics.records import Site
 from evoprune.search.config_allocation import AllocationSearchConfig, GenerationsConfig
 from evoprune.search.config_sections import Range
 from evoprune.search.config_structure import StructureSearchConfig
@@ -19,6 +21,7 @@ from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
 from evoprune.search.loop import Birth, BirthLoop, Budget
+from evoprune.search.replaying import PHASE, Replayable
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Ask, Config, WorkerSession
 
@@ -173,6 +176,9 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
         self._watch.phase("measuring on held-out text")
         outcomes = ask(comparison.jobs())
         result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
+        if isinstance(comparison, Replayable) and (job := comparison.replay()) is not None:
+            self._watch.phase(PHASE)
+            result["best"] |= comparison.replayed(ask([job], limited=False)[0])
         result["bit_reproducible"] = not self._admission.mixed
         result["images"] = self._facts["images"]
         comparison.export(self._run, result)
@@ -210,7 +216,8 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
     def _announce(self, prepared: Summary, executor: Executor) -> None:
         """What the search will cost, before it starts."""
         facts, config, plan = prepared.facts, self.config, self.plan()
-        pace = plan.per_candidate * self._seconds_per_token / max(executor.workers, 1)
+        seconds = plan.per_candidate * self._seconds_per_token + self._compressor_seconds
+        pace = seconds / max(executor.workers, 1)
         if config.evaluations is None:
             cost = f"{config.minutes:g} min: expect {60 * (config.minutes or 0) / pace:,.0f} candidates"
         else:
@@ -224,6 +231,12 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             f"{' / '.join(f'{tokens:,}' for tokens in plan.tokens)} tokens by {plan.step}, about "
             f"{plan.per_candidate:,.0f} a candidate; {cost}"
         )
+        if self._compressor_seconds:
+            kept = kept_bytes(Site(**site) for site in facts["sites"])
+            self.progress.line(
+                f"{self.context.compressor} takes {self._compressor_seconds:.2g} s of a candidate, the forward passes "
+                f"{seconds - self._compressor_seconds:.2g} s; it keeps {_mib(kept)} in each worker"
+            )
         self.progress.line(memory_line(facts, self.context.statistics))
         if executor.workers > plan.busy_workers:
             self.progress.line(f"warning: {executor.workers} workers and {plan.crowded(executor.workers)}")

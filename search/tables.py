@@ -20,7 +20,8 @@ from evoprune.search.calibration import calibration_options
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
-from evoprune.search.removal import PLAIN, removed_by
+from evoprune.search.removal import PLAIN, compressor_option, followed_by, removed_by
+from evoprune.search.replaying import NOTE, OPTION, REPLAYED
 from evoprune.search.result import measured_on
 
 _STATUS_STYLES = {
@@ -68,6 +69,8 @@ def heldout_caption(result: Mapping[str, Any]) -> str:
             " All but those alone have the units of the database and refitted weights; a criterion alone has its "
             "own units and their weights as they were."
         )
+    elif result["best"].get("replayed") is not None:
+        alone = f" {NOTE}"
     return (
         f"{result['best']['heldout']['tokens']:,} predicted tokens of {result['data']} (text C), "
         f"{measured_on(result)}. Loss and KL from the dense model in nats per token, ± standard error over windows. "
@@ -91,7 +94,10 @@ def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"name": "dense", "heldout": result["dense"]["heldout"], "difference": None}
     winner = LEARNED if result["kind"] == "policy" else WINNER
-    yield {"name": winner, "heldout": result["best"]["heldout"], "difference": None}
+    best = result["best"]
+    yield {"name": winner, "heldout": best["heldout"], "difference": None}
+    if best.get("replayed") is not None:
+        yield {"name": REPLAYED, "heldout": best["replayed"], "difference": best["winner_minus_replayed"]}
     for row in result["baselines"]:
         name = POWER if row["name"] == "power" else row["name"]
         yield {"name": name, "heldout": row["heldout"], "difference": row.get("winner_minus_this")}
@@ -144,15 +150,25 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     target = f"{'--pattern' if ':' in str(result['target']) else '--sparsity'} {result['target']}"
     if result.get("allocation") is not None:
         target = f"--allocation {shlex.quote(str(metric.with_name('allocation.json')))}"
+    target += compressor_option(result)
+    prune = (
+        f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(metric))} {target} --out DIR"
+        f"{calibration_options(result.get('calibration', {}), result['seed'])}"
+    )
     ways = {
         "python": str(metric),
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
-        "prune": f"evoprune prune {shlex.quote(result['model'])} --metric {shlex.quote(str(metric))} "
-        f"{target} --out DIR{calibration_options(result.get('calibration', {}), result['seed'])}",
+        **prune_ways(result, prune),
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]
+
+
+def prune_ways(result: Mapping[str, Any], command: str) -> dict[str, str]:
+    """The command that prunes by the winner as it was searched, and where it was replayed also the one for that."""
+    replayed = result["best"].get("replayed") is not None
+    return {"prune": command, **({"replay": f"{command}{OPTION}"} if replayed else {})}
 
 
 def unfinished_view(
@@ -223,17 +239,19 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         document: as `prune --json` prints it.
     """
     measured = any(layer["error"] is not None for layer in document["layers"])
+    replayed = any("path_error" in layer for layer in document["layers"])
     metrics = document.get("policy", {}).get("sites", {})
     inputs = {row["name"]: row["sparsity"] for row in document.get("thresholds", ())}
     more = [
         *(["inputs let go"] if inputs else []),
         *(["output error"] if measured else []),
+        *(["path error"] if replayed else []),
         *(["metric"] if metrics else []),
     ]
     table = plain_box("matrix", "shape", "sparsity", *more)
     for layer in document["layers"]:
         share = [f"{inputs.get(layer['name'], 0):.4f}"] if inputs else []
-        error = [f"{layer['error']:.5f}"] if layer["error"] is not None else []
+        error = [f"{layer[name]:.5f}" for name in ("error", "path_error") if layer.get(name) is not None]
         metric = [Text(metrics[layer["name"]], overflow="fold")] if metrics else []
         shape = " × ".join(str(size) for size in layer["shape"])
         table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *share, *error, *metric)
@@ -355,14 +373,16 @@ def target_text(result: Mapping[str, Any]) -> str:
         fewer = f"fewer {COUNTED[result['cost']]} in heads and MLPs"
         return target if ":" in target else f"{100 * float(target):.4g}% {fewer}"
     if result["kind"] == "joint":
-        return f"{100 * float(target):.4g}% sparsity, metric and allocation in {result['rounds']} rounds"
+        followed = followed_by(result.get("compressor", PLAIN))
+        return f"{100 * float(target):.4g}% sparsity, metric{followed} and allocation in {result['rounds']} rounds"
     if result["kind"] == "allocation":
         if result.get("drop_only"):
             return f"{100 * float(target):.4g}% of the weights dropped as {result['drop']}"
         return f"{100 * float(target):.4g}% sparsity by {_remover(result)}"
+    followed = followed_by(result.get("compressor", PLAIN))
     if (allocation := result.get("allocation")) is not None:
-        return f"{100 * float(target):.4g}% sparsity, allocated by {allocation['allocator']}"
-    return target if ":" in target else f"{100 * float(target):.4g}% sparsity per {result['group']}"
+        return f"{100 * float(target):.4g}% sparsity, allocated by {allocation['allocator']}{followed}"
+    return f"{target if ':' in target else f'{100 * float(target):.4g}% sparsity per ' + result['group']}{followed}"
 
 
 def _remover(result: Mapping[str, Any]) -> str:

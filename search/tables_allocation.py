@@ -16,7 +16,7 @@ from evoprune.search.calibration import calibration_options
 from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.result import closed_gap
 from evoprune.search.site_names import grid
-from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
+from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box, prune_ways
 
 WIDEST = 16
 """Blocks in the map on a terminal; the report's has no limit."""
@@ -81,15 +81,18 @@ def map_table(allocation: Mapping[str, float]) -> Table | None:
 
 def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     """Where the files are, and commands to copy; one line each, however long."""
+    inside = removal_options(result["metric"], result.get("compressor", PLAIN))
     quoted, file, page = shlex.quote(str(run)), run / "export" / "allocation.json", run / "report.html"
     ways = {
         "json": str(file),
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
-        "prune": f"evoprune prune {shlex.quote(result['model'])} "
-        f"{removal_options(result['metric'], result.get('compressor', PLAIN))} "
-        f"--allocation {shlex.quote(str(file))} --out DIR{calibration_options(result['calibration'], result['seed'])}",
+        **prune_ways(
+            result,
+            f"evoprune prune {shlex.quote(result['model'])} {inside} --allocation {shlex.quote(str(file))} "
+            f"--out DIR{calibration_options(result['calibration'], result['seed'])}",
+        ),
     }
     if "formula" in result:
         formula = file.with_name("formula.json")

@@ -15,7 +15,8 @@ from evoprune.metrics.emit import to_text
 from evoprune.metrics.expression import parse
 from evoprune.search.calibration import calibration_options
 from evoprune.search.joint_steps import FOLDER
-from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
+from evoprune.search.removal import compressor_option
+from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box, prune_ways
 from evoprune.search.tables_allocation import map_table
 
 
@@ -50,8 +51,8 @@ def prune_command(result: Mapping[str, Any], run: Path) -> str:
     """The command that prunes a model with both winners."""
     metric, allocation = (shlex.quote(str(run / "export" / name)) for name in ("metric.json", "allocation.json"))
     model = shlex.quote(result["model"])
-    options = calibration_options(result["calibration"], result["seed"])
-    return f"evoprune prune {model} --metric {metric} --allocation {allocation} --out DIR{options}"
+    options, inside = calibration_options(result["calibration"], result["seed"]), compressor_option(result)
+    return f"evoprune prune {model} --metric {metric} --allocation {allocation}{inside} --out DIR{options}"
 
 
 def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
@@ -62,6 +63,6 @@ def _ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
         "report": str(page) if page.exists() else f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "a step": f"evoprune show {shlex.quote(str(run / FOLDER / result['steps'][0]['step']))}",
-        "prune": prune_command(result, run),
+        **prune_ways(result, prune_command(result, run)),
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]

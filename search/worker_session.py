@@ -128,6 +128,7 @@ class WorkerSession(ABC, Generic[Config]):
         self._log = EvaluationLog(run.path / "evaluations.wal")
         self._stopping: Callable[[], bool] = lambda: False
         self._seconds_per_token = 0.0
+        self._compressor_seconds = 0.0
         self._deadline = Deadline(None, 0.0)
         self._facts: dict[str, Any] = {}
         known = run.identity
@@ -268,6 +269,7 @@ class WorkerSession(ABC, Generic[Config]):
         self._watch.phase("collecting statistics and teacher", " (cached for the next run)")
         values = first("prepare", self.before_preparing())
         self._seconds_per_token = values["seconds_per_token"]
+        self._compressor_seconds = values.get("compressor_seconds", 0.0)
         return self.identify(Summary.from_json(values))
 
     def _first(
@@ -302,7 +304,7 @@ class WorkerSession(ABC, Generic[Config]):
         if prepared.facts["images"]:
             self.config = with_window(self.config, prepared.facts["window"])
             self._run.add_identity(window=prepared.facts["window"])
-        self._deadline = Deadline(self.config.deadline, self._seconds_per_token)
+        self._deadline = Deadline(self.config.deadline, self._seconds_per_token, self._compressor_seconds)
         self.identity = content_hash(
             [
                 prepared.facts["identity"],
@@ -310,6 +312,7 @@ class WorkerSession(ABC, Generic[Config]):
                 str(self.context.rule),
                 self.context.group,
                 self.context.own,
+                self.context.compressor,
                 prepared.name,
                 evaluation_code_hash(),
                 self._admission.expected if self.config.numerics == "strict" else None,

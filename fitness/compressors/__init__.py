@@ -20,7 +20,7 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.removal_order import Problem
 from evoprune.fitness.samples import Sequences
 from evoprune.metrics import mask as masks
-from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.errors import EvopruneError, InvalidCandidate, InvalidInput
 from evoprune.metrics.parameters import configured
 from evoprune.metrics.records import Group, MaskRule
 from evoprune.metrics.registry import Registry
@@ -258,8 +258,9 @@ def compress_all(
     Raises:
         UnknownName: no such compressor.
         InvalidInput: a parameter that it cannot have, or a statistic that it needs is not there, or of no use to it.
-        EvopruneError: the compressor broke its contract: not finite, a weight outside its mask, or a mask that is not
-            what the goal says.
+        InvalidCandidate: weights that are not finite.
+        EvopruneError: the compressor broke its contract: a weight outside its mask, or a mask that is not what the goal
+            says.
     """
     compressor = compressor_of(spelled)
     for missing in sorted(compressor.needs - set(statistics)):
@@ -278,8 +279,10 @@ def compress_all(
         if len(made) == 4:
             factors = Factors(new, *made[2:]).to(weight.dtype)
             cast = factors.merged().to(weight.dtype)
-        if not bool(cast.isfinite().all()) or bool((sparse[~kept] != 0).any()):
-            raise EvopruneError(f"compressor {spelled!r} returned weights that are not finite or lie outside its mask")
+        if not bool(cast.isfinite().all()):
+            raise InvalidCandidate("NONFINITE", f"compressor {spelled!r} returned weights that are not finite")
+        if bool((sparse[~kept] != 0).any()):
+            raise EvopruneError(f"compressor {spelled!r} returned weights that lie outside its mask")
         _check_mask(spelled, kept, asked.popleft())
         gram, squares = (statistics.get(name) if measured else None for name in ("H", "X_ss"))
         error = relative_output_error(weight.float(), cast.float(), gram=gram, input_squares=squares)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from evoprune.fitness.statistics_import import import_gradients
     from evoprune.metrics.allocation import Allocation
     from evoprune.metrics.shape import Shape
-    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedClassifier, PrunedPipeline
+    from evoprune.outcomes import CutModel, Evaluation, Pruned, PrunedClassifier, PrunedFiles, PrunedPipeline
     from evoprune.pipelines import load_pipeline, prune_pipeline
     from evoprune.policies import prune_policy
     from evoprune.recipes import prune_recipe
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from evoprune.searches_policy import search_policy
     from evoprune.searches_structure import search_structure
     from evoprune.shapes import prune_shape, prune_structure
+    from evoprune.streaming import prune_streamed
 
     __version__: str
 
@@ -42,6 +43,7 @@ _HOMES = {
     "Evaluation": "evoprune.outcomes",
     "Pruned": "evoprune.outcomes",
     "PrunedClassifier": "evoprune.outcomes",
+    "PrunedFiles": "evoprune.outcomes",
     "PrunedPipeline": "evoprune.outcomes",
     "Run": "evoprune.runs",
     "Shape": "evoprune.metrics.shape",
@@ -58,6 +60,7 @@ _HOMES = {
     "prune_pipeline": "evoprune.pipelines",
     "prune_policy": "evoprune.policies",
     "prune_recipe": "evoprune.recipes",
+    "prune_streamed": "evoprune.streaming",
     "prune_shape": "evoprune.shapes",
     "prune_structure": "evoprune.shapes",
     "resume": "evoprune.searches",
@@ -74,6 +77,7 @@ __all__ = [
     "Evaluation",
     "Pruned",
     "PrunedClassifier",
+    "PrunedFiles",
     "PrunedPipeline",
     "Run",
     "Shape",
@@ -92,6 +96,7 @@ __all__ = [
     "prune_policy",
     "prune_recipe",
     "prune_shape",
+    "prune_streamed",
     "prune_structure",
     "resume",
     "search_allocation",

@@ -44,6 +44,7 @@ from evoprune.metrics.records import MaskRule
 # Windows of text B on which an allocator that tries things out compares losses.
 LOSS_SEQUENCES = 8
 SEARCHED = "searched"
+UNIFORM = "uniform"
 _MOST_THREADS = 1024
 
 
@@ -202,6 +203,15 @@ class GivenAllocation:
     def _named(self) -> str | None:
         """The allocator's name, if it is one."""
         return str(self.allocation) if isinstance(self.allocation, str) and self.allocation in ALLOCATORS else None
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether an allocator or a formula has to look at more than the shapes of the model."""
+        if self.allocation is None or isinstance(self.allocation, Allocation):
+            return False
+        if self._named is not None:
+            return self._named != UNIFORM or self.budgets == SEARCHED
+        return self._formula is not None
 
     @cached_property
     def provenance(self) -> Provenance:

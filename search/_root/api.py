@@ -21,6 +21,7 @@ from evoprune.calibration import (
     default_window,
     loaded,
     silent,
+    token_choice,
 )
 from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.adapters import list_sites, rebind, zero_fraction
@@ -36,8 +37,9 @@ from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
+from evoprune.fitness.replay import Replay, check_replay, dense_names
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
-from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.statistics_reader import ModelStatistics
 from evoprune.fitness.tasks import load_tasks
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
@@ -47,7 +49,7 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import check_choice, parameters_of
 from evoprune.metrics.records import MaskRule
-from evoprune.outcomes import CutModel, Evaluation, Pruned, criterion_label
+from evoprune.outcomes import CutModel, Evaluation, Pruned, Removal, criterion_label
 from evoprune.recipe_file import of_weights
 from evoprune.recoveries import given_recovery
 
@@ -77,6 +79,7 @@ def prune(
     allocation_parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str | None = None,
+    accumulation: Literal["dense", "path"] | None = None,
     policy: str | Path | LearnedPolicy | None = None,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
@@ -112,6 +115,9 @@ def prune(
             the weights that stay make up for it. ``scap`` removes no weights: it lets that share of the inputs of every
             prunable matrix go at run time, or, without a `sparsity`, shares of its own by kind of matrix. None is the
             one that `allocation` was searched for, if its file says so, else ``mask``.
+        accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks (the default), or
+            those before it as they are now pruned, ``path``, which takes up no errors of theirs; see
+            `evoprune.fitness.replay`. Gradients and allocators read the dense model in either case.
         policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
@@ -145,6 +151,7 @@ def prune(
             "allocation_parameters": allocation_parameters,
             "budgets": budgets,
             "compressor": compressor,
+            "accumulation": accumulation,
         }
         if told := [name for name, value in beside.items() if value is not None]:
             raise InvalidInput(f"a policy says by itself what goes: leave out {told[0]}")
@@ -162,6 +169,7 @@ def prune(
             progress=progress,
             **loading,
         )
+    check_choice("accumulation", accumulation or "dense", ("dense", "path"))
     criterion = load_metric(metric) if isinstance(metric, str) else metric
     named = "uniform" if allocation is None and budgets else allocation
     given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
@@ -181,6 +189,8 @@ def prune(
     )
     language_model = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, loading, progress)
     check_rule(language_model, rule, compressor)
+    if accumulation == "path":
+        check_replay(language_model, rule, compressor)
     if modules:
         check_modular(language_model.model, cut=language_model.cut)
     begun = None if recovers is None else recovers.started(language_model)
@@ -195,7 +205,7 @@ def prune(
     own = given.resolved(language_model, criterion, text)
     if own is not None:
         rule = MaskRule(own.sparsity)
-    statistics: Statistics | None = None
+    statistics: ModelStatistics | None = None
     thresholds: tuple[Thresholded, ...] = ()
     # Weights that a search has measured come out again, bit for bit, from sums in the same order.
     with torch_threads(given.provenance.threads):
@@ -208,7 +218,10 @@ def prune(
             )
             layers = pruned_before(language_model, {found.name: found.error for found in thresholds})
         else:
-            statistics = collect_statistics(language_model, needs, **text) if needs else None
+            if accumulation == "path":
+                statistics = _replay(language_model, needs, **text)
+            elif needs:
+                statistics = collect_statistics(language_model, needs, **text)
             layers = prune_model(
                 language_model,
                 criterion,
@@ -230,6 +243,7 @@ def prune(
         allocation=own,
         modules=modules,
         statistics=statistics,
+        accumulation=accumulation or "dense",
         recovers=recovers is not None,
         text=text,
     )
@@ -242,6 +256,7 @@ def prune(
         criterion=criterion_label(metric, criterion) if plugin.reads_criterion else None,
         rule=rule,
         compressor=compressor,
+        accumulation=None if statistics is None else accumulation or "dense",
         layers=layers,
         recovery=recovered,
         allocation=own,
@@ -249,16 +264,7 @@ def prune(
         merged=isinstance(plugin, Wrapping) and not modules,
         thresholds=thresholds,
     )
-    recipe: dict[str, Any] = {
-        "criterion": pruned.criterion,
-        "source": None if pruned.criterion is None else criterion.source,
-        "sparsity": rule.sparsity,
-        "pattern": str(rule) if rule.pattern else None,
-        "group": rule.group,
-        "allocation": None if own is None else to_json(own),
-        "compressor": compressor,
-        "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
-    }
+    recipe = weights_recipe(pruned, criterion, statistics, needs, calibration, seed)
     kept = ["removed", "prunable", "layers"]
     if isinstance(plugin, Wrapping):
         recipe["form"] = "modules" if modules else "plain"
@@ -300,6 +306,7 @@ def evaluate(
     limit: int | None = None,
     samples: int = 0,
     sample_tokens: int | None = None,
+    memory: str | int | None = None,
     progress: Progress = silent,
     **loading: Any,
 ) -> Evaluation:
@@ -319,6 +326,8 @@ def evaluate(
         limit: examples of each task; None takes all.
         samples: how many windows of text C the model goes on with, greedily, from their first words.
         sample_tokens: that it writes for each; None takes 32.
+        memory: bytes, or words such as ``2GiB``, beyond which evaluating shall not grow: the blocks of a model that is
+            given by name are then in memory one at a time. Not with tasks, samples or images.
         progress: told what runs.
         loading: further arguments of `load_model`, where a model is given by name.
 
@@ -328,15 +337,18 @@ def evaluate(
     _check_beside(tasks, {"tasks_path": tasks_path, "shots": shots, "limit": limit})
     if sample_tokens is not None and not samples:
         raise InvalidInput("sample_tokens goes with samples: say how many by --samples")
+    if memory is not None:
+        from evoprune.streaming import evaluate_streamed
+
+        if tasks is not None or samples:
+            raise InvalidInput("tasks and samples need the whole model: leave out --memory")
+        return evaluate_streamed(
+            model, dense, memory, data=data, window=window, tokens=tokens, progress=progress, **loading
+        )
     suite = load_tasks(tasks, tasks_path, trust_remote_code=bool(loading.get("trust_remote_code")))
     language_model = loaded(model, loading, progress)
     width = default_window(language_model, window)
-    count = None if tokens is None else tokens // width
-    if count == 0:
-        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
-    windows = read_side(language_model, data, "C", window=width, count=count)
-    if tokens is None:
-        windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
+    windows = held_out_windows(language_model, data, width, tokens)
     written = SAMPLE_TOKENS if sample_tokens is None else sample_tokens
     begun: Tensor | None = None
     if samples:
@@ -360,6 +372,19 @@ def evaluate(
         width = round(n_tokens(windows) / len(windows))
     sparsity = zero_fraction(language_model.sites)
     return Evaluation(language_model.name, held_out, width, sparsity, data, images, scores, dense_scores, texts)
+
+
+def held_out_windows(language_model: LanguageModel, data: str, width: int, tokens: int | None) -> Sequences:
+    """Text C; arguments as of `evaluate`, `width` is a number.
+
+    Raises:
+        InvalidInput: no such text, or too little of it.
+    """
+    count = None if tokens is None else tokens // width
+    if count == 0:
+        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
+    windows = read_side(language_model, data, "C", window=width, count=count)
+    return windows[: max(HELD_OUT_TOKENS // width, 1)] if tokens is None else windows
 
 
 def _check_beside(tasks: Sequence[str] | None, options: Mapping[str, object]) -> None:
@@ -412,7 +437,58 @@ def own_copy(language_model: LanguageModel) -> LanguageModel:
     return replace(language_model, model=model, sites=rebind(language_model.sites, model))
 
 
-def _described(statistics: Statistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
+def _replay(
+    language_model: LanguageModel,
+    needs: Iterable[str],
+    *,
+    calibration: str,
+    calibration_sequences: int,
+    calibration_window: int | None,
+    tokens: str | TokenChoice,
+    seed: int,
+    progress: Progress,
+) -> Replay:
+    """Statistics behind pruned blocks; arguments as of `collect_statistics`."""
+    text: dict[str, Any] = {"calibration": calibration, "calibration_sequences": calibration_sequences, "seed": seed}
+    text |= {"calibration_window": calibration_window, "tokens": tokens, "progress": progress}
+    gradients = dense_names(needs)
+    dense = collect_statistics(language_model, gradients, **text) if gradients else None
+    windows = calibration_windows(language_model, calibration, calibration_sequences, calibration_window, seed)
+    return Replay(language_model, windows, needs, dense=dense, tokens=token_choice(tokens))
+
+
+def weights_recipe(
+    pruned: Removal,
+    criterion: Criterion,
+    statistics: ModelStatistics | None,
+    needs: Iterable[str],
+    calibration: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What `evoprune.json` and the model card say of how single weights went, as JSON values.
+
+    Args:
+        pruned: what went.
+        criterion: that scored the weights.
+        statistics: that were read; None if none were.
+        needs: names of those that criterion and compressor need.
+        calibration, seed: the text, as given.
+    """
+    rule = pruned.rule
+    return {
+        "criterion": pruned.criterion,
+        "source": None if pruned.criterion is None else criterion.source,
+        "sparsity": rule.sparsity,
+        "pattern": str(rule) if rule.pattern else None,
+        "group": rule.group,
+        "allocation": None if pruned.allocation is None else to_json(pruned.allocation),
+        "compressor": pruned.compressor,
+        "accumulation": pruned.accumulation,
+        "calibration": None if statistics is None else _described(statistics, calibration, seed, needs),
+    }
+
+
+def _described(statistics: ModelStatistics, text: str, seed: int, needs: Iterable[str]) -> dict[str, Any]:
     """What a recipe says of the calibration."""
     return {
         "text": public_name(text),

@@ -116,6 +116,7 @@ def prune_classifier(
         criterion=criterion_label(metric, criterion) if reads else None,
         rule=rule,
         compressor=compressor,
+        accumulation=None if statistics is None else "dense",
         layers=layers,
         allocation=own,
         held_out=None if dense is None or held_out is None else agreement(dense, loaded.logits(held_out)),

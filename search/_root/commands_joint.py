@@ -23,6 +23,7 @@ from evoprune.options import (
     GpusPerWorker,
     InsecureCluster,
     Json,
+    MetricCompressor,
     Minutes,
     OptionalModel,
     Revision,
@@ -49,6 +50,7 @@ def search_joint(
         Literal["matrix", "block", "kind"] | None,
         option("--granularity", help="what has a sparsity of its own", panel=TARGET, default="matrix"),
     ] = None,
+    compressor: MetricCompressor = None,
     rounds: Annotated[
         int | None,
         option(

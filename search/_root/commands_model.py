@@ -36,6 +36,7 @@ from evoprune.options import (
     Device,
     Dtype,
     Json,
+    Memory,
     ModelArgument,
     OptionalModel,
     Pattern,
@@ -49,7 +50,7 @@ from evoprune.options import (
 )
 
 if TYPE_CHECKING:
-    from evoprune.outcomes import Removal
+    from evoprune.outcomes import PrunedFiles, Removal
 
 
 def register(app: typer.Typer) -> None:
@@ -97,6 +98,16 @@ def prune(
             panel=TARGET,
             default="that of the allocation's file, or mask",
             autocompletion=completion.plugins("evoprune.fitness.compressors"),
+        ),
+    ] = None,
+    accumulation: Annotated[
+        Literal["dense", "path"] | None,
+        option(
+            "--accumulation",
+            help="what calibration text has gone through when it reaches a block: dense blocks, or those before it as "
+            "they are now pruned",
+            panel=TARGET,
+            default="dense",
         ),
     ] = None,
     allocation: Annotated[
@@ -205,6 +216,7 @@ def prune(
     tokens: Tokens = "all",
     seed: Seed = 0,
     components: Components = None,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -226,6 +238,8 @@ def prune(
             "--metric": metric,
             "--group": group,
             "--compressor": compressor,
+            "--accumulation": accumulation,
+            "--memory": memory,
             "--allocation-set": allocation_set,
             "--budget": budget,
         }
@@ -299,6 +313,7 @@ def prune(
             beside = {f"--{name.replace('_', '-')}": value for name, value in training.items()}
             beside |= {"--budget": budget, "--components": components, "--calibration-window": calibration_window}
             beside |= {"--tokens": None if tokens == "all" else tokens, "--form": None if form == "auto" else form}
+            beside |= {"--memory": memory, "--accumulation": None if accumulation == "dense" else accumulation}
             _refuse_with_classifier(beside)
             if calibration_sequences is not None:
                 shared["calibration_sequences"] = calibration_sequences
@@ -322,8 +337,33 @@ def prune(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
                 )
+            if memory is not None:
+                raise InvalidInput("a pipeline is loaded whole: leave out --memory")
+            if accumulation == "path":
+                raise InvalidInput("a pipeline is pruned by statistics of the dense one: leave out --accumulation path")
             prompts = None if calibration is None else read_prompts(calibration)
-            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, **target)
+            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, seed=seed, **target)
+        elif memory is not None:
+            if any(training.values()):
+                raise InvalidInput("a recovery trains the whole model: leave out --memory, or --recovery")
+            from evoprune.streaming import prune_streamed
+
+            pruned = streamed = prune_streamed(
+                model,
+                memory=memory,
+                pattern=pattern,
+                group=group,
+                allocation=allocation,
+                compressor=compressor,
+                accumulation=accumulation,
+                form=form,
+                tokens=tokens,
+                **target,
+                **text,
+                **loading,
+            )
+            for remark in [*_remarks(pruned, metric), *_begun(streamed)]:
+                output.tell(remark)
         else:
             pruned = api.prune(
                 model,
@@ -331,6 +371,7 @@ def prune(
                 group=group,
                 allocation=allocation,
                 compressor=compressor,
+                accumulation=accumulation,
                 form=form,
                 tokens=tokens,
                 **target,
@@ -420,6 +461,7 @@ def evaluate(
     sample_tokens: Annotated[
         int | None, option("--sample-tokens", metavar="N", help="tokens in each", panel=TEXT, default=32)
     ] = None,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
     revision: Revision = None,
@@ -443,6 +485,7 @@ def evaluate(
             limit=limit,
             samples=samples,
             sample_tokens=sample_tokens,
+            memory=memory,
             progress=output.step,
             **_loading(dtype, device, revision, trust_remote_code),
         )
@@ -577,6 +620,14 @@ def _remarks(pruned: Removal, metric: str | None) -> Iterator[str]:
         )
     if pruned.doubt is not None:
         yield f"warning: {pruned.doubt}"
+
+
+def _begun(pruned: PrunedFiles) -> Iterator[str]:
+    """Where a checkpoint that is written block by block began, if not at the beginning; what was there before."""
+    if pruned.discarded:
+        yield "something else had been begun here: its blocks are gone, this one began anew"
+    if pruned.continued:
+        yield f"it went on behind the {pruned.continued:,} blocks that an interrupted run had written"
 
 
 def _budgets(words: list[str]) -> dict[str, float] | Literal["searched"]:

@@ -30,6 +30,7 @@ from evoprune.options import (
     InsecureCluster,
     Json,
     KnownStorage,
+    MetricCompressor,
     Minutes,
     OptionalModel,
     Pattern,
@@ -37,6 +38,7 @@ from evoprune.options import (
     RunArgument,
     RunDir,
     SearchCalibrationText,
+    SearchCompressor,
     SearchGroup,
     SearchSeed,
     SearchText,
@@ -99,6 +101,7 @@ def search_metric(
             autocompletion=completion.runs,
         ),
     ] = None,
+    compressor: MetricCompressor = None,
     evaluations: Annotated[
         int | None,
         option(
@@ -206,17 +209,7 @@ def search_allocation(
             autocompletion=completion.plugins("evoprune.metrics.library"),
         ),
     ] = None,
-    compressor: Annotated[
-        str | None,
-        option(
-            "--compressor",
-            metavar="C",
-            help="what the other weights become: one of `evoprune list compressors`, such as refit or obq:bits=3",
-            panel=TARGET,
-            default="mask",
-            autocompletion=completion.plugins("evoprune.fitness.compressors"),
-        ),
-    ] = None,
+    compressor: SearchCompressor = None,
     granularity: Annotated[
         Literal["matrix", "block", "kind"] | None,
         option("--granularity", help="what has a sparsity of its own", panel=TARGET, default="matrix"),

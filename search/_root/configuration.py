@@ -35,6 +35,7 @@ KEYS = {
     "pattern": "target.pattern",
     "group": "target.group",
     "allocation": "target.allocation",
+    "compressor": "target.compressor",
     "population": "searcher.population",
     "searcher": "searcher.name",
     "objective": "objective",
@@ -51,7 +52,6 @@ ALLOCATION_KEYS = {
     **{name: key for name, key in KEYS.items() if name not in ("pattern", "group", "allocation", "objective")},
     "population": "searcher.offspring",
     "metric": "target.metric",
-    "compressor": "target.compressor",
     "granularity": "target.granularity",
     "drop": "target.drop",
     "drop_only": "target.drop_only",
@@ -77,7 +77,7 @@ STRUCTURE_KEYS = {
     **{
         name: key
         for name, key in KEYS.items()
-        if name not in ("pattern", "group", "allocation", "objective", "population", "searcher")
+        if name not in ("pattern", "group", "allocation", "compressor", "objective", "population", "searcher")
     },
     "population": "searcher.offspring",
     "surrogate": "searcher.surrogate",
@@ -91,7 +91,7 @@ STRUCTURE_KEYS = {
 
 # Of a policy search, where it differs.
 POLICY_KEYS = {
-    **{name: key for name, key in KEYS.items() if name not in ("group", "allocation")},
+    **{name: key for name, key in KEYS.items() if name not in ("group", "allocation", "compressor")},
     "population": "searcher.samples",
     "prior": "searcher.prior",
     **{name: f"target.{name}" for name in ("units", "metrics", "cost", "budget", "drop")},

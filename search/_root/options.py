@@ -77,6 +77,29 @@ PruneGroup = Annotated[
         default="the criterion's own",
     ),
 ]
+SearchCompressor = Annotated[
+    str | None,
+    option(
+        "--compressor",
+        metavar="C",
+        help="what the other weights become: one of `evoprune list compressors`, such as refit or obq:bits=3",
+        panel=TARGET,
+        default="mask",
+        autocompletion=completion.plugins("evoprune.fitness.compressors"),
+    ),
+]
+MetricCompressor = Annotated[
+    str | None,
+    option(
+        "--compressor",
+        metavar="C",
+        help="what the other weights become, for every candidate anew: one of `evoprune list compressors` that reads a "
+        "metric, such as refit:steps=10",
+        panel=TARGET,
+        default="mask",
+        autocompletion=completion.plugins("evoprune.fitness.compressors"),
+    ),
+]
 
 # Model
 Dtype = Annotated[
@@ -94,6 +117,16 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the model brings along", rich_help_panel=MODEL)
 ]
 
+Memory = Annotated[
+    str | None,
+    option(
+        "--memory",
+        metavar="SIZE",
+        help="such as 2GiB or 500MB, by which this process grows at most: blocks come from the files one at a time",
+        panel=MODEL,
+        default="no limit, the whole model is loaded",
+    ),
+]
 Components = Annotated[
     str | None,
     option(

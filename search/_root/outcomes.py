@@ -23,6 +23,9 @@ from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape import Shape
 from evoprune.recipe_file import StoredRecipe
 
+# What `sparsity_report.json` says of the whole model, of what is known.
+_OF_MODEL = ("sparsity", "removed", "prunable", "criterion", "compressor", "accumulation")
+
 
 @dataclass(frozen=True)
 class MeasuredRecovery:
@@ -102,31 +105,25 @@ class Smaller:
             "allocation": None,
             "recovery": None if self.recovery is None else self.recovery.to_json(),
             **({} if self.policy is None else {"policy": dict(self.policy)}),
-            "layers": [
-                {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
-                for layer in self.layers
-            ],
+            "layers": [_of_layer(layer) for layer in self.layers],
         }
 
     def sparsity_report(self) -> dict[str, Any]:
         """What `sparsity_report.json` of a checkpoint says: `to_json` by matrix, and what each took.
 
         ``pattern`` is N:M or null; ``error`` is the relative output error right after the compressor, before a
-        recovery; ``seconds`` and ``peak_bytes`` are of the compressor and differ from run to run, so that no other
-        file has them.
+        recovery, and ``path_error``, where there is one, the same behind pruned blocks; ``seconds`` and ``peak_bytes``
+        are of the compressor and differ from run to run, so that no other file has them.
         """
         told = self.to_json()
         return {
             "format": "evoprune-sparsity-report/1",
-            **{name: told[name] for name in ("sparsity", "removed", "prunable", "criterion", "compressor")},
+            **{name: told[name] for name in _OF_MODEL if name in told},
             "layers": [
                 {
-                    "name": layer.name,
-                    "shape": list(layer.shape),
+                    **_of_layer(layer),
                     "pattern": told["pattern"],
                     "removed": layer.removed,
-                    "sparsity": layer.sparsity,
-                    "error": layer.error,
                     "seconds": layer.seconds,
                     "peak_bytes": layer.peak_bytes,
                 }
@@ -143,6 +140,8 @@ class Removal(Smaller):
         criterion: the name of the criterion, or its expression; None if the compressor read none.
         rule: how many weights went, and what their scores were compared within.
         compressor: what happened to the weights that stayed.
+        accumulation: what the text of the statistics had gone through, ``dense`` blocks or pruned ones, ``path``; None
+            if no statistics were read.
         allocation: the sparsity of each matrix; None if all had the same.
         merged: sparse cores and their wrappers were multiplied out, so that nothing is zero.
         thresholds: of layers whose inputs are let go at run time.
@@ -151,6 +150,7 @@ class Removal(Smaller):
     criterion: str | None
     rule: MaskRule
     compressor: str
+    accumulation: str | None = None
     allocation: Allocation | None = None
     merged: bool = False
     thresholds: tuple[Thresholded, ...] = ()
@@ -161,9 +161,15 @@ class Removal(Smaller):
             "pattern": str(self.rule) if self.rule.pattern else None,
             "criterion": self.criterion,
             "compressor": self.compressor,
+            "accumulation": self.accumulation,
             "allocation": None if self.allocation is None else self.allocation.summary(),
             **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
+
+
+def _of_layer(layer: PrunedLayer) -> dict[str, Any]:
+    facts = {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
+    return facts if layer.path_error is None else facts | {"path_error": layer.path_error}
 
 
 def _said(found: Thresholded) -> dict[str, Any]:
@@ -185,6 +191,19 @@ class Pruned(Removal):
     """
 
     language_model: LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedFiles(Removal):
+    """A checkpoint that was pruned block by block, and what was done to it.
+
+    Attributes:
+        continued: how many blocks an interrupted run had written before.
+        discarded: whether something else had been begun there, which is gone.
+    """
+
+    continued: int = 0
+    discarded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, compressor_of
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.policy_file import to_text as policy_text
-from evoprune.fitness.statistics import Statistics
+from evoprune.fitness.statistics_reader import ModelStatistics
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_text as allocation_text
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
@@ -130,6 +130,7 @@ class WeightsPart(Part):
     group: Literal["row", "layer", "global"] | None = None
     allocation: Attached | None = None
     compressor: Plugin = Plugin(name="mask")
+    accumulation: Literal["dense", "path"] = "dense"
 
 
 class MethodPart(Plugin):
@@ -305,7 +306,8 @@ def of_weights(
     compressor: str,
     allocation: Allocation | None,
     modules: bool,
-    statistics: Statistics | None,
+    statistics: ModelStatistics | None,
+    accumulation: Literal["dense", "path"],
     recovers: bool,
     text: Mapping[str, Any],
 ) -> StoredRecipe | None:
@@ -320,6 +322,7 @@ def of_weights(
         allocation: sparsity of each matrix; None if all had the same.
         modules: whether layers became modules.
         statistics: that were read.
+        accumulation: what their text had gone through.
         recovers: whether a recovery reads text.
         text: calibration, as `collect_statistics` takes it.
 
@@ -352,6 +355,7 @@ def of_weights(
         pattern=str(rule) if rule.pattern else None,
         allocation=None if allocation is None else _attach(attached, "allocation.json", allocation_text(allocation)),
         compressor=Plugin(name=compressor.partition(":")[0], parameters=parameters_of(plugin)),
+        accumulation=accumulation,
         **facts,
     )
     reads = statistics is not None or at_run_time
@@ -404,7 +408,7 @@ def _read_by_recovery(rest: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "calibration": None if text is None else TextPart(text=public_name(text))}
 
 
-def _text(language_model: LanguageModel, text: Mapping[str, Any], statistics: Statistics | None) -> TextPart:
+def _text(language_model: LanguageModel, text: Mapping[str, Any], statistics: ModelStatistics | None) -> TextPart:
     choice = token_choice(text.get("tokens", ALL_TOKENS))
     return TextPart(
         text=public_name(text["calibration"]),

@@ -83,6 +83,7 @@ def prune_recipe(
                 group=weights.group,
                 allocation=None if attached is None else allocation_from_json(given.document(attached)),
                 compressor=spelled(weights.compressor),
+                accumulation=weights.accumulation,
                 tokens=text.chosen,
                 **windows,
                 **options,

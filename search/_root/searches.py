@@ -23,6 +23,7 @@ def search_metric(
     pattern: str | None = None,
     group: str | None = None,
     allocation: str | Path | None = None,
+    compressor: str | None = None,
     evaluations: int | None = None,
     minutes: float | None = None,
     population: int | None = None,
@@ -60,6 +61,9 @@ def search_metric(
         group: compare scores within a ``row``, a ``layer`` or the ``global`` model.
         allocation: a sparsity for each matrix, by row, in place of one: an ``allocation.json``, or a run that left one.
             Its budget is the `sparsity`; the winner is then the best metric at these sparsities.
+        compressor: what becomes of the weights that a metric keeps, before every candidate's forward pass: ``mask``
+            unless given, or another name from `evoprune list compressors` that reads a metric, such as
+            ``refit:steps=10``. The winner is then the best metric for `prune` with the same `compressor`.
         evaluations: candidates with a forward pass, at most.
         minutes: time for the search, at most; how far it gets then depends on the machine.
         population: members over all islands.
@@ -92,8 +96,8 @@ def search_metric(
     """
     options = {
         "model": model, "sparsity": sparsity, "pattern": pattern, "group": group,
-        "allocation": as_text(allocation), "evaluations": evaluations, "minutes": minutes, "population": population,
-        "seed": seed, "data": data, "calibration": calibration,
+        "allocation": as_text(allocation), "compressor": compressor, "evaluations": evaluations, "minutes": minutes,
+        "population": population, "seed": seed, "data": data, "calibration": calibration,
         "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
         "objective": objective, "searcher": searcher, "seed_from": as_text(seed_from), "window": window,
         "threads": threads, "dtype": dtype, "device": device, "revision": revision,

@@ -20,6 +20,7 @@ def search_joint(
     *,
     sparsity: float | None = None,
     granularity: Literal["matrix", "block", "kind"] | None = None,
+    compressor: str | None = None,
     rounds: int | None = None,
     evaluations: int | None = None,
     metric_share: float | None = None,
@@ -57,6 +58,7 @@ def search_joint(
         model: see `search_metric`.
         sparsity: fraction of all prunable weights to remove, in (0, 1); 0.6 unless given.
         granularity: see `search_allocation`.
+        compressor: of all searches, see `search_metric`; allocations then have the levels of `search_allocation`.
         rounds: of a metric search, then an allocation search.
         evaluations: candidates with a forward pass in all rounds, at most; every round gets the same.
         metric_share: of the evaluations and minutes that metric searches get; allocation searches get the rest.
@@ -73,11 +75,12 @@ def search_joint(
         InvalidInput, Interrupted, WorkersFailed, NoCapacity: see `search_metric`.
     """
     options = {
-        "model": model, "sparsity": sparsity, "granularity": granularity, "rounds": rounds, "evaluations": evaluations,
-        "metric_share": metric_share, "minutes": minutes, "seed": seed, "data": data, "calibration": calibration,
-        "calibration_sequences": calibration_sequences, "calibration_window": calibration_window,
-        "seed_from": as_text(seed_from), "window": window, "threads": threads, "dtype": dtype, "device": device,
-        "revision": revision, "trust_remote_code": trust_remote_code,
+        "model": model, "sparsity": sparsity, "granularity": granularity, "compressor": compressor, "rounds": rounds,
+        "evaluations": evaluations, "metric_share": metric_share, "minutes": minutes, "seed": seed, "data": data,
+        "calibration": calibration, "calibration_sequences": calibration_sequences,
+        "calibration_window": calibration_window, "seed_from": as_text(seed_from), "window": window,
+        "threads": threads, "dtype": dtype, "device": device, "revision": revision,
+        "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     resolved = joint_config(options, files=as_files(config), settings=settings)
     resources = Resources(executor, workers, gpus_per_worker, address, storage, insecure_cluster)

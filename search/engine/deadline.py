@@ -19,11 +19,15 @@ class Deadline:
     Args:
         asked: seconds for every job, None for no limit, or ``auto``: from the work and the speed.
         seconds_per_token: of a forward pass of the dense model, as measured once.
+        seconds_before: what a compressor takes before the first of these passes, as measured once.
     """
 
-    def __init__(self, asked: float | Literal["auto"] | None, seconds_per_token: float) -> None:
+    def __init__(
+        self, asked: float | Literal["auto"] | None, seconds_per_token: float, seconds_before: float = 0.0
+    ) -> None:
         self._asked = asked
         self._seconds_per_token = seconds_per_token
+        self._seconds_before = seconds_before
         self._longest: dict[int, float] = {}  # seconds by tokens; a search has a handful of these
 
     def observe(self, outcome: Outcome, tokens: int) -> None:
@@ -38,4 +42,5 @@ class Deadline:
         if self._asked != "auto":
             return self._asked
         longest = max((seconds for size, seconds in self._longest.items() if size <= tokens), default=0.0)
-        return max(SHORTEST, PATIENCE * tokens * self._seconds_per_token, PATIENCE * longest)
+        expected = self._seconds_before + tokens * self._seconds_per_token
+        return max(SHORTEST, PATIENCE * expected, PATIENCE * longest)

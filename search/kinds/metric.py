@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.engine.trial_record import Range
 from evoprune.search.kinds import BoardKind, files_of
+from evoprune.search.removal import PLAIN
 from evoprune.search.trials_metric import DESCRIPTORS, MetricTrials
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ class MetricKind:
     def unfinished_facts(
         self, config: MetricSearchConfig, document: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
     ) -> dict[str, RenderableType]:
-        allocation = config.target.allocation
-        facts: dict[str, RenderableType] = {} if allocation is None else {"allocation": allocation}
+        target = config.target
+        facts: dict[str, RenderableType] = {} if target.allocation is None else {"allocation": target.allocation}
+        if target.compressor != PLAIN:
+            facts["compressor"] = target.compressor
         if (best := document["best"]) is not None:
             facts["from"] = f"birth {best['birth']} ({best['origin']}), complexity {best['complexity']}"
         if history:
@@ -142,6 +145,23 @@ class MetricKind:
             _ = CRITERIA[name]
         seeds_from(config.seed_from)
         config.target.given()
+        _check_compressor(config.target.compressor)
+
+
+def _check_compressor(spelled: str) -> None:
+    from evoprune.fitness.compressors import COMPRESSORS, AtRunTime, compressor_of
+
+    plugin = compressor_of(spelled)
+    if isinstance(plugin, AtRunTime):
+        raise InvalidInput(
+            f"{spelled} removes no weights, so there is nothing for a metric to say: search with another compressor"
+        )
+    if not plugin.reads_criterion:
+        others = ", ".join(name for name in COMPRESSORS if COMPRESSORS[name].reads_criterion)
+        raise InvalidInput(
+            f"{spelled} chooses by itself what goes and reads no metric: give one that does ({others}), or search how "
+            f"much each matrix loses, `evoprune search allocation --compressor {spelled}`"
+        )
 
 
 def _evaluated(history: Sequence[Mapping[str, Any]]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evoprune.metrics.records import split_site
-from evoprune.search.removal import PLAIN, removal_options
+from evoprune.search.removal import in_brackets, removal_options
 from evoprune.search.report import document, figures_allocation, figures_generation, figures_result, generation_page
 from evoprune.search.report.allocation_data import AllocationData, range_text
 from evoprune.search.report.formula import formula_svg
@@ -69,8 +69,7 @@ def typeset(found: Mapping[str, Any]) -> Markup | str:
 def target_text(data: AllocationData) -> str:
     """What is removed, in words."""
     target = data.config.target
-    compressor = "" if target.compressor == PLAIN else f" ({target.compressor})"
-    return f"{100 * target.sparsity:g} % of all prunable weights{compressor}"
+    return f"{100 * target.sparsity:g} % of all prunable weights{in_brackets(target.compressor)}"
 
 
 def commands(data: AllocationData) -> dict[str, str]:
@@ -79,8 +78,11 @@ def commands(data: AllocationData) -> dict[str, str]:
     file, target = shlex.quote(str(data.run.path / "export" / "allocation.json")), data.config.target
     inside = removal_options(target.metric, target.compressor)
     with_winner = {
-        "Prune the model with the winner": f"evoprune prune {model} {inside} --allocation {file} --out pruned"
-        f"{document.same_statistics(data)}",
+        **document.pruning(
+            data,
+            "Prune the model with the winner",
+            f"evoprune prune {model} {inside} --allocation {file} --out pruned{document.same_statistics(data)}",
+        ),
         "Write the winner as EvoPress reads it": f"evoprune export {run} --to allocation.txt",
         **document.search_on(data),
         "Start another search of this model from the winner": (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evoprune.metrics.files import write_atomically
 from evoprune.search.calibration import calibration_facts, calibration_options
 from evoprune.search.engine.durable import disk_errors
+from evoprune.search.replaying import NOTE, OPTION
 from evoprune.search.report import canvas, numbers
 from evoprune.search.report.latex_table import latex_table
 from evoprune.search.report.names import label, reason_text
@@ -160,6 +161,7 @@ def heldout_caption(data: RunData[Any], removed: str) -> str:
         f"{numbers.count(tokens)} predicted tokens in {measured_on(data.result)}. "
         "Loss and KL are in nats per token. "
         f"Standard errors are over windows; differences are paired, window by window."
+        + (f" {NOTE}" if data.contender("replayed") is not None else "")
         + ("" if data.identity.get("bit_reproducible", True) else f" This run is {NOT_REPRODUCIBLE}.")
     )
 
@@ -206,6 +208,12 @@ def commands(data: RunData[Any], with_winner: Mapping[str, str]) -> dict[str, st
 def same_statistics(data: RunData[Any]) -> str:
     """Options of `prune` that give the run's statistics, each after a space; nothing for the usual ones."""
     return calibration_options(calibration_facts(data.config.data), data.config.seed)
+
+
+def pruning(data: RunData[Any], words: str, command: str) -> dict[str, str]:
+    """The command that prunes by the winner as it was searched, and where it was replayed also the one for that."""
+    replayed = {} if data.contender("replayed") is None else {"The same as the winner replayed": f"{command}{OPTION}"}
+    return {words: command, **replayed}
 
 
 def search_on(data: RunData[Any]) -> dict[str, str]:

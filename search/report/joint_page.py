@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from evoprune.metrics.expression import parse
 from evoprune.search.joint_steps import FOLDER
+from evoprune.search.removal import in_brackets
 from evoprune.search.report import document, figures_joint, figures_result
 from evoprune.search.report.joint_data import JointData
 from evoprune.search.report.page import score
@@ -35,13 +36,13 @@ def write_page(run: RunDirectory) -> Path:
 
 def render(data: JointData, drawn: dict[str, str]) -> str:
     """The page with these figures inlined."""
-    best = None if data.result is None else data.result["best"]
+    best, target = None if data.result is None else data.result["best"], data.config.target
     return document.fill(
         _environment(),
         "joint_page.html.jinja",
         data,
         drawn,
-        f"{100 * data.config.target.sparsity:g} % of all prunable weights",
+        f"{100 * target.sparsity:g} % of all prunable weights{in_brackets(target.compressor)}",
         "Pair",
         best=best,
         metric=None if best is None else parse(best["expression"]),
@@ -68,7 +69,8 @@ def commands(data: JointData) -> dict[str, str]:
     run = shlex.quote(str(data.run.path))
     with_winner: dict[str, str] = {}
     if data.result is not None:
-        with_winner["Prune the model with both winners"] = prune_command(data.result, data.run.path)
+        command = prune_command(data.result, data.run.path)
+        with_winner |= document.pruning(data, "Prune the model with both winners", command)
         last = shlex.quote(str(data.run.path / FOLDER / data.result["steps"][-1]["step"]))
         with_winner["See what the last step found"] = f"evoprune show {last}"
         with_winner["Write the metric to a file"] = f"evoprune export {run} --to metric.py"

@@ -8,6 +8,7 @@ from evoprune.search.structure_result import ALONE
 _LABELS = {
     "dense": "Dense",
     "winner": "Winner",
+    "replayed": "Winner, replayed",
     "power": "Tuned power product",
     "random": "Random",
     "magnitude": "Magnitude",

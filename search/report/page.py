@@ -13,6 +13,7 @@ from evoprune.metrics.emit_formula import without_scale
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.terminals import TERMINALS
+from evoprune.search.removal import compressor_option, in_brackets
 from evoprune.search.report import document, figures_best, figures_result, figures_search, numbers
 from evoprune.search.report.data import ReportData
 from evoprune.search.report.formula import formula_svg
@@ -111,13 +112,13 @@ def origin_text(origin: str) -> str:
 
 def target_text(data: ReportData) -> str:
     """What is removed, in words."""
-    rule = data.config.target.rule
+    rule, inside = data.config.target.rule, in_brackets(data.config.target.compressor)
     if rule.pattern is not None:
-        return f"{rule.pattern[0]}:{rule.pattern[1]} ({rule.pattern[0]} kept of every {rule.pattern[1]} inputs)"
+        return f"{rule.pattern[0]}:{rule.pattern[1]} ({rule.pattern[0]} kept of every {rule.pattern[1]} inputs){inside}"
     if data.config.target.allocation is not None:
-        return f"{100 * rule.fraction:g} % of all prunable weights, shared out by an allocation,"
+        return f"{100 * rule.fraction:g} % of all prunable weights, shared out by an allocation{inside},"
     within = {"row": "of every row", "layer": "of every matrix", "global": "of all prunable weights"}[rule.group]
-    return f"{100 * rule.fraction:g} % {within}"
+    return f"{100 * rule.fraction:g} % {within}{inside}"
 
 
 def verdicts(data: ReportData) -> list[str]:
@@ -145,9 +146,13 @@ def commands(data: ReportData) -> dict[str, str]:
     metric = shlex.quote(str(data.run.path / "export" / "metric.json"))
     if data.config.target.allocation is not None:
         target = f"--allocation {shlex.quote(str(data.run.path / 'export' / 'allocation.json'))}"
+    target += compressor_option(data.result or {"compressor": data.config.target.compressor})
     with_winner = {
-        "Prune a model with the winner": f"evoprune prune {model} --metric {metric} {target} --out pruned"
-        f"{document.same_statistics(data)}",
+        **document.pruning(
+            data,
+            "Prune a model with the winner",
+            f"evoprune prune {model} --metric {metric} {target} --out pruned{document.same_statistics(data)}",
+        ),
         **document.search_on(data),
         "Start another search from this front": f"evoprune search metric OTHER_MODEL --seed-from {run}",
     }

@@ -79,6 +79,8 @@ class RunData(ABC, Generic[Config]):
             return []
         best = self.result["best"]
         rows = [Contender("winner", self.what(best), best["heldout"])]
+        if best.get("replayed") is not None:
+            rows.append(Contender("replayed", self.what(best), best["replayed"], best["winner_minus_replayed"]))
         rows += [
             Contender(row["name"], self.what(row), row["heldout"], row["winner_minus_this"])
             for row in self.result["baselines"]

@@ -212,6 +212,10 @@ def test_metric_names(refused: Callable[..., str], tiny: Path) -> None:
     other = ("prune", tiny, "--out", "out", "--compressor")
     assert "bits 9 is outside [2, 8]" in refused(*other, "obq:bits=9")
     assert "'bits' of compressor 'obq:bits' is not KEY=VALUE" in refused(*other, "obq:bits")
+    replay = ("prune", tiny, "--out", "out", "--accumulation", "path")
+    assert "'scap' goes from block to block by itself" in refused(*replay, "--compressor", "scap")
+    assert "compares the scores of all blocks before the first" in refused(*replay, "--group", "global")
+    assert "leave out --accumulation" in refused(*replay, "--method", "shortgpt")
     assert "leave out the group 'global', or give row, or give layer" in refused(*other, "obs", "--group", "global")
 
 

@@ -62,6 +62,8 @@ def test_what_is_of_language_models_is_refused(refused: Callable[..., str], vit:
         (("--tokens", "amia"), "--tokens"),
         (("--budget", "vision_tower=0.3"), "--budget"),
         (("--form", "modules"), "--form"),
+        (("--memory", "1GiB"), "--memory"),
+        (("--accumulation", "path"), "--accumulation"),
         (("--calibration-window", 32), "--calibration-window"),
     ):
         assert f"{named} is of language models, and this is an image" in refused(*prune, *words)

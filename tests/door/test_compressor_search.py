@@ -118,6 +118,23 @@ def test_a_model_that_a_compressor_cannot_have_is_refused_before_statistics(
     assert allocated.code == 2 and said in allocated.err.splitlines()[-1]
 
 
+def test_a_metric_has_to_have_a_say(run: Run, refused: Callable[..., str], tiny: Path) -> None:
+    for kind in ("metric", "joint"):
+        search = ("search", kind, tiny, "--compressor")
+        assert "no compressor 'refitt'; did you mean 'refit'" in refused(*search, "refitt")
+        assert "steps 0 is outside [1, 10000]" in refused(*search, "refit:steps=0")
+        assert "scap removes no weights, so there is nothing for a metric to say" in refused(*search, "scap")
+        said = refused(*search, "sparsegpt:bits=4")
+        assert "sparsegpt:bits=4 chooses by itself what goes and reads no metric: give one that does (awp, " in said
+        assert (
+            "or search how much each matrix loses, `evoprune search allocation --compressor sparsegpt:bits=4`" in said
+        )
+        done = run(*search, "refit:steps=10", "--dry-run")
+        assert (done.code, "compressor: refit:steps=10" in done.out) == (0, True)
+    formulas = ("--set", "allocation.searcher.name=formula")
+    assert "a formula asks for levels" in refused("search", "joint", tiny, "--compressor", "refit", *formulas)
+
+
 def test_a_grid_that_the_budget_is_beyond(run: Run, tiny: Path, levels: Path) -> None:
     words = ("--config", levels, "--compressor", "sparsegpt", "--set", "target.grid=[64,96]", "--executor", "inline")
     done = run("search", "allocation", tiny, *words)

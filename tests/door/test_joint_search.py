@@ -188,7 +188,7 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.55, "granularity": "kind", "rounds": 3,
         "metric_share": 0.5, "evaluations": 41, "minutes": 2.5, "seed": 5, "window": 9, "threads": 2,
-        "seed_from": "m.json",
+        "seed_from": "m.json", "compressor": "refit",
     }  # fmt: skip
     assert given.keys() | {"model", "trust_remote_code"} == JOINT_KEYS.keys()
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]

@@ -179,4 +179,5 @@ def test_the_option_is_resolved_for_a_dry_run(run: Run, given: Path) -> None:
     done = run("search", "metric", "--allocation", given, "--dry-run", "--json")
     assert done.json["target"] == {
         "sparsity": by_hand().sparsity, "pattern": None, "group": "row", "allocation": str(given),
+        "compressor": "mask",
     }  # fmt: skip

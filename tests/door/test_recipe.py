@@ -32,7 +32,7 @@ WORDS: dict[str, tuple[object, ...]] = {
     "pattern": ("--pattern", "2:4", "--seed", 3),
     "random": ("--metric", "random",),
     "allocator": ("--allocation", "owl", "--allocation-set", "spread=0.1", "--compressor", "refit"),
-    "compressor": ("--compressor", "sparsegpt:bits=4", "--pattern", "2:4"),
+    "compressor": ("--compressor", "sparsegpt:bits=4", "--pattern", "2:4", "--accumulation", "path"),
     "start": ("--compressor", "awp:ramp=5", "--sparsity", 0.5, "--metric", "ria"),
     "tokens": ("--tokens", "amia", "--sparsity", 0.5),
     "thresholds": ("--compressor", "scap"),

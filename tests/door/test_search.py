@@ -252,7 +252,7 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
     assert run("search", "metric", "--dry-run", "--config", "resolved.yaml").out == first.out
     document = run("search", "metric", "--dry-run", "--config", "resolved.yaml", "--json").json
     assert document == yaml.safe_load(first.out)
-    half = {"sparsity": None, "pattern": "2:4", "group": "row", "allocation": None}
+    half = {"sparsity": None, "pattern": "2:4", "group": "row", "allocation": None, "compressor": "mask"}
     assert document["target"] == half
     replaced = run("search", "metric", "--dry-run", "--config", "resolved.yaml", "--sparsity", 0.7, "--json").json
     assert replaced["target"] == half | {"sparsity": 0.7, "pattern": None}
@@ -281,7 +281,7 @@ def test_every_option_reaches_the_configuration(run: Run) -> None:
         "revision": "main", "dtype": "bfloat16", "device": "cpu", "data": "a.txt", "calibration": "b.txt",
         "calibration_sequences": 7, "calibration_window": 33, "sparsity": 0.55, "group": "layer", "population": 24,
         "searcher": "random", "objective": "perplexity", "evaluations": 11, "minutes": 2.5, "seed": 5, "window": 9,
-        "threads": 2, "seed_from": "m.json",
+        "threads": 2, "seed_from": "m.json", "compressor": "refit",
     }  # fmt: skip
     assert given.keys() | {"model", "pattern", "allocation", "trust_remote_code"} == KEYS.keys()
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]

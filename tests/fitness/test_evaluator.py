@@ -185,23 +185,52 @@ def test_a_changed_dense_file_is_noticed(tmp_path):
         evaluator.restore()
 
 
-def test_an_allocation_gives_the_weights_that_pruning_gives(parts):
+@pytest.mark.parametrize("compressor", ["mask", "refit:steps=3"])
+def test_an_allocation_gives_the_weights_that_pruning_gives(parts, compressor):
     """`prune_model` masks one matrix after the other, without an evaluator; here one keeps all and one is gone."""
     language_model, dense, statistics, teacher = parts
     sites = [bound.site for bound in language_model.sites]
     own = {site.name: (0.0, 0.25, 0.5, 0.75, 1.0)[index % 5] for index, site in enumerate(sites)}
     shapes = {site.name: (site.out_features, site.in_features) for site in sites}
-    given = tuple(SiteSparsity(name, shapes[name], sparsity) for name, sparsity in own.items())
-    budget = sum(site.removed for site in given) / sum(site.weights for site in given)
-    allocation = Allocation(type(language_model.model).__name__, budget, given, "hand")
+    shares = tuple(SiteSparsity(name, shapes[name], sparsity) for name, sparsity in own.items())
+    budget = sum(site.removed for site in shares) / sum(site.weights for site in shares)
+    allocation = Allocation(type(language_model.model).__name__, budget, shares, "hand")
     # Reads the terminal `sparsity`, which is the budget's at every level.
     metric = Metric.from_text("mul(abs(W),add(X_l2,sparsity))")
-    evaluator = Evaluator(language_model, dense, statistics, WINDOWS, teacher, MaskRule(budget), own)
+    evaluator = Evaluator(language_model, dense, statistics, WINDOWS, teacher, MaskRule(budget), own, compressor)
     before = snapshot(evaluator)
     with evaluator.applied(metric) as removed:
         found = snapshot(evaluator)
     assert removed == allocation.removed
     assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(evaluator).items())
-    prune_model(language_model, metric, MaskRule(budget), statistics=statistics, allocation=allocation)
+    given = {"statistics": statistics, "compressor": compressor, "allocation": allocation}
+    prune_model(language_model, metric, MaskRule(budget), **given)
     assert all(torch.equal(found[name], tensor) for name, tensor in snapshot(evaluator).items())
     evaluator.restore()
+
+
+@pytest.mark.parametrize(
+    ("compressor", "rule"),
+    [
+        ("refit:steps=3", MaskRule(0.6)),
+        ("refit:steps=3", MaskRule(0.3, None, "global")),
+        ("awp:steps=2", MaskRule(None, (2, 4))),
+    ],
+    ids=str,
+)
+def test_a_compressor_gives_the_weights_that_pruning_gives(parts, compressor, rule):
+    """`prune_model` compresses one matrix after the other, without an evaluator; candidates before change nothing."""
+    language_model, dense, statistics, teacher = parts
+    evaluator = Evaluator(language_model, dense, statistics, WINDOWS, teacher, rule, compressor=compressor)
+    before = snapshot(evaluator)
+    metric = Metric.from_text("mul(abs(W),powc(X_l2,0.7))")
+    with evaluator.applied(CRITERIA["magnitude"]):
+        other = snapshot(evaluator)
+    with evaluator.applied(metric):
+        found = snapshot(evaluator)
+    assert all(torch.equal(before[name], tensor) for name, tensor in snapshot(evaluator).items())
+    prune_model(language_model, metric, rule, statistics=statistics, compressor=compressor)
+    pruned = snapshot(evaluator)
+    evaluator.restore()
+    assert all(torch.equal(found[name], tensor) for name, tensor in pruned.items())
+    assert any(not torch.equal(found[name], tensor) for name, tensor in other.items())

@@ -99,6 +99,23 @@ def test_prune_writes_the_weights_that_were_measured(finished: RunDirectory, wor
     assert measured.kl == pytest.approx(heldout["kl"], abs=1e-6)
 
 
+def test_the_winner_replayed_is_what_prune_makes_block_by_block(finished: RunDirectory, world: Path) -> None:
+    text = str(world / "text.txt")
+    pruned = evoprune.prune(
+        str(world / "model"),
+        allocation=finished.path / "export" / "allocation.json",
+        accumulation="path",
+        calibration=text,
+        calibration_sequences=8,
+        calibration_window=32,
+    )
+    measured = evoprune.evaluate(pruned.language_model, data=text, window=32, tokens=8 * 32)
+    best = result_of(finished)["best"]
+    assert measured.loss == pytest.approx(best["replayed"]["loss"], abs=1e-6)
+    assert measured.loss != pytest.approx(best["heldout"]["loss"], abs=1e-6)
+    assert best["winner_minus_replayed"]["loss"] == pytest.approx(best["heldout"]["loss"] - measured.loss, abs=1e-6)
+
+
 def test_the_report_says_who_made_the_weights(finished: RunDirectory) -> None:
     page = allocation_page.render(AllocationData(finished), {})
     assert "<code>sparsegpt</code> chooses what goes; each matrix has a sparsity of its own, out of 17 at which" in page

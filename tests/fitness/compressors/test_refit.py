@@ -44,6 +44,11 @@ def test_no_step_raises_the_error() -> None:
     errors = [relative_output_error(weight, refit(weight, keep, hessian, step), gram=hessian) for step in steps]
     assert all(after <= before for before, after in itertools.pairwise(errors))  # type: ignore[operator]
     assert errors[-2] == pytest.approx(errors[-1], rel=1e-2)
+    for step in (1, 10):
+        found = compress(f"refit:steps={step}", weight, Goal.of_mask(keep), {"H": gram / gram.diagonal().mean()})
+        assert found.error == pytest.approx(
+            relative_output_error(weight, refit(weight, keep, hessian, step), gram=gram), rel=1e-3
+        )
 
 
 def test_damping_pulls_towards_the_weights_as_they_were() -> None:

@@ -10,6 +10,7 @@ def test_a_deadline_follows_from_the_work_and_the_speed() -> None:
     deadline = Deadline("auto", seconds_per_token=0.001)
     assert deadline.seconds(10) == SHORTEST
     assert deadline.seconds(1_000_000) == PATIENCE * 1000.0
+    assert Deadline("auto", 0.001, seconds_before=500.0).seconds(1_000_000) == PATIENCE * 1500.0
 
 
 def test_what_was_slow_once_may_be_slow_again() -> None:
