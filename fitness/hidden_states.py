@@ -34,7 +34,7 @@ def block_influence(language_model: LanguageModel, windows: Sequences, *, batch:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, index: int = index
         ) -> None:
             before = (args[0] if args else kwargs["hidden_states"]).double()
-            after = _hidden(output).double()
+            after = hidden_of(output).double()
             change = 1 - torch.cosine_similarity(before, after, dim=-1)
             sums[index] += change.sum().item()
             tokens[index] += change.numel()
@@ -65,6 +65,6 @@ def without_block(language_model: LanguageModel, index: int) -> Iterator[None]:
         handle.remove()
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     """A block's hidden states: transformers gives a tensor or a tuple that begins with it."""
     return output if isinstance(output, Tensor) else output[0]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.compressors import AtRunTime, Goal, Limited, compress, compressor_of
+from evoprune.fitness.compressors import AtRunTime, Goal, Limited, at_bits, compress, compressor_of
 from evoprune.fitness.factored import FactoredLinear, refuse_factored
 from evoprune.fitness.statistics import Statistics
 from evoprune.fitness.surgery import put_module
@@ -37,12 +38,14 @@ class PrunedLayer:
         shape: (out, in).
         removed: weights that went.
         error: relative output error, 0 = lossless and 1 = the layer deleted; None without statistics of its inputs.
+        bits: of each weight that stays; None where no allocation says.
     """
 
     name: str
     shape: tuple[int, int]
     removed: int
     error: float | None
+    bits: int | None = None
 
     @property
     def weights(self) -> int:
@@ -138,7 +141,8 @@ def prune_model(
         statistics: at least `needed_statistics`; None if those are none.
         compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
-            `rule` must be the sparsity of its budget, by row.
+            `rule` must be the sparsity of its budget, by row. One with bits, which the compressor then has to have, may
+            stand beside a pattern, if all its sparsities are that of the pattern.
         modules: let a layer become a `FactoredLinear` where the compressor wraps its sparse core; the sites are then no
             longer bound to the model's layers. Else it gets the product, which has no zeros.
         progress: called with (done, total) in matrices.
@@ -153,7 +157,9 @@ def prune_model(
     """
     check_rule(language_model, rule, compressor)
     if allocation is not None:
-        if rule != MaskRule(allocation.sparsity):
+        if rule.pattern is not None:
+            check_beside_pattern(allocation, rule)
+        elif rule != MaskRule(allocation.sparsity):
             raise InvalidInput(
                 f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}"
             )
@@ -163,7 +169,13 @@ def prune_model(
     else:
         goals = _counts(language_model, rule, allocation)
     return reach(
-        language_model, goals, statistics=statistics, compressor=compressor, modules=modules, progress=progress
+        language_model,
+        goals,
+        statistics=statistics,
+        compressor=compressor,
+        bits={} if allocation is None else allocation.bits_by_name(),
+        modules=modules,
+        progress=progress,
     )
 
 
@@ -174,6 +186,7 @@ def reach(
     *,
     statistics: Statistics | None = None,
     compressor: str = "mask",
+    bits: Mapping[str, int] = MappingProxyType({}),
     modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PrunedLayer, ...]:
@@ -182,6 +195,7 @@ def reach(
     Args:
         language_model: its weights are compressed as they are.
         goals: what has to go from each matrix, in model order; the next is asked for when the last is met.
+        bits: of each weight that stays, by site name; a matrix without is compressed as `compressor` says.
         statistics, compressor, modules, progress: as of `prune_model`.
 
     Returns:
@@ -192,6 +206,7 @@ def reach(
             then be pruned in part.
     """
     layers, plugin = [], compressor_of(compressor)
+    spelled = {own: at_bits(compressor, own) for own in set(bits.values())}
     refuse_factored(language_model.sites)
     for bound, goal in goals:
         site, weight = bound.site, bound.weight()
@@ -200,7 +215,7 @@ def reach(
             names.update([name for name in _OF_ERROR if name in statistics.names][:1])
         given = {} if statistics is None else statistics.site_statistics(site.name, names, weight.device)
         try:
-            result = compress(compressor, weight, goal, given)
+            result = compress(spelled.get(bits.get(site.name, 0), compressor), weight, goal, given)
         except (InvalidCandidate, InvalidInput) as error:
             raise InvalidInput(f"cannot compress {site.name}: {error}") from None
         removed = goal.removed
@@ -213,7 +228,9 @@ def reach(
             removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        layers.append(PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error))
+        layers.append(
+            PrunedLayer(site.name, (site.out_features, site.in_features), removed, result.error, bits.get(site.name))
+        )
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 
@@ -246,6 +263,32 @@ def check_allocation(language_model: Prunable, allocation: Allocation) -> None:
     allocation.check(type(language_model.model).__name__, [bound.site for bound in language_model.sites])
 
 
+def check_beside_pattern(allocation: Allocation, rule: MaskRule) -> None:
+    """Refuse an allocation that says something else than a pattern, or nothing beside it.
+
+    Raises:
+        InvalidInput: it has no bits, or other sparsities than the pattern's.
+    """
+    if allocation.bits is None:
+        raise InvalidInput("a pattern fixes the sparsity of every row: give an allocation or a pattern, not both")
+    if odd := [site for site in allocation.sites if site.removed != round(site.weights * rule.fraction)]:
+        raise InvalidInput(
+            f"the allocation's bits are for a sparsity of {odd[0].sparsity:g} of {odd[0].name}, not for {rule}: leave "
+            "out the pattern, or find bits for it"
+        )
+
+
+def row_goal(site: Site, rule: MaskRule, scores: Tensor | None) -> Goal:
+    """What one matrix loses by rows or in a pattern, as in `prune_model` with an allocation or a pattern.
+
+    Args:
+        scores: [out, in] float32, low = removed first; None if a compressor chooses.
+    """
+    if scores is not None:
+        return Goal.of_mask(mask(scores, rule), rule.pattern)
+    return Goal(_count(site, rule), rule.pattern, group="row" if rule.pattern is not None else "layer")
+
+
 def _masks(
     language_model: Prunable,
     criterion: Criterion,
@@ -259,7 +302,7 @@ def _masks(
         for bound, keep in zip(language_model.sites, global_masks(scores, rule.sparsity), strict=True):
             yield bound, Goal.of_mask(keep)
         return
-    own = {} if allocation is None else allocation.by_name()
+    own = {} if allocation is None or rule.pattern is not None else allocation.by_name()
     for bound in language_model.sites:
         of_site = own_rule(rule, own, bound.site.name)
         if of_site is None:
@@ -274,7 +317,8 @@ def _counts(
     language_model: Prunable, rule: MaskRule, allocation: Allocation | None
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """How much goes of every matrix where a compressor chooses what."""
-    own = {} if allocation is None else {site.name: site.removed for site in allocation.sites}
+    pattern = rule.pattern is not None
+    own = {} if allocation is None or pattern else {site.name: site.removed for site in allocation.sites}
     for bound in language_model.sites:
         site = bound.site
         if own:

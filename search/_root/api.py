@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from evoprune.allocations import GivenAllocation, allocate
+from evoprune.allocations import GivenAllocation, allocate, bits_sparsity
 from evoprune.calibration import (
     ALL_TOKENS,
     HELD_OUT_TOKENS,
@@ -27,10 +27,11 @@ from evoprune.fitness.adapters import list_sites, rebind, zero_fraction
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.compressors import AtRunTime, Wrapping, compressor_of
+from evoprune.fitness.compressors import AtRunTime, Wrapping, at_bits, compressor_of
 from evoprune.fitness.continuations import Continuation, check_continuations, continuations
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
+from evoprune.fitness.mixed_precision import LEVELS, BitTarget
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
@@ -77,6 +78,8 @@ def prune(
     allocation_parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str | None = None,
+    bits: float | None = None,
+    bit_levels: str | Sequence[int] | None = None,
     policy: str | Path | LearnedPolicy | None = None,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
@@ -112,6 +115,10 @@ def prune(
             the weights that stay make up for it. ``scap`` removes no weights: it lets that share of the inputs of every
             prunable matrix go at run time, or, without a `sparsity`, shares of its own by kind of matrix. None is the
             one that `allocation` was searched for, if its file says so, else ``mask``.
+        bits: mean of them for a weight that stays, shared out over the matrices by an `allocation` such as ``dp``, or
+            the same everywhere without one; see `allocate`. For a compressor that has bits: ``obq``, ``sparsegpt`` or
+            ``awp``. Nothing is removed unless a `sparsity` or a `pattern` is given too.
+        bit_levels: that a matrix may have; see `allocate`.
         policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
@@ -145,6 +152,8 @@ def prune(
             "allocation_parameters": allocation_parameters,
             "budgets": budgets,
             "compressor": compressor,
+            "bits": bits,
+            "bit_levels": bit_levels,
         }
         if told := [name for name, value in beside.items() if value is not None]:
             raise InvalidInput(f"a policy says by itself what goes: leave out {told[0]}")
@@ -163,10 +172,18 @@ def prune(
             **loading,
         )
     criterion = load_metric(metric) if isinstance(metric, str) else metric
-    named = "uniform" if allocation is None and budgets else allocation
-    given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
+    if bits is None and bit_levels is not None:
+        raise InvalidInput("levels of bits go with bits: say how many on average, such as --bits 3.5")
+    asked = None if bits is None else BitTarget.of(bits, bit_levels)
+    named = "uniform" if allocation is None and (budgets or asked is not None) else allocation
+    given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {}, asked)
     compressor = compressor or given.provenance.compressor or "mask"
-    rule = mask_rule(criterion, sparsity, pattern, group, compressor)
+    if given.has_bits:
+        for level in LEVELS if asked is None else asked.levels:
+            at_bits(compressor, level)
+        rule = mask_rule(criterion, bits_sparsity(sparsity, pattern), pattern, None, compressor)
+    else:
+        rule = mask_rule(criterion, sparsity, pattern, group, compressor)
     plugin = compressor_of(compressor)
     modules = _modules(form, compressor, recovery)
     if isinstance(plugin, AtRunTime) and (allocation is not None or budgets):
@@ -192,8 +209,8 @@ def prune(
         "seed": seed,
         "progress": progress,
     }
-    own = given.resolved(language_model, criterion, text)
-    if own is not None:
+    own = given.resolved(language_model, criterion, compressor, text)
+    if own is not None and pattern is None:
         rule = MaskRule(own.sparsity)
     statistics: Statistics | None = None
     thresholds: tuple[Thresholded, ...] = ()

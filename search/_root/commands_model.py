@@ -113,6 +113,26 @@ def prune(
         list[str] | None,
         option("--allocation-set", metavar="KEY=VALUE", help="a parameter of the allocator; repeatable", panel=TARGET),
     ] = None,
+    bits: Annotated[
+        float | None,
+        option(
+            "--bits",
+            metavar="B",
+            help="round weights that stay to B bits on average, shared out by --allocation cmpq, dp, pmpq or tdmpq, or "
+            "the same for all; with --compressor obq, sparsegpt or awp. Nothing is removed unless asked for",
+            panel=TARGET,
+        ),
+    ] = None,
+    bit_levels: Annotated[
+        str | None,
+        option(
+            "--bit-levels",
+            metavar="LIST",
+            help="bits that a matrix may have, of 2 to 8, and 16, which leaves it whole",
+            panel=TARGET,
+            default="2,3,4,8,16",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         option(
@@ -228,6 +248,8 @@ def prune(
             "--compressor": compressor,
             "--allocation-set": allocation_set,
             "--budget": budget,
+            "--bits": bits,
+            "--bit-levels": bit_levels,
         }
         text = _calibration(calibration, calibration_sequences, calibration_window)
         if recipe is not None:
@@ -301,6 +323,8 @@ def prune(
                     "a pipeline is pruned by row with the compressor mask: leave out --pattern, --group, --compressor "
                     "and --components, and give --budget denoiser=0.35 to prune one component alone"
                 )
+            if bits is not None or bit_levels is not None:
+                raise InvalidInput("a pipeline is not rounded: leave out --bits and --bit-levels")
             prompts = None if calibration is None else read_prompts(calibration)
             pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, seed=seed, **target)
         else:
@@ -310,6 +334,8 @@ def prune(
                 group=group,
                 allocation=allocation,
                 compressor=compressor,
+                bits=bits,
+                bit_levels=bit_levels,
                 form=form,
                 tokens=tokens,
                 seed=seed,

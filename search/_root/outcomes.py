@@ -102,7 +102,13 @@ class Smaller:
             "recovery": None if self.recovery is None else self.recovery.to_json(),
             **({} if self.policy is None else {"policy": dict(self.policy)}),
             "layers": [
-                {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "sparsity": layer.sparsity,
+                    **({} if layer.bits is None else {"bits": layer.bits}),
+                    "error": layer.error,
+                }
                 for layer in self.layers
             ],
         }
@@ -128,6 +134,13 @@ class Removal(Smaller):
     merged: bool = False
     thresholds: tuple[Thresholded, ...] = ()
 
+    @property
+    def mean_bits(self) -> float | None:
+        """Of a weight that stayed, as the allocation says; None without bits."""
+        if self.allocation is None or self.allocation.bits is None:
+            return None
+        return self.allocation.stored_bits / max(self.allocation.weights - self.allocation.removed, 1)
+
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --json` prints."""
         return super().to_json() | {
@@ -135,6 +148,7 @@ class Removal(Smaller):
             "criterion": self.criterion,
             "compressor": self.compressor,
             "allocation": None if self.allocation is None else self.allocation.summary(),
+            **({} if self.mean_bits is None else {"bits": self.mean_bits}),
             **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
 
