@@ -44,7 +44,10 @@ def read_named(source: str) -> Allocation:
         raise InvalidInput(
             f"{source} holds a formula, which says what matrices lose only beside a model: give an allocation.json"
         )
-    return read_allocation(file)
+    found = read_allocation(file)
+    if found.bits is not None:
+        raise InvalidInput(f"{source} holds bits, which no search reads: give an allocation of sparsities alone")
+    return found
 
 
 def shape_file(source: str) -> Path:
