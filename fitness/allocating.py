@@ -378,7 +378,8 @@ class ModelEvidence:
                 parts = {"block": language_model.blocks()[block][1]}
             else:
                 parts = {bound.site.name: bound.module for bound in bounds}
-            own = part_correlations(language_model, parts, text, tokens=tokens, ridge=ridge, top=top)
+            padded = bounds[0].site.component == LANGUAGE
+            own = part_correlations(language_model, parts, text, tokens=tokens, ridge=ridge, top=top, padded=padded)
             found |= {bound.site.name: own.get(bound.site.name, own.get("block", 0.0)) for bound in bounds}
             self._progress("correlating inputs and outputs", done + 1, len(self._blocks))
         return [found[site.name] for site in self.sites]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def part_correlations(
     tokens: int,
     ridge: float,
     top: int,
+    padded: bool = True,
 ) -> dict[str, float]:
     """`mean_canonical_correlation` between the input and the output of parts of a model, by their names.
 
@@ -64,12 +66,13 @@ def part_correlations(
         text: read from the beginning, until there are enough tokens.
         tokens: at most so many, padding aside.
         ridge, top: as of `mean_canonical_correlation`.
+        padded: whether the parts see the tokens of the text, of which padding is left out; a tower sees others.
     """
     body = getattr(language_model.model, "base_model", language_model.model)
     heard: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in parts}
     seen = 0
     for batch in forward_batches(text, 1, language_model.device):
-        with _listening(parts, heard, batch):
+        with _listening(parts, heard, batch if padded else replace(batch, keep=None)):
             body(**batch.inputs, use_cache=False)
         seen += batch.tokens
         if seen >= tokens:

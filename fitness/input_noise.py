@@ -18,7 +18,8 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.statistics_gradient import Taps, gradient_pass, loss_scale
 from evoprune.fitness.statistics_passes import PassSettings
-from evoprune.metrics.errors import EvopruneError
+from evoprune.metrics.errors import EvopruneError, InvalidInput
+from evoprune.metrics.records import LANGUAGE
 
 
 class NoiseSums(Taps):
@@ -61,8 +62,15 @@ def noise_sizes(language_model: LanguageModel, sites: Sequence[SiteModule], text
         text: [n, window] int64, or samples.
 
     Raises:
+        InvalidInput: a site is in a tower, which the gradient of the loss is not followed to.
         EvopruneError: see `NoiseSums.sizes`.
     """
+    for bound in sites:
+        if bound.site.component != LANGUAGE:
+            raise InvalidInput(
+                f"gradients are followed through the language model alone, and {bound.site.name} is in "
+                f"{bound.site.component}: leave out that component, or choose an allocator without gradients"
+            )
     scale = loss_scale(language_model.model.dtype)
     sums = NoiseSums(sites, scale)
     window = text.shape[1] if isinstance(text, Tensor) else 1

@@ -141,6 +141,18 @@ def read_allocation(
     return allocation
 
 
+def read_sparsities(path: str | Path) -> Allocation:
+    """`read_allocation` for who makes use of sparsities alone.
+
+    Raises:
+        InvalidInput: as there; or the allocation has bits.
+    """
+    found = read_allocation(path)
+    if found.bits is not None:
+        raise InvalidInput(f"{Path(path).name[:80]!r} holds bits, which no search reads: give sparsities alone")
+    return found
+
+
 def _budget(value: Any) -> BitBudget:
     mean, total = (value.get("mean"), value.get("budget")) if isinstance(value, dict) else (None, None)
     known = isinstance(mean, (int, float)) and not isinstance(mean, bool) and 0 < mean < float("inf")
