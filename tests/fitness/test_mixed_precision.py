@@ -349,7 +349,7 @@ def test_what_is_refused(measured: Measured) -> None:
     ):
         with pytest.raises(InvalidInput, match=message):
             BitTarget.of(mean, levels)
-    with pytest.raises(InvalidInput, match="3.5 bits are none of the levels 2, 3, 4, 8, 16"):
+    with pytest.raises(InvalidInput, match=r"3\.5 bits are none of the levels 2, 3, 4, 8, 16"):
         measured.bits("uniform", 3.5)
     assert {site.bits for site in measured.bits("uniform", 3).sites} == {3}
     with pytest.raises(InvalidInput, match="allocator 'owl' shares out no bits; cmpq, dp, pmpq, tdmpq, uniform do"):
@@ -360,7 +360,7 @@ def test_what_is_refused(measured: Measured) -> None:
         measured.bits("dp", 2, MaskRule(0.75), sparsities="0,0.25")
     with pytest.raises(InvalidInput, match="sparsities of allocator 'dp' are tried beside bits"):
         configured("dp", {"sparsities": "0,0.5"}).request(measured.evidence())
-    with pytest.raises(InvalidInput, match="give some such as 0,0.25,0.5"):
+    with pytest.raises(InvalidInput, match=r"give some such as 0,0\.25,0\.5"):
         configured("dp", {"sparsities": "0,half"})
     allocation = measured.bits("tdmpq", 3)
     rule = mask_rule(CRITERIA["wanda"], None, "2:4", None)
