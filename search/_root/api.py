@@ -181,6 +181,11 @@ def prune(
     if given.has_bits:
         for level in LEVELS if asked is None else asked.levels:
             at_bits(compressor, level)
+        if recovery is not None:
+            raise InvalidInput(
+                f"recovery {recovery!r} would train weights off the values that they are rounded to: recover first, and "
+                "round the result"
+            )
         rule = mask_rule(criterion, bits_sparsity(sparsity, pattern), pattern, None, compressor)
     else:
         rule = mask_rule(criterion, sparsity, pattern, group, compressor)

@@ -14,6 +14,7 @@ import evoprune
 from evoprune.metrics.allocation import Allocation, BitBudget
 from evoprune.metrics.allocation_file import from_json, read_allocation, to_json, write_allocation
 from evoprune.metrics.errors import InvalidInput
+from evoprune.search.given import read_named
 from tests.door.conftest import Done, Run
 
 SHORT = ("--calibration", "text.txt", "--calibration-sequences", 4, "--calibration-window", 32)
@@ -128,7 +129,10 @@ def test_what_is_refused(refused: Callable[..., str], tiny: Path, found: Allocat
     assert "an allocation counts by row" in refused(*obq, 4, "--group", "layer")
     assert "leave out the budgets of groups" in refused(*obq, 4, "--budget", "*.mlp.*=0.5")
     assert "--method says by itself what goes: leave out --bits" in refused(tiny, "--bits", 4, "--method", "shortgpt")
+    assert "recovery 'masked' would train weights off the values" in refused(*obq, 4, "--recovery", "masked")
     write_allocation(found, place / "bits.json")
+    with pytest.raises(InvalidInput, match=r"'bits.json' holds bits, which no search reads"):
+        read_named("bits.json")
     assert "the allocation has a mean of 3.5 bits, not 4" in refused(*obq, 4, "--allocation", "bits.json")
     given = (tiny, "--allocation", "bits.json")
     assert "compressor 'mask' has no bits" in refused(*given, "--compressor", "mask")

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import evoprune
 from evoprune.fitness.allocating import ModelEvidence
-from evoprune.fitness.allocators import ALLOCATORS, BitAllocator, configured
+from evoprune.fitness.allocators import ALLOCATORS, BitAllocator, Level, configured
 from evoprune.fitness.allocators.dp import least_error
 from evoprune.fitness.canonical_correlation import mean_canonical_correlation, part_correlations
 from evoprune.fitness.compressors import Goal, at_bits, compress
@@ -43,13 +43,19 @@ class Measured:
     statistics: Statistics
 
     def bits(
-        self, name: str, mean: float, rule: MaskRule = DENSE, compressor: str = "sparsegpt", **parameters: object
+        self,
+        name: str,
+        mean: float,
+        rule: MaskRule = DENSE,
+        compressor: str = "sparsegpt",
+        levels: tuple[int, ...] = LEVELS,
+        **parameters: object,
     ) -> Allocation:
         return allocate_bits(
             self.model,
             name,
             configured(name, parameters),
-            BitTarget(mean),
+            BitTarget(mean, levels),
             rule,
             compressor=compressor,
             criterion=CRITERIA["wanda"],
@@ -150,10 +156,8 @@ def test_noise_against_gradients_of_autograd(measured: Measured) -> None:
     assert costs[1] == pytest.approx([expected[0] / (2**bits - 1) for bits in LEVELS], rel=1e-4)
 
 
-def measured_levels(measured: Measured) -> list[list[evoprune.fitness.allocators.Level]]:
-    from evoprune.fitness.allocators import Level
-
-    return [[Level(bits, 0.0) for bits in LEVELS] for _ in measured.model.sites]
+def measured_levels(measured: Measured, bits: tuple[int, ...] = LEVELS) -> list[list[Level]]:
+    return [[Level(own, 0.0) for own in bits] for _ in measured.model.sites]
 
 
 def test_the_mean_size_of_a_sum_of_noise() -> None:
@@ -231,18 +235,18 @@ def test_rounded_units_keep_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_budget_is_met(name: str, measured: Measured) -> None:
     """Pruning operators, section 12, check 2; the same again, and the model as it was."""
     before = [bound.weight().clone() for bound in measured.model.sites]
-    few = {"points": 1} if name == "pmpq" else {}
+    few: dict[str, Any] = {"levels": (2, 3, 8), **({"points": 1} if name == "pmpq" else {})}
     for mean, rule in ((3.5, MaskRule(0.3)), (2.71, MaskRule(None, (2, 4)))):
         found = measured.bits(name, mean, rule, **few)
         kept = found.weights - found.removed
         assert found.bits is not None and found.bits.total == math.floor(mean * kept + 1e-9)
         levels = [site.bits or 0 for site in found.sites]
-        assert set(levels) <= set(LEVELS)
+        assert set(levels) <= {2, 3, 8}
         left = found.bits.total - found.stored_bits
         upgrades = [
-            (min(other for other in LEVELS if other > bits) - bits) * (site.weights - site.removed)
+            (3 - bits if bits < 3 else 8 - bits) * (site.weights - site.removed)
             for site, bits in zip(found.sites, levels, strict=True)
-            if bits < max(LEVELS)
+            if bits < 8
         ]
         assert 0 <= left < min(upgrades)
         assert len(set(levels)) > 1
@@ -271,11 +275,11 @@ def test_matrices_have_the_bits_that_they_were_given(compressor: str, measured: 
 
 
 def test_errors_of_the_program_are_those_of_the_compressor(measured: Measured) -> None:
-    found = ALLOCATORS["dp"].level_costs(measured.evidence(), measured_levels(measured))  # type: ignore[attr-defined]
+    found = ALLOCATORS["dp"].level_costs(measured.evidence(), measured_levels(measured, (2, 16)))  # type: ignore[attr-defined]
     for index in (0, 6, 9):
         site, weight = measured.model.sites[index].site, measured.model.sites[index].weight()
         gram = measured.statistics.tensor(site.name, "H")
-        for bits, cost in zip(LEVELS, found[index], strict=True):
+        for bits, cost in zip((2, 16), found[index], strict=True):
             new = compress(f"sparsegpt:bits={bits}", weight, Goal(0), {"H": gram}).weight
             lost = weight - new
             expected = torch.trace(lost @ gram @ lost.T) / torch.trace(weight @ gram @ weight.T)
@@ -284,10 +288,10 @@ def test_errors_of_the_program_are_those_of_the_compressor(measured: Measured) -
 
 def test_sparsities_beside_bits(measured: Measured) -> None:
     """At as many bits, what may also choose sparsities costs no more than at one sparsity."""
-    joint = measured.bits("dp", 3.0, MaskRule(0.5), sparsities="0, 0.5, 0.75")
-    fixed = measured.bits("dp", 3.0, MaskRule(0.5))
+    joint = measured.bits("dp", 3.0, MaskRule(0.5), levels=(2, 4), sparsities="0, 0.5")
+    fixed = measured.bits("dp", 3.0, MaskRule(0.5), levels=(2, 4))
     assert joint.bits == fixed.bits
-    assert {site.sparsity for site in joint.sites} <= {0, 0.5, 0.75}
+    assert {site.sparsity for site in joint.sites} <= {0, 0.5}
     assert len({(site.sparsity, site.bits) for site in joint.sites}) > 2
     assert joint.sparsity == joint.removed / joint.weights
     joint.check_budget()
@@ -309,9 +313,10 @@ def test_sparsities_beside_bits(measured: Measured) -> None:
 
 
 def test_errors_may_be_losses(measured: Measured) -> None:
-    found = configured("dp", {"error": "loss"}).level_costs(measured.evidence(), measured_levels(measured))  # type: ignore[attr-defined]
+    allocator, levels = configured("dp", {"error": "loss"}), measured_levels(measured, (2, 4, 16))
+    found = allocator.level_costs(measured.evidence(), levels)  # type: ignore[attr-defined]
     assert all(row[-1] == pytest.approx(0, abs=1e-5) for row in found)
-    assert sum(row[0] for row in found) > 5 * sum(row[2] for row in found) > 0
+    assert sum(row[0] for row in found) > 5 * sum(row[1] for row in found) > 0
 
 
 # Whole weights, and compressors without bits
