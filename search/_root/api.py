@@ -183,8 +183,8 @@ def prune(
             at_bits(compressor, level)
         if recovery is not None:
             raise InvalidInput(
-                f"recovery {recovery!r} would train weights off the values that they are rounded to: recover first, and "
-                "round the result"
+                f"recovery {recovery!r} would train weights off the values that they are rounded to: recover first, "
+                "and round the result"
             )
         rule = mask_rule(criterion, bits_sparsity(sparsity, pattern), pattern, None, compressor)
     else:

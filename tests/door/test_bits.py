@@ -129,7 +129,7 @@ def test_what_is_refused(refused: Callable[..., str], tiny: Path, found: Allocat
     assert "an allocation counts by row" in refused(*obq, 4, "--group", "layer")
     assert "leave out the budgets of groups" in refused(*obq, 4, "--budget", "*.mlp.*=0.5")
     assert "--method says by itself what goes: leave out --bits" in refused(tiny, "--bits", 4, "--method", "shortgpt")
-    assert "recovery 'masked' would train weights off the values" in refused(*obq, 4, "--recovery", "masked")
+    assert "recovery 'full' would train weights off the values" in refused(*obq, 4, "--recovery", "full")
     write_allocation(found, place / "bits.json")
     with pytest.raises(InvalidInput, match=r"'bits.json' holds bits, which no search reads"):
         read_named("bits.json")
