@@ -236,10 +236,10 @@ class GivenAllocation:
                 self._checked(self._read)
             elif self.bits is not None:
                 raise InvalidInput("a formula has no bits: leave them out, or name an allocator such as dp")
-        elif self.bits is not None:
-            raise InvalidInput("a text of EvoPress has no bits: leave them out, or name an allocator such as dp")
         elif not _is_file(self.allocation):
             configured(str(self.allocation))  # which says what name may be meant
+        elif self.bits is not None:
+            raise InvalidInput("a text of EvoPress has no bits: leave them out, or name an allocator such as dp")
 
     @property
     def _named(self) -> str | None:

@@ -121,6 +121,7 @@ def test_what_is_refused(refused: Callable[..., str], tiny: Path, found: Allocat
     obq = (tiny, "--compressor", "obq", "--bits")
     assert "3.5 bits are none of the levels" in refused(*obq, 3.5)
     assert "allocator 'owl' shares out no bits" in refused(*obq, 3.5, "--allocation", "owl")
+    assert "no allocator 'cmqp'; did you mean 'cmpq'" in refused(*obq, 3.5, "--allocation", "cmqp")
     assert "a mean of 1.5 bits cannot be reached" in refused(*obq, 1.5, "--allocation", "dp")
     assert "bits 9 is outside [2, 8]" in refused(*obq, 4, "--bit-levels", "4,9")
     assert "compressor 'mask' has no bits: give one that has, awp, obq, sparsegpt" in refused(tiny, "--bits", 3)
