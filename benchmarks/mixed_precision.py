@@ -36,7 +36,7 @@ CRITERION = CRITERIA["wanda"]
 WINDOW, WINDOWS_A, WINDOWS_B = 256, 64, 8
 ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "cmpq": ("cmpq", {}),
-    "cmpq, of blocks": ("cmpq", {"between": "block"}),
+    "cmpq, of matrices": ("cmpq", {"between": "matrix"}),
     "pmpq": ("pmpq", {}),
     "tdmpq": ("tdmpq", {}),
     "dp": ("dp", {}),
@@ -63,7 +63,9 @@ def say(what: str, done: int, total: int) -> None:
 
 
 @torch.no_grad()
-def measure(seed: int, means: list[float], labels: list[str], compressor: str, tokens: int) -> Iterator[dict[str, Any]]:
+def measure(
+    seed: int, means: list[float], bits: tuple[int, ...], labels: list[str], compressor: str, tokens: int
+) -> Iterator[dict[str, Any]]:
     """One row per mean and allocation."""
     dense = evoprune.load_model("reference")
     texts = [
@@ -73,24 +75,26 @@ def measure(seed: int, means: list[float], labels: list[str], compressor: str, t
     statistics = evoprune.collect_statistics(dense, needed_statistics(CRITERION, compressor) | {"H"}, seed=seed)
     evidence = Stored(dense, 0.0, CRITERION, statistics, *texts, say, compressor=compressor)
     sites = evidence.sites
-    levels = [[Level(bits, 0.0) for bits in LEVELS] for _ in sites]
-    sizes = [[bits * site.weights for bits in LEVELS] for site in sites]
+    levels = [[Level(own, 0.0) for own in bits] for _ in sites]
+    sizes = [[own * site.weights for own in bits] for site in sites]
     costs = {}
     for label in labels:
         allocator = configured(ALLOCATIONS[label][0], ALLOCATIONS[label][1])
         assert isinstance(allocator, BitAllocator)
         costs[label] = allocator.level_costs(evidence, levels)
     for mean in means:
-        target = BitTarget(mean)
+        target = BitTarget(mean, bits)
         budget = target.budget(sum(site.weights for site in sites))
         chosen = {label: least_cost(costs[label], sizes, budget) for label in labels}
-        if mean in LEVELS:
-            chosen = {"uniform": [LEVELS.index(int(mean))] * len(sites), **chosen}
+        if mean in bits:
+            chosen = {"uniform": [bits.index(int(mean))] * len(sites), **chosen}
         for label, places in chosen.items():
+            if label != "uniform" and places == chosen.get("uniform"):
+                continue
             weights = [bound.weight() for bound in dense.sites]
             copies = [weight.clone() for weight in weights]
             for site, place, weight in zip(sites, places, weights, strict=True):
-                weight.copy_(next(evidence.compressed(site, [Level(LEVELS[place], 0.0)]))[0])
+                weight.copy_(next(evidence.compressed(site, [Level(bits[place], 0.0)]))[0])
             found = evoprune.evaluate(dense, tokens=tokens)
             for weight, copy in zip(weights, copies, strict=True):
                 weight.copy_(copy)
@@ -101,7 +105,7 @@ def measure(seed: int, means: list[float], labels: list[str], compressor: str, t
                 "bits": sum(row[place] for row, place in zip(sizes, places, strict=True)),
                 "seed": seed,
                 "compressor": compressor,
-                "matrices": dict(sorted(Counter(LEVELS[place] for place in places).items())),
+                "matrices": dict(sorted(Counter(bits[place] for place in places).items())),
                 "loss": found.loss,
                 "perplexity": found.perplexity,
                 "tokens": found.held_out.tokens,
@@ -112,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--means", type=float, nargs="+", default=[3, 3.5, 4])
     parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
+    parser.add_argument("--levels", type=int, nargs="+", default=list(LEVELS), help="bits that a matrix may have")
     parser.add_argument("--compressor", default="obq")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=20480, help="of text C")
@@ -123,7 +128,8 @@ def main() -> None:
     print("| mean bits | allocation | seed | matrices by bits | loss | perplexity |")
     print("| ---: | --- | ---: | --- | ---: | ---: |", flush=True)
     for seed in given.seeds:
-        for row in measure(seed, given.means, given.allocations, given.compressor, given.tokens):
+        levels = tuple(sorted(given.levels))
+        for row in measure(seed, given.means, levels, given.allocations, given.compressor, given.tokens):
             rows.append(row)
             (OUT / "mixed_precision.json").write_text(json.dumps(rows, indent=2) + "\n")
             by_bits = ", ".join(f"{count} of {bits}" for bits, count in row["matrices"].items())

@@ -10,20 +10,20 @@ from evoprune.fitness.allocators import ALLOCATORS, Evidence, Level, Use, by_sen
 from evoprune.fitness.quantisation import rounding_error
 from evoprune.metrics.parameters import check_choice, check_range
 
-BETWEEN = ("matrix", "block")
+BETWEEN = ("block", "matrix")
 
 
 @dataclass(frozen=True)
 class CMPQ:
     """Where inputs and outputs correlate least, matrices lose the least and have the most bits (CPTQuant).
 
-    The sensitivity is 1 - the mean canonical correlation. The outputs of a matrix are a linear function of its inputs,
-    so their correlations are 1 but for the ridge: what it tells is how much lies in directions that are weak against
-    it. Those of a block have its nonlinear parts in them. At so many bits a matrix costs its sensitivity times the
-    share of its squared weights that rounding them changes.
+    The sensitivity is 1 - the mean canonical correlation of what goes into a block and what comes out. The outputs of a
+    single matrix are a linear function of its inputs, so their correlations are 1 but for the ridge: what they tell is
+    how much lies in directions that are weak against it. At so many bits a matrix costs its sensitivity times the share
+    of its squared weights that rounding them changes.
 
     Attributes:
-        between: whose inputs and outputs: of each matrix, or of its block.
+        between: whose inputs and outputs: of the block of a matrix, or of each matrix.
         tokens: of text A, at most.
         ridge: what is added to the variances, as a fraction of their mean.
         top: so many of the largest correlations.
@@ -31,12 +31,12 @@ class CMPQ:
         granularity: what shares a sparsity: matrix, block or kind.
     """
 
-    between: str = "matrix"
+    between: str = "block"
     tokens: int = 4096
     ridge: float = 1e-3
     top: int = 64
     spread: float = 0.1
-    granularity: str = "matrix"
+    granularity: str = "block"
 
     needs: ClassVar[frozenset[str]] = frozenset()
     uses: ClassVar[frozenset[Use]] = frozenset({"outputs"})

@@ -112,7 +112,7 @@ class Planted:
         ]
 
     def correlations(self, between: str, tokens: int, ridge: float, top: int) -> Sequence[float]:
-        return [0.9 / (1 + site.block) - 0.05 * int(site.kind) * (between == "matrix") for site in self.sites]
+        return [0.9 / (1 + site.block) - 0.05 * int(site.kind) for site in self.sites]
 
     def input_noise(self) -> Sequence[float]:
         return self.per_site or [1 / (1 + site.block) + 0.1 * int(site.kind) for site in self.sites]
