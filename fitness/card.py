@@ -239,8 +239,9 @@ def _bits(recipe: Mapping[str, Any]) -> list[str]:
         return []
     counts = Counter(site["bits"] for site in allocation["sites"])
     return [
-        f"Weights that stay are rounded, to {allocation['bits']['mean']:g} bits on average (those of 16 bits are left "
-        "whole), and stored as the values of their grids in the dtype of the model: the files are no smaller.",
+        f"Weights that stay are rounded, and have at most {allocation['bits']['budget']:,} bits together (those of 16 "
+        "bits are left whole). They are stored as the values of their grids in the dtype of the model: the files are "
+        "no smaller.",
         "",
         "| bits | matrices |",
         "| ---: | ---: |",

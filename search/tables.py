@@ -254,7 +254,8 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
     if "bits" in document:
-        total += f"; {document['bits']:.4f} bits a weight that stays, of {document['allocation']['bits']['mean']:g}"
+        budget = document["allocation"]["bits"]["budget"]
+        total += f"; {document['stored_bits']:,} of {budget:,} bits, {document['bits']:.4f} a weight that stays"
     if inputs:
         unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
         total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"

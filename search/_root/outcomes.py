@@ -143,12 +143,14 @@ class Removal(Smaller):
 
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --json` prints."""
+        own = self.allocation
         return super().to_json() | {
             "pattern": str(self.rule) if self.rule.pattern else None,
             "criterion": self.criterion,
             "compressor": self.compressor,
-            "allocation": None if self.allocation is None else self.allocation.summary(),
+            "allocation": None if own is None else own.summary(),
             **({} if self.mean_bits is None else {"bits": self.mean_bits}),
+            **({} if own is None or own.bits is None else {"stored_bits": own.stored_bits}),
             **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
 

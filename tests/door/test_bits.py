@@ -70,7 +70,8 @@ def test_a_mean_of_bits(run: Run, tiny: Path, place: Path) -> None:
     written = read_allocation(place / "out" / "allocation.json")
     assert [site.bits for site in written.sites] == [row["bits"] for row in rows]
     card = (place / "out" / "README.md").read_text()
-    assert "rounded, to 3.5 bits on average" in card
+    assert f"at most {7 * document['prunable'] // 4:,} bits together" in card
+    assert document["stored_bits"] == 7 * document["prunable"] // 4
     counts = Counter(row["bits"] for row in rows)
     assert len(counts) > 1
     assert all(f"| {bits} | {count} |" in card for bits, count in counts.items())
