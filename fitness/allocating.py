@@ -6,20 +6,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from evoprune.fitness.adapters import Prunable, SiteModule
-from evoprune.fitness.allocators import Allocator, Use, check_numbers
+from evoprune.fitness.allocators import Allocator, Level, Use, check_numbers
+from evoprune.fitness.canonical_correlation import part_correlations
 from evoprune.fitness.component_budgets import guarded, search_budgets
+from evoprune.fitness.compressors import at_bits, compress, compressor_of
 from evoprune.fitness.diversity import DiversityMean
 from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.hidden_states import block_influence, without_block
+from evoprune.fitness.input_noise import noise_sizes
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.pruning import site_scores
+from evoprune.fitness.pruning import row_goal, site_scores
 from evoprune.fitness.samples import Batch, Sequences, forward_batches
 from evoprune.fitness.site_statistics import SiteStatistics, measure_sites
 from evoprune.fitness.statistics import Statistics
@@ -78,9 +81,8 @@ def allocate_model(
         target: fraction of all prunable weights that goes, in [0, 1); None leaves matrices outside of `budgets` dense.
         criterion: whose scores are the ones inside, and prune where losses are measured.
         statistics: at least `statistics_needed`; None if those are none.
-        calibration: [n, window] int64 of text A, or samples; None if the allocator uses neither outputs nor hidden
-            states.
-        search: the same of text B; None if it uses no losses.
+        calibration: [n, window] int64 of text A, or samples; None if the allocator has none of the uses `READ_A`.
+        search: the same of text B; None if it has none of the uses `READ_B`.
         loss: measures the model as it is, in place of a loss on `search`; low is good. For models that write no text.
         budgets: see `evoprune.metrics.allocation_groups.site_groups`. The allocator is run on each group by itself, as
             if there were no other, and on the rest with what the target leaves it.
@@ -256,7 +258,8 @@ def allocate_by_formula(
 class ModelEvidence:
     """`Evidence` of a live model; arguments as in `allocate_model`.
 
-    With `chosen`, indices into its sites, there are no other matrices and their blocks are numbered from 0.
+    With `chosen`, indices into its sites, there are no other matrices and their blocks are numbered from 0. A
+    `compressor`, spelled without bits, and its `pattern` are what `compressed` goes by.
     """
 
     def __init__(
@@ -271,8 +274,11 @@ class ModelEvidence:
         *,
         chosen: Sequence[int] | None = None,
         loss: Callable[[], float] | None = None,
+        compressor: str | None = None,
+        pattern: tuple[int, int] | None = None,
     ) -> None:
         self._loss = loss
+        self._compressor, self._pattern = compressor, pattern
         every = range(len(language_model.sites)) if chosen is None else chosen
         bounds = [language_model.sites[index] for index in every]
         n_blocks = bounds[0].site.n_blocks
@@ -342,6 +348,63 @@ class ModelEvidence:
                 found.append(self.loss())
             self._progress("measuring the loss without each block", len(found), len(self._blocks))
         return found
+
+    @cached_property
+    def _dense_loss(self) -> float:
+        return self.loss()
+
+    def dense_loss(self) -> float:
+        return self._dense_loss
+
+    def losses_with(self, replaced: Iterable[tuple[Site, Tensor]]) -> Sequence[float]:
+        found: list[float] = []
+        for site, new in replaced:
+            weight = self._bound[site.name].weight()
+            dense = weight.clone()
+            try:
+                weight.copy_(new)
+                found.append(self.loss())
+            finally:
+                weight.copy_(dense)
+            self._progress("measuring the loss with one matrix changed", len(found), 0)
+        return found
+
+    def correlations(self, between: str, tokens: int, ridge: float, top: int) -> Sequence[float]:
+        language_model, text = self._reader(), self._given(self._calibration, "outputs")
+        found: dict[str, float] = {}
+        for done, block in enumerate(self._blocks):
+            bounds = [self._bound[site.name] for site in self.sites if site.block == done]
+            if between == "block":
+                parts = {"block": language_model.blocks()[block][1]}
+            else:
+                parts = {bound.site.name: bound.module for bound in bounds}
+            padded = bounds[0].site.component == LANGUAGE
+            own = part_correlations(language_model, parts, text, tokens=tokens, ridge=ridge, top=top, padded=padded)
+            found |= {bound.site.name: own.get(bound.site.name, own.get("block", 0.0)) for bound in bounds}
+            self._progress("correlating inputs and outputs", done + 1, len(self._blocks))
+        return [found[site.name] for site in self.sites]
+
+    def input_noise(self) -> Sequence[float]:
+        self._progress("measuring gradients of inputs", 0, 1)
+        bounds = [self._bound[site.name] for site in self.sites]
+        return noise_sizes(self._reader(), bounds, self._given(self._calibration, "gradients"))
+
+    def compressed(self, site: Site, levels: Sequence[Level]) -> Iterator[tuple[Tensor, float]]:
+        if self._compressor is None:
+            raise EvopruneError("no compressor was named whose levels could be compared")
+        bound = self._bound[site.name]
+        plugin, weight = compressor_of(self._compressor), bound.weight()
+        names = plugin.needs | {"H"}
+        given = {} if self._statistics is None else self._statistics.site_statistics(site.name, names, weight.device)
+        scores = self.scores(site) if plugin.reads_criterion else None
+        for level in levels:
+            rule = MaskRule(level.sparsity) if self._pattern is None else MaskRule(None, self._pattern)
+            try:
+                made = compress(at_bits(self._compressor, level.bits), weight, row_goal(site, rule, scores), given)
+            except (InvalidCandidate, InvalidInput) as error:
+                raise InvalidInput(f"cannot compress {site.name}: {error}") from None
+            yield made.weight.float(), made.error or 0.0
+        self._progress("comparing levels of matrices", self.sites.index(site) + 1, len(self.sites))
 
     @contextmanager
     def _pruned(self, sparsities: Sequence[float]) -> Iterator[None]:

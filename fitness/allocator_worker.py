@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from evoprune.fitness.allocating import allocate_model, ask_allocator
-from evoprune.fitness.allocators import ALLOCATORS, Use
+from evoprune.fitness.allocators import ALLOCATORS, READ_A, READ_B, Use
 from evoprune.fitness.candidate_worker import CandidateWorker, Evaluator
 from evoprune.fitness.model_worker import Handler, criterion_from
 from evoprune.fitness.prepare import Prepared, calibration_windows
@@ -46,8 +46,8 @@ class AllocatorWorker(CandidateWorker[Evaluator]):
     def _texts(self, prepared: Prepared, uses: Set[Use]) -> dict[str, Any]:
         """The texts that these uses need, as `allocate_model` takes them."""
         return {
-            "calibration": self._calibration if uses & {"outputs", "hidden"} else None,
-            "search": prepared.text("search")[0][:LOSS_WINDOWS] if "loss" in uses else None,
+            "calibration": self._calibration if uses & READ_A else None,
+            "search": prepared.text("search")[0][:LOSS_WINDOWS] if uses & READ_B else None,
         }
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,7 @@ def model_card(
         "",
         *_sizes(counts, cut),
         "",
+        *_bits(recipe),
     ]
     if results:
         lines += ["## Numbers", "", f"| | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
@@ -235,6 +237,24 @@ def _sizes(counts: WeightCounts, cut: Cut | None) -> list[str]:
         *([f"Times are medians of turns that both models took on {cut.place}.", ""] if cut.times else []),
         "Whole heads, neurons or blocks are gone, so the model takes less memory and less time everywhere.",
     ]  # fmt: skip
+
+
+def _bits(recipe: Mapping[str, Any]) -> list[str]:
+    """How many matrices have how many bits, where an allocation says."""
+    allocation = recipe.get("allocation")
+    if not isinstance(allocation, Mapping) or "bits" not in allocation:
+        return []
+    counts = Counter(site["bits"] for site in allocation["sites"])
+    return [
+        f"Weights that stay are rounded, and have at most {allocation['bits']['budget']:,} bits together (those of 16 "
+        "bits are left whole). They are stored as the values of their grids in the dtype of the model: the files are "
+        "no smaller.",
+        "",
+        "| bits | matrices |",
+        "| ---: | ---: |",
+        *(f"| {bits} | {counts[bits]} |" for bits in sorted(counts)),
+        "",
+    ]
 
 
 def public_name(name: str) -> str:

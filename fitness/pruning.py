@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from evoprune.fitness.compressors import (
     AtRunTime,
     Goal,
     Limited,
+    at_bits,
     compress,
     compressor_of,
     relative_output_error,
@@ -46,19 +48,20 @@ class PrunedLayer:
         removed: weights that went.
         error: relative output error, 0 = lossless and 1 = the layer deleted, on the inputs that the matrix has in the
             dense model; None without statistics of its inputs.
+        path_error: the same on the inputs that it has in the pruned model; None unless it was pruned in replay.
+        bits: of each weight that stays; None where no allocation says.
         seconds, peak_bytes: what the compressor took; see `Footprint`. None where none ran.
-        path_error: the same as `error` on the inputs that it has in the pruned model; None unless it was pruned in
-            replay.
     """
 
     name: str
     shape: tuple[int, int]
     removed: int
     error: float | None
+    path_error: float | None = None
+    bits: int | None = None
     # Two layers of which the same became are equal, however long it took.
     seconds: float | None = field(default=None, compare=False)
     peak_bytes: int | None = field(default=None, compare=False)
-    path_error: float | None = None
 
     @property
     def weights(self) -> int:
@@ -155,7 +158,8 @@ def prune_model(
             order, each before it changes, so that they may depend on what became of the blocks before.
         compressor: what happens to the weights that stay; some choose by themselves which go.
         allocation: a sparsity of its own for each matrix, whose rows then lose floor(sparsity * in) weights each;
-            `rule` must be the sparsity of its budget, by row.
+            `rule` must be the sparsity of its budget, by row. One with bits, which the compressor then has to have, may
+            stand beside a pattern, if all its sparsities are that of the pattern.
         modules: let a layer become a `FactoredLinear` where the compressor wraps its sparse core; the sites are then no
             longer bound to the model's layers. Else it gets the product, which has no zeros.
         progress: called with (done, total) in matrices.
@@ -205,7 +209,13 @@ def prune_sites(
     else:
         goals = _counts(sites, rule, allocation)
     return reach(
-        language_model, goals, statistics=statistics, compressor=compressor, modules=modules, progress=progress
+        language_model,
+        goals,
+        statistics=statistics,
+        compressor=compressor,
+        bits={} if allocation is None else allocation.bits_by_name(),
+        modules=modules,
+        progress=progress,
     )
 
 
@@ -216,6 +226,7 @@ def reach(
     *,
     statistics: ModelStatistics | None = None,
     compressor: str = "mask",
+    bits: Mapping[str, int] = MappingProxyType({}),
     modules: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[PrunedLayer, ...]:
@@ -224,6 +235,7 @@ def reach(
     Args:
         language_model: its weights are compressed as they are.
         goals: what has to go from each matrix, in model order; the next is asked for when the last is met.
+        bits: of each weight that stays, by site name; a matrix without is compressed as `compressor` says.
         statistics, compressor, modules, progress: as of `prune_model`.
 
     Returns:
@@ -234,6 +246,7 @@ def reach(
             then be pruned in part.
     """
     layers, plugin = [], compressor_of(compressor)
+    spelled = {own: at_bits(compressor, own) for own in set(bits.values())}
     refuse_factored(language_model.sites)
     for bound, goal in goals:
         site, weight = bound.site, bound.weight()
@@ -244,7 +257,7 @@ def reach(
         before = weight.float().clone() if isinstance(statistics, Replayed) else None
         try:
             with footprint(weight.device) as took:
-                result = compress(compressor, weight, goal, given)
+                result = compress(spelled.get(bits.get(site.name, 0), compressor), weight, goal, given)
         except (InvalidCandidate, InvalidInput) as error:
             raise InvalidInput(f"cannot compress {site.name}: {error}") from None
         removed = goal.removed
@@ -257,7 +270,7 @@ def reach(
             removed = int((result.weight == 0).sum())
         if goal.removed == site.weights and (bias := bound.bias()) is not None:
             bias.zero_()
-        lost, on_path, shape = result.error, None, (site.out_features, site.in_features)
+        lost, on_path = result.error, None
         if isinstance(statistics, Replayed) and before is not None:
             dense = statistics.dense_inputs(site.name, weight.device)
             on_path, lost = (
@@ -266,7 +279,18 @@ def reach(
                     before, result.weight.float(), gram=dense.get("H"), input_squares=dense.get("X_ss")
                 ),
             )
-        layers.append(PrunedLayer(site.name, shape, removed, lost, took.seconds, took.peak_bytes, on_path))
+        layers.append(
+            PrunedLayer(
+                name=site.name,
+                shape=(site.out_features, site.in_features),
+                removed=removed,
+                error=lost,
+                path_error=on_path,
+                bits=bits.get(site.name),
+                seconds=took.seconds,
+                peak_bytes=took.peak_bytes,
+            )
+        )
         progress(len(layers), len(language_model.sites))
     return tuple(layers)
 
@@ -295,10 +319,38 @@ def check_allocation(language_model: Prunable, allocation: Allocation, rule: Mas
     Raises:
         InvalidInput: names the first matrix that differs, or both sums.
     """
-    if rule is not None and rule != MaskRule(allocation.sparsity):
+    if rule is not None and rule.pattern is not None:
+        _check_beside_pattern(allocation, rule)
+    elif rule is not None and rule != MaskRule(allocation.sparsity):
         raise InvalidInput(f"the rule of an allocation is {allocation.sparsity:g} by row, not {rule} by {rule.group}")
     allocation.check_budget()
     allocation.check(type(language_model.model).__name__, [bound.site for bound in language_model.sites])
+
+
+def _check_beside_pattern(allocation: Allocation, rule: MaskRule) -> None:
+    """Refuse an allocation that says something else than a pattern, or nothing beside it.
+
+    Raises:
+        InvalidInput: it has no bits, or other sparsities than the pattern's.
+    """
+    if allocation.bits is None:
+        raise InvalidInput("a pattern fixes the sparsity of every row: give an allocation or a pattern, not both")
+    if odd := [site for site in allocation.sites if site.removed != round(site.weights * rule.fraction)]:
+        raise InvalidInput(
+            f"the allocation's bits are for a sparsity of {odd[0].sparsity:g} of {odd[0].name}, not for {rule}: leave "
+            "out the pattern, or find bits for it"
+        )
+
+
+def row_goal(site: Site, rule: MaskRule, scores: Tensor | None) -> Goal:
+    """What one matrix loses by rows or in a pattern, as in `prune_model` with an allocation or a pattern.
+
+    Args:
+        scores: [out, in] float32, low = removed first; None if a compressor chooses.
+    """
+    if scores is not None:
+        return Goal.of_mask(mask(scores, rule), rule.pattern)
+    return Goal(_count(site, rule), rule.pattern, group="row" if rule.pattern is not None else "layer")
 
 
 def _masks(
@@ -314,7 +366,7 @@ def _masks(
         for bound, keep in zip(sites, global_masks(scores, rule.sparsity), strict=True):
             yield bound, Goal.of_mask(keep)
         return
-    own = {} if allocation is None else allocation.by_name()
+    own = {} if allocation is None or rule.pattern is not None else allocation.by_name()
     for bound in sites:
         of_site = own_rule(rule, own, bound.site.name)
         if of_site is None:
@@ -329,7 +381,8 @@ def _counts(
     sites: Sequence[SiteModule], rule: MaskRule, allocation: Allocation | None
 ) -> Iterator[tuple[SiteModule, Goal]]:
     """How much goes of every matrix where a compressor chooses what."""
-    own = {} if allocation is None else {site.name: site.removed for site in allocation.sites}
+    pattern = rule.pattern is not None
+    own = {} if allocation is None or pattern else {site.name: site.removed for site in allocation.sites}
     for bound in sites:
         site = bound.site
         if own:

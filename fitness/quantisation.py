@@ -8,25 +8,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from evoprune.metrics.parameters import check_range
+from evoprune.metrics.errors import InvalidInput
 
 LEAST_BITS, MOST_BITS = 2, 8
+WHOLE_BITS = 16
+"""Bits of a weight that is not rounded: it counts as these, and stays as it is in the model's dtype."""
 
 _FACTORS = tuple(1 - step / 100 for step in range(80))
 _NORM = 2.4
 
 
 def check_bits(bits: int) -> None:
-    """Refuse bits of a weight for which there is no grid.
+    """Refuse bits of a weight for which there is no grid, unless they are those of a whole weight.
 
     Raises:
         InvalidInput: says which there are.
     """
-    check_range("bits", bits, LEAST_BITS, MOST_BITS)
+    if bits != WHOLE_BITS and not LEAST_BITS <= bits <= MOST_BITS:
+        raise InvalidInput(
+            f"bits {bits} is outside [{LEAST_BITS}, {MOST_BITS}], and not {WHOLE_BITS}, which leaves weights whole"
+        )
+
+
+def rounds(bits: int | None) -> TypeGuard[int]:
+    """Whether weights of so many bits are brought to a grid; None are whole."""
+    return bits is not None and bits != WHOLE_BITS
+
+
+def rounding_error(weight: Tensor, bits: int) -> float:
+    """|W - Q(W)|² / |W|², Q to the nearest value of the grid of each row; 0 of whole weights, and of an empty matrix.
+
+    Args:
+        weight: [out, in], of any floating dtype.
+        bits: from 2 to 8, or 16.
+    """
+    whole = weight.double().square().sum().item()
+    if not rounds(bits) or whole == 0:
+        return 0.0
+    return (Grid.of(weight, bits).nearest(weight) - weight).double().square().sum().item() / whole
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evoprune.fitness.quantisation import Grid
+from evoprune.fitness.quantisation import Grid, rounds
 from evoprune.fitness.removal_order import Problem
 
 # Steps between two products; and bytes of the inverses of the rows that are worked on at a time: on a CPU as many as
@@ -122,7 +122,7 @@ def quantised(problem: Problem, keep: Tensor, bits: int, symmetric: bool) -> Ten
     Args:
         problem: the matrix and its inputs.
         keep: [out, in] bool, True = keep.
-        bits: of the grid.
+        bits: of the grid; 16 leaves the best weights on the mask as they are.
         symmetric: see `Grid.of`.
 
     Returns:
@@ -136,6 +136,9 @@ def quantised(problem: Problem, keep: Tensor, bits: int, symmetric: bool) -> Ten
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(own))
         pull = (mine.masked_fill(kept, 0) @ hessian).masked_fill_(~kept, 0)
         start = (mine + (inverse @ pull[:, :, None])[:, :, 0]).masked_fill_(~kept, 0)
+        if not rounds(bits):
+            new[part] = start.float()
+            continue
         grid = Grid.of(start, bits, symmetric=symmetric)
         surgery = _Surgery(start, inverse, ~kept)
         for _ in range(int(kept.sum(1).max())):

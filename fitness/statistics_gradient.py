@@ -7,6 +7,7 @@ and dropped at once. Several sequences share a forward and a backward pass, and 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,20 +33,17 @@ def loss_scale(dtype: torch.dtype) -> float:
     return HALF_LOSS_SCALE if dtype == torch.float16 else 1.0
 
 
-class GradientSums:
-    """Sums over sequences of |g|, g and g², float32 [out, in] per site.
+class Taps(ABC):
+    """Taps on sites, and what is made of what they hear, one sequence at a time.
 
     Args:
         sites: the sites of the model.
-        names: terminals out of ``G_l2 G_l1 G_mean G_reg``; each costs one float32 copy of the prunable weights.
         scale: what the loss is multiplied by.
     """
 
-    def __init__(self, sites: Iterable[SiteModule], names: frozenset[str], scale: float = 1.0) -> None:
+    def __init__(self, sites: Iterable[SiteModule], scale: float = 1.0) -> None:
         self._sites = {bound.site.name: bound for bound in sites}
         self._scale = scale
-        # All at once: between the activations of the first pass they would leave the heap full of holes.
-        self._sums: Results = {name: _zeros(bound, names) for name, bound in self._sites.items()}
         self._seen: set[str] = set()
         self._sequences = 0
         self._window: int | None = 0
@@ -86,7 +84,41 @@ class GradientSums:
             xs, dys = self._per_sequence(name, inputs), self._per_sequence(name, output_gradient)
             for x, dy in zip(xs, dys, strict=True):
                 narrow = dy.float() if self._scale == 1 else dy.float() / self._scale
-                self._add_sequence(name, narrow.t() @ x.float())
+                self._take(name, x.float(), narrow)
+
+    @abstractmethod
+    def _take(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
+        """One sequence of a site: [tokens, in] and [tokens, out] float32, the latter of the loss itself."""
+
+    def _tap(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        tapped: Tensor = _Tap.apply(output, args[0], partial(self.add, name))
+        return tapped
+
+    def _per_sequence(self, name: str, tensor: Tensor) -> Tensor:
+        if self._window is None:
+            return tensor.reshape(1, -1, tensor.shape[-1])
+        rows = self._sequences * self._window
+        batched = tensor.dim() == 3 and tensor.shape[:2] == (self._sequences, self._window)
+        if not batched and not (tensor.dim() == 2 and tensor.shape[0] == rows):
+            raise EvopruneError(f"{name} gets {list(tensor.shape)}, not sequences x tokens x features: no gradients")
+        return tensor.reshape(self._sequences, self._window, tensor.shape[-1])
+
+
+class GradientSums(Taps):
+    """Sums over sequences of |g|, g and g², float32 [out, in] per site.
+
+    Args:
+        sites: the sites of the model.
+        names: terminals out of ``G_l2 G_l1 G_mean G_reg``; each costs one float32 copy of the prunable weights.
+        scale: what the loss is multiplied by.
+    """
+
+    def __init__(self, sites: Iterable[SiteModule], names: frozenset[str], scale: float = 1.0) -> None:
+        super().__init__(sites, scale)
+        # All at once: between the activations of the first pass they would leave the heap full of holes.
+        self._sums: Results = {name: _zeros(bound, names) for name, bound in self._sites.items()}
 
     def results(self, sequences: int) -> Results:
         """Site -> terminal -> [out, in] float32. To be called once: the sums are finished in place and given away."""
@@ -106,22 +138,8 @@ class GradientSums:
                 finish[terminal](total)
         return found
 
-    def _tap(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if not torch.is_grad_enabled():
-            return None
-        tapped: Tensor = _Tap.apply(output, args[0], partial(self.add, name))
-        return tapped
-
-    def _per_sequence(self, name: str, tensor: Tensor) -> Tensor:
-        if self._window is None:
-            return tensor.reshape(1, -1, tensor.shape[-1])
-        rows = self._sequences * self._window
-        batched = tensor.dim() == 3 and tensor.shape[:2] == (self._sequences, self._window)
-        if not batched and not (tensor.dim() == 2 and tensor.shape[0] == rows):
-            raise EvopruneError(f"{name} gets {list(tensor.shape)}, not sequences x tokens x features: no gradients")
-        return tensor.reshape(self._sequences, self._window, tensor.shape[-1])
-
-    def _add_sequence(self, name: str, gradient: Tensor) -> None:
+    def _take(self, name: str, inputs: Tensor, output_gradient: Tensor) -> None:
+        gradient = output_gradient.t() @ inputs
         for terminal, total in self._sums[name].items():
             if terminal in ("G_l2", "G_reg"):
                 total.addcmul_(gradient, gradient)
@@ -197,7 +215,7 @@ def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 def gradient_pass(
     model: nn.Module,
-    sums: GradientSums,
+    sums: Taps,
     windows: Sequences,
     batch: int,
     device: torch.device,
@@ -206,7 +224,7 @@ def gradient_pass(
     recompute: bool,
     advance: Callable[[int], None],
 ) -> None:
-    """Gradients of the language-model loss, for ``G_l2``, ``G_l1`` and ``G_mean``.
+    """Gradients of the language-model loss, such as for ``G_l2``, ``G_l1`` and ``G_mean``.
 
     Args:
         model: a transformers causal language model in eval mode whose parameters are frozen.

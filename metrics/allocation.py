@@ -30,6 +30,7 @@ class SiteSparsity:
         shape: (out, in).
         sparsity: fraction removed, in [0, 1]: a row loses floor(sparsity * in) weights. At 1 the bias goes too, and
             with all matrices of an attention or an MLP that part of the block is gone.
+        bits: of each weight that stays; None where the allocation has no bits.
 
     Raises:
         InvalidInput: the sparsity is outside [0, 1].
@@ -38,6 +39,7 @@ class SiteSparsity:
     name: str
     shape: tuple[int, int]
     sparsity: float
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity <= 1:  # a NaN is refused too
@@ -55,10 +57,28 @@ class SiteSparsity:
         """Weights removed."""
         return self.shape[0] * removed_count(self.sparsity, self.shape[1])
 
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all weights that stay; 0 without bits."""
+        return (self.bits or 0) * (self.weights - self.removed)
+
+
+@dataclass(frozen=True, slots=True)
+class BitBudget:
+    """How many bits a model may have.
+
+    Attributes:
+        mean: of a weight that stays, as it was asked for.
+        total: of all matrices together, the whole number that this came to.
+    """
+
+    mean: float
+    total: int
+
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """One sparsity for each matrix of a model; holds nothing that varies between machines.
+    """One sparsity for each matrix of a model, or bits too; holds nothing that varies between machines.
 
     Attributes:
         model: class name of the model, such as ``LlamaForCausalLM``; with the names of the matrices it says what the
@@ -68,6 +88,7 @@ class Allocation:
         allocator: name of what made it.
         parameters: of the allocator; JSON values.
         fingerprint: of the weights that it was found on; None if that is not known.
+        bits: the budget of bits; None if weights are not rounded. With it every matrix has bits.
     """
 
     model: str
@@ -76,6 +97,7 @@ class Allocation:
     allocator: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    bits: BitBudget | None = None
 
     @property
     def weights(self) -> int:
@@ -87,9 +109,18 @@ class Allocation:
         """Weights removed."""
         return sum(site.removed for site in self.sites)
 
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all weights that stay; 0 without bits."""
+        return sum(site.stored_bits for site in self.sites)
+
     def by_name(self) -> dict[str, float]:
         """Sparsity by module path."""
         return {site.name: site.sparsity for site in self.sites}
+
+    def bits_by_name(self) -> dict[str, int]:
+        """Bits by module path; empty without bits."""
+        return {site.name: site.bits for site in self.sites if site.bits is not None}
 
     def check(self, model: str, sites: Iterable[Site]) -> None:
         """Refuse a model that this allocation is not of.
@@ -121,11 +152,22 @@ class Allocation:
     def check_budget(self) -> None:
         """Refuse sparsities that do not add up to the budget, as in a file that was edited by hand.
 
-        A hundredth of a per cent is let pass, or one step of the smallest matrix if that is more.
+        A hundredth of a per cent is let pass, or one step of the smallest matrix if that is more; of bits nothing.
 
         Raises:
-            InvalidInput: names both numbers.
+            InvalidInput: names both numbers; or some matrices have bits, and others none.
         """
+        for site in self.sites:
+            if (site.bits is None) != (self.bits is None):
+                has = (
+                    "bits without a budget of them" if self.bits is None else "no bits, and the allocation has a budget"
+                )
+                raise InvalidInput(f"{site.name} has {has}: give bits to every matrix and a budget, or to none")
+        if self.bits is not None and self.stored_bits > self.bits.total:
+            raise InvalidInput(
+                f"the allocation's budget is {self.bits.total:,} bits, but its matrices have {self.stored_bits:,}: "
+                "change one or the other"
+            )
         budget = removed_count(self.sparsity, self.weights)
         if abs(self.removed - budget) > slack_of(self.sites):
             raise InvalidInput(
@@ -135,7 +177,8 @@ class Allocation:
 
     def summary(self) -> dict[str, Any]:
         """What made it and its budget: JSON values."""
-        return {"allocator": self.allocator, "parameters": dict(self.parameters), "sparsity": self.sparsity}
+        bits = {} if self.bits is None else {"bits": {"mean": self.bits.mean, "budget": self.bits.total}}
+        return {"allocator": self.allocator, "parameters": dict(self.parameters), "sparsity": self.sparsity, **bits}
 
 
 def slack_of(sites: Sequence[SiteSparsity]) -> int:

@@ -7,25 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evoprune.metrics.allocation import Allocation, SiteSparsity
+from evoprune.metrics.allocation import Allocation, BitBudget, SiteSparsity
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.evopress import from_evopress, to_evopress
 from evoprune.metrics.files import canonical_json, strict_json, user_path, user_text, write_atomically
 from evoprune.metrics.records import Site
 
 FORMAT = "evoprune-allocation/1"
+BITS_FORMAT = "evoprune-allocation/2"
+"""That of allocations with bits, which a version that knows no bits must not take for one without."""
+
+_MOST_BITS = 16
 _KEYS = ("format", "model", "allocator", "parameters", "sparsity", "sites")
 
 
 def to_json(allocation: Allocation) -> dict[str, Any]:
     """The document that `from_json` reads."""
     return {
-        "format": FORMAT,
+        "format": FORMAT if allocation.bits is None else BITS_FORMAT,
         "model": allocation.model,
         **({} if allocation.fingerprint is None else {"fingerprint": allocation.fingerprint}),
         **allocation.summary(),
         "sites": [
-            {"name": site.name, "shape": list(site.shape), "sparsity": site.sparsity} for site in allocation.sites
+            {
+                "name": site.name,
+                "shape": list(site.shape),
+                "sparsity": site.sparsity,
+                **({} if site.bits is None else {"bits": site.bits}),
+            }
+            for site in allocation.sites
         ],
     }
 
@@ -34,11 +44,12 @@ def from_json(document: Any) -> Allocation:
     """The allocation that a document describes.
 
     Raises:
-        InvalidInput: it is no such document, a sparsity is outside [0, 1), or they do not add up to the budget.
+        InvalidInput: it is no such document, a sparsity is outside [0, 1), or they, or the bits, do not add up to the
+            budget.
     """
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or document.get("format") not in (FORMAT, BITS_FORMAT):
         shown = str(document.get("format"))[:40] if isinstance(document, dict) else type(document).__name__
-        raise InvalidInput(f"format {shown!r} is not known; this version reads {FORMAT!r}")
+        raise InvalidInput(f"format {shown!r} is not known; this version reads {FORMAT!r} and {BITS_FORMAT!r}")
     if missing := [key for key in _KEYS if key not in document]:
         raise InvalidInput(f"it has no {missing[0]!r}")
     parameters, rows, fingerprint = document["parameters"], document["sites"], document.get("fingerprint")
@@ -46,14 +57,15 @@ def from_json(document: Any) -> Allocation:
         raise InvalidInput("'parameters' must be an object and 'sites' a list of at least one matrix")
     if fingerprint is not None and not isinstance(fingerprint, str):
         raise InvalidInput("'fingerprint' must be a string, or not there")
-    sites = tuple(_site(row, index) for index, row in enumerate(rows))
+    bits = _budget(document.get("bits")) if document["format"] == BITS_FORMAT else None
+    sites = tuple(_site(row, index, bits is not None) for index, row in enumerate(rows))
     if len({site.name for site in sites}) < len(sites):
         names = [site.name for site in sites]
         twice = next(name for name in names if names.count(name) > 1)
         raise InvalidInput(f"{twice[:120]} is in it twice: give each matrix one sparsity")
     sparsity = _fraction(document["sparsity"], "the budget 'sparsity'")
     model, allocator = str(document["model"]), str(document["allocator"])
-    allocation = Allocation(model, sparsity, sites, allocator, parameters, fingerprint)
+    allocation = Allocation(model, sparsity, sites, allocator, parameters, fingerprint, bits)
     allocation.check_budget()
     return allocation
 
@@ -72,14 +84,14 @@ def write_allocation(allocation: Allocation, path: str | Path, *, step: int = 1)
 
     Args:
         allocation: what to write.
-        path: ``.txt`` gives EvoPress's text, anything else JSON with a line for each matrix.
+        path: ``.txt`` gives EvoPress's text, which has no bits; anything else JSON with a line for each matrix.
         step: see `to_evopress`.
 
     Returns:
         The path.
 
     Raises:
-        InvalidInput: the file cannot be written.
+        InvalidInput: the file cannot be written, or EvoPress's text is asked of an allocation with bits.
     """
     place = user_path(path)
     text = to_evopress(allocation, step) if place.suffix == ".txt" else to_text(allocation)
@@ -129,7 +141,33 @@ def read_allocation(
     return allocation
 
 
-def _site(row: Any, index: int) -> SiteSparsity:
+def read_sparsities(path: str | Path) -> Allocation:
+    """`read_allocation` for who makes use of sparsities alone.
+
+    Raises:
+        InvalidInput: as there; or the allocation has bits.
+    """
+    found = read_allocation(path)
+    if found.bits is not None:
+        raise InvalidInput(f"{Path(path).name[:80]!r} holds bits, which no search reads: give sparsities alone")
+    return found
+
+
+def _budget(value: Any) -> BitBudget:
+    mean, total = (value.get("mean"), value.get("budget")) if isinstance(value, dict) else (None, None)
+    known = isinstance(mean, (int, float)) and not isinstance(mean, bool) and 0 < mean < float("inf")
+    if mean is None or not known or type(total) is not int or total < 0:
+        raise InvalidInput("'bits' must be an object with a 'mean' above 0 and a whole number as 'budget'")
+    return BitBudget(float(mean), total)
+
+
+def _bits(value: Any, name: str) -> int:
+    if type(value) is not int or not 1 <= value <= _MOST_BITS:
+        raise InvalidInput(f"the bits of {name[:120]} are {str(value)[:40]}: give a whole number up to {_MOST_BITS}")
+    return value
+
+
+def _site(row: Any, index: int, bits: bool) -> SiteSparsity:
     shape = row.get("shape") if isinstance(row, dict) else None
     if (
         not isinstance(row, dict)
@@ -143,7 +181,10 @@ def _site(row: Any, index: int) -> SiteSparsity:
         )
     name = row["name"]
     return SiteSparsity(
-        name, (shape[0], shape[1]), _fraction(row.get("sparsity"), f"the sparsity of {name[:120]}", whole=True)
+        name,
+        (shape[0], shape[1]),
+        _fraction(row.get("sparsity"), f"the sparsity of {name[:120]}", whole=True),
+        _bits(row.get("bits"), name) if bits else None,
     )
 
 

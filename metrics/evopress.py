@@ -30,9 +30,11 @@ def to_evopress(allocation: Allocation, step: int = 1) -> str:
     step of 1 keeps every allocation exactly.
 
     Raises:
-        InvalidInput: the step is not at least 1.
+        InvalidInput: the step is not at least 1, or the allocation has bits.
     """
     _check_step(step)
+    if allocation.bits is not None:
+        raise InvalidInput("EvoPress's text holds no bits beside sparsities: write the allocation to a .json")
     if (lines := _depth_lines(allocation)) is not None:
         return "".join(f"{line}\n" for line in lines)
     levels = []

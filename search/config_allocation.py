@@ -148,7 +148,7 @@ class GenerationsConfig(Section):
         "best, and a quarter without asking it; evolution only",
     )
     windows: int = Field(192, ge=1, description="of text B in all, which finalists are measured on")
-    seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all")
+    seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all but slow ones")
     terminals: tuple[str, ...] | None = Field(
         None, description="what formulas may read of a matrix (`evoprune list terminals`); none takes all"
     )
@@ -264,7 +264,8 @@ class AllocationSearchConfig(SearchConfig):
     @property
     def seeds(self) -> tuple[str, ...]:
         """Allocators to start from, by name; uniform first, if it is the reference."""
-        names = self.searcher.seeds if self.searcher.seeds is not None else tuple(ALLOCATORS)
+        quick = (name for name in ALLOCATORS if "losses by matrix" not in ALLOCATORS[name].uses)
+        names = self.searcher.seeds if self.searcher.seeds is not None else tuple(quick)
         first = () if self.target.drop_only else ("uniform",)
         return (*first, *(name for name in sorted(names) if name != "uniform"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evoprune.metrics.allocation import Allocation
-from evoprune.metrics.allocation_file import read_allocation
+from evoprune.metrics.allocation_file import read_sparsities
 from evoprune.metrics.allocation_formula import read_formula
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import Shape
@@ -37,14 +37,15 @@ def read_named(source: str) -> Allocation:
     """The allocation that `source` names; see `allocation_file`.
 
     Raises:
-        InvalidInput: none can be read there, or a formula is, which has no sparsities before it meets a model.
+        InvalidInput: none can be read there, or it has bits; or a formula is there, which has no sparsities before it
+            meets a model.
     """
     file = allocation_file(source)
     if read_formula(file) is not None:
         raise InvalidInput(
             f"{source} holds a formula, which says what matrices lose only beside a model: give an allocation.json"
         )
-    return read_allocation(file)
+    return read_sparsities(file)
 
 
 def shape_file(source: str) -> Path:

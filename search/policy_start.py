@@ -16,7 +16,7 @@ from evoprune.fitness.policy_file import FORMAT, LearnedPolicy, read_policy
 from evoprune.fitness.units import PARTS
 from evoprune.metrics import allocation_file, shape_file
 from evoprune.metrics.allocation import Allocation
-from evoprune.metrics.allocation_file import read_allocation
+from evoprune.metrics.allocation_file import read_sparsities
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import strict_json, user_text
 from evoprune.metrics.records import Site
@@ -149,4 +149,4 @@ def _read(file: Path) -> Start:
     found = document.get("format") if isinstance(document, dict) else None
     if found == SHAPE_FORMAT:
         return read_shape(file)
-    return read_policy(file) if found == FORMAT else read_allocation(file)
+    return read_policy(file) if found == FORMAT else read_sparsities(file)

@@ -243,6 +243,7 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     metrics = document.get("policy", {}).get("sites", {})
     inputs = {row["name"]: row["sparsity"] for row in document.get("thresholds", ())}
     more = [
+        *(["bits"] if "bits" in document else []),
         *(["inputs let go"] if inputs else []),
         *(["output error"] if measured else []),
         *(["path error"] if replayed else []),
@@ -250,11 +251,13 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     ]
     table = plain_box("matrix", "shape", "sparsity", *more)
     for layer in document["layers"]:
+        bits = [str(layer["bits"])] if "bits" in document else []
         share = [f"{inputs.get(layer['name'], 0):.4f}"] if inputs else []
         error = [f"{layer[name]:.5f}" for name in ("error", "path_error") if layer.get(name) is not None]
         metric = [Text(metrics[layer["name"]], overflow="fold")] if metrics else []
         shape = " × ".join(str(size) for size in layer["shape"])
-        table.add_row(Text(layer["name"], overflow="fold"), shape, f"{layer['sparsity']:.4f}", *share, *error, *metric)
+        sparsity = f"{layer['sparsity']:.4f}"
+        table.add_row(Text(layer["name"], overflow="fold"), shape, sparsity, *bits, *share, *error, *metric)
     for column in table.columns[1:]:
         column.justify = "right"
     total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
@@ -268,6 +271,9 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     total += f" by {by}{'' if document['pattern'] is None else ' at ' + document['pattern']}"
     if document["allocation"] is not None:
         total += f", allocated by {document['allocation']['allocator']}"
+    if "bits" in document:
+        budget = document["allocation"]["bits"]["budget"]
+        total += f"; {document['stored_bits']:,} of {budget:,} bits, {document['bits']:.4f} a weight that stays"
     if inputs:
         unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
         total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"

@@ -7,9 +7,10 @@ like; `evoprune.metrics.allocation.repair` then meets the budget exactly, the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -19,11 +20,25 @@ from evoprune.metrics.parameters import check_choice
 from evoprune.metrics.records import Site
 from evoprune.metrics.registry import Registry
 
-Use = Literal["scores", "outputs", "hidden", "loss"]
+Use = Literal["scores", "outputs", "hidden", "gradients", "loss", "losses by matrix"]
 """What an allocator may read beside weights and statistics: the scores of the criterion inside; outputs of the
-matrices or hidden states between blocks in a forward pass over text A; losses on text B."""
+matrices, hidden states between blocks or gradients in a pass over text A; losses on text B, with ``losses by matrix``
+several for each matrix, which take so long that searches do not start from such an allocator unless told to."""
+
+READ_A: frozenset[Use] = frozenset({"outputs", "hidden", "gradients"})
+"""Uses that text A is run for."""
+READ_B: frozenset[Use] = frozenset({"loss", "losses by matrix"})
+"""Uses that text B is run for."""
 
 GRANULARITIES = ("matrix", "block", "kind")
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What may become of a matrix: so many bits for each weight that stays, and a sparsity of its rows."""
+
+    bits: int
+    sparsity: float
 
 
 class Evidence(Protocol):
@@ -64,6 +79,27 @@ class Evidence(Protocol):
     def losses_without(self) -> Sequence[float]:
         """Loss on text B in nats per token without each block in turn, which then passes on what it is given."""
 
+    def dense_loss(self) -> float:
+        """Loss on text B in nats per token of the dense model."""
+
+    def losses_with(self, replaced: Iterable[tuple[Site, Tensor]]) -> Sequence[float]:
+        """Loss on text B in nats per token with one matrix at a time replaced by another, [out, in]."""
+
+    def correlations(self, between: str, tokens: int, ridge: float, top: int) -> Sequence[float]:
+        """Mean canonical correlation of what goes into and what comes out of each ``matrix``, or its ``block``.
+
+        One number per site; the arguments are those of `evoprune.fitness.canonical_correlation.part_correlations`.
+        """
+
+    def input_noise(self) -> Sequence[float]:
+        """What noise in the inputs of each matrix does to the loss; see `evoprune.fitness.input_noise`."""
+
+    def compressed(self, site: Site, levels: Sequence[Level]) -> Iterator[tuple[Tensor, float]]:
+        """What the compressor makes of a matrix at each level, [out, in] float32, and its relative output error.
+
+        Only where bits are allocated.
+        """
+
 
 class Allocator(Protocol):
     """Says how much each matrix should lose. Deterministic; a frozen dataclass of plain parameters.
@@ -88,6 +124,21 @@ class Allocator(Protocol):
 
         Raises:
             InvalidInput: a parameter does not fit this model.
+        """
+
+
+@runtime_checkable
+class BitAllocator(Protocol):
+    """An allocator that bits can be shared out by; it has this method beside those of `Allocator`.
+
+    `evoprune.fitness.mixed_precision` then chooses the levels whose costs add up to the least at the budget.
+    """
+
+    def level_costs(self, evidence: Evidence, levels: Sequence[Sequence[Level]]) -> Sequence[Sequence[float]]:
+        """What each level of each matrix costs, in any unit that can be added up; finite.
+
+        Args:
+            levels: of each site, in model order: different bits at one sparsity, unless `sparsities` gives more.
         """
 
 
@@ -130,13 +181,37 @@ def scaled(values: Sequence[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
-def around(target: float, removal: Sequence[float], spread: float) -> list[float]:
+def by_sensitivity(
+    sites: Sequence[Site], target: float, sensitivities: Sequence[float], spread: float, granularity: str
+) -> list[float]:
+    """Sparsities around the target by the order of sensitivities alone: the most sensitive lose the least.
+
+    Args:
+        sites: the matrices, in model order.
+        target: whose mean they have, weights counted.
+        sensitivities: one per site; matrices that share a sparsity have their mean.
+        spread: see `around`.
+        granularity: see `grouped`.
+    """
+    groups = grouped(sites, granularity)
+    means = [math.fsum(sensitivities[index] for index in group) / len(group) for group in groups]
+    check_numbers("the sensitivity", sites, groups, means)
+    # Equals share the middle of their ranks, so that the order of the matrices decides nothing.
+    ranks = [sum(other < mean for other in means) + sum(other <= mean for other in means) for mean in means]
+    weights = group_weights(sites, groups)
+    return shared_out(groups, around(target, [-rank for rank in ranks], spread, weights))
+
+
+def around(target: float, removal: Sequence[float], spread: float, weights: Sequence[int] | None = None) -> list[float]:
     """Sparsities within a range of 2 * `spread` whose mean is the target, high where `removal` is.
+
+    With `weights` each counts as many times in the mean.
 
     Source: the scaling of OWL (Yin et al. 2024, arXiv:2310.05175), which DSA shares.
     """
     offsets = [2 * spread * value for value in scaled(removal)]
-    mean = math.fsum(offsets) / len(offsets)
+    counts = weights or [1] * len(offsets)
+    mean = math.fsum(offset * count for offset, count in zip(offsets, counts, strict=True)) / sum(counts)
     return [target + offset - mean for offset in offsets]
 
 

@@ -21,7 +21,7 @@ from evoprune.fitness.removal_order import Problem
 from evoprune.fitness.samples import Sequences
 from evoprune.metrics import mask as masks
 from evoprune.metrics.errors import EvopruneError, InvalidCandidate, InvalidInput
-from evoprune.metrics.parameters import configured
+from evoprune.metrics.parameters import configured, parameters_of
 from evoprune.metrics.records import Group, MaskRule
 from evoprune.metrics.registry import Registry
 
@@ -208,6 +208,36 @@ def compressor_of(spelled: str) -> Compressor:
             )
         given[key] = value
     return configured(COMPRESSORS, name, given)
+
+
+def has_bits(spelled: str) -> bool:
+    """Whether a compressor rounds weights to so many bits as it is told.
+
+    Raises:
+        UnknownName, InvalidInput: see `compressor_of`.
+    """
+    return "bits" in parameters_of(compressor_of(spelled))
+
+
+def at_bits(spelled: str, bits: int) -> str:
+    """A compressor with so many bits for each weight that stays, spelled as for `compressor_of`.
+
+    Raises:
+        UnknownName: no such compressor.
+        InvalidInput: it has no bits, its spelling says how many by itself, or it cannot have so many.
+    """
+    name, _, words = spelled.partition(":")
+    if not has_bits(spelled):
+        having = [known for known in COMPRESSORS if has_bits(known)]
+        raise InvalidInput(f"compressor {name!r} has no bits: give one that has, {', '.join(having)}")
+    said = [word for word in words.split(",") if word]
+    if any(word.partition("=")[0].strip() == "bits" for word in said):
+        raise InvalidInput(
+            f"compressor {spelled!r} says how many bits every weight has: leave that out for bits by matrix"
+        )
+    found = f"{name}:{','.join([*said, f'bits={bits}'])}"
+    compressor_of(found)
+    return found
 
 
 def stores_weights(spelled: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evoprune.fitness.compressors import COMPRESSORS, Cost, Goal, problem_of
 from evoprune.fitness.gram import DAMPINGS
-from evoprune.fitness.quantisation import Grid, check_bits
+from evoprune.fitness.quantisation import Grid, check_bits, rounds
 from evoprune.metrics.mask import mask, mask_of_counts
 from evoprune.metrics.parameters import check_range
 from evoprune.metrics.records import Group, MaskRule
@@ -37,7 +37,7 @@ class AWP:
     """Start from the mask, descend and project, many times (AWP).
 
     Attributes:
-        bits: of a weight that stays, from 2 to 8; None leaves them whole.
+        bits: of a weight that stays, from 2 to 8; None and 16 leave them whole.
         width: so many consecutive columns of a row have a grid of their own.
         steps: at most so many with all that shall go gone.
         ramp: steps before these, from the dense matrix on, in which ever more goes; 0 begins at the mask.
@@ -78,13 +78,13 @@ class AWP:
         descent = _Descent(weight, statistics["H"], self.damping)
         for goal in goals:
             found = descent.pruned(goal, self.steps, self.ramp)
-            if self.bits is None:
-                # What belongs to inputs that are always zero took part as zero.
-                yield torch.where(descent.dead & found.keep, weight, found.new), found.keep
-            else:
+            if rounds(self.bits):
                 grid = Grid.of(found.new, self.bits, width=self.width)
                 found = descent.rounded(found, goal, grid, self.rounded_steps)
                 yield found.new, found.keep
+            else:
+                # What belongs to inputs that are always zero took part as zero.
+                yield torch.where(descent.dead & found.keep, weight, found.new), found.keep
 
 
 class _Best:

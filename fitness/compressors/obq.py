@@ -24,7 +24,7 @@ class OBQ:
     """Refit what stays, then round it to a grid by row, one weight at a time, the others adapt (OBQ).
 
     Attributes:
-        bits: of a weight, from 2 to 8.
+        bits: of a weight, from 2 to 8; 16 leaves what the refit gives whole.
         symmetric: the grid reaches as far below zero as above.
         damping: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
     """

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evoprune.fitness.compressors import COMPRESSORS, Cost, Goal
 from evoprune.fitness.gram import DAMPINGS, inverse_factor
-from evoprune.fitness.quantisation import Grid, check_bits
+from evoprune.fitness.quantisation import Grid, check_bits, rounds
 from evoprune.metrics.errors import EvopruneError, InvalidInput
 from evoprune.metrics.mask import mask, mask_of_count
 from evoprune.metrics.parameters import check_range
@@ -39,7 +39,8 @@ class SparseGPT:
     first, but no more of them than have to go: they are not emptied at a sparsity of 0.
 
     Attributes:
-        bits: of a weight that stays, from 2 to 8, on a grid by row that suits the dense row; None leaves them whole.
+        bits: of a weight that stays, from 2 to 8, on a grid by row that suits the dense row; None and 16 leave
+            them whole.
         damping: what is added to the diagonal of the Gram matrix, as a fraction of its mean.
     """
 
@@ -70,7 +71,7 @@ class SparseGPT:
             upper = inverse_factor(gram / scale, self.damping).float()
         except EvopruneError as error:
             raise InvalidInput(f"{error}: calibrate on more text, or on another") from None
-        grid = None if self.bits is None else Grid.of(weight, self.bits)
+        grid = Grid.of(weight, self.bits) if rounds(self.bits) else None
         for goal in goals:
             yield _sweep(weight, upper, diagonal == 0, goal, grid)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evoprune.api import allocate, collect_statistics, evaluate, load_model, prune
     from evoprune.classifiers import load_classifier, prune_classifier
+    from evoprune.fitness.semi_structured import to_semi_structured
     from evoprune.fitness.statistics_import import import_gradients
     from evoprune.metrics.allocation import Allocation
     from evoprune.metrics.shape import Shape
@@ -69,6 +70,7 @@ _HOMES = {
     "search_metric": "evoprune.searches",
     "search_policy": "evoprune.searches_policy",
     "search_structure": "evoprune.searches_structure",
+    "to_semi_structured": "evoprune.fitness.semi_structured",
 }
 
 __all__ = [
@@ -104,6 +106,7 @@ __all__ = [
     "search_metric",
     "search_policy",
     "search_structure",
+    "to_semi_structured",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,13 @@ from evoprune.fitness.allocating import (
     searched_budgets,
     statistics_needed,
 )
-from evoprune.fitness.allocators import ALLOCATORS, Allocator, configured
+from evoprune.fitness.allocators import ALLOCATORS, READ_A, READ_B, Allocator, configured
 from evoprune.fitness.amia import TokenChoice
-from evoprune.fitness.compressors import compressor_of
+from evoprune.fitness.compressors import at_bits, compressor_of
 from evoprune.fitness.examples import read_side
+from evoprune.fitness.mixed_precision import LEVELS, BitTarget, allocate_bits, check_allocates_bits
 from evoprune.fitness.models import LanguageModel
-from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation
+from evoprune.fitness.pruning import DEFAULT_SPARSITY, check_allocation, check_rule, mask_rule, needed_statistics
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.site_statistics import reading
 from evoprune.metrics.allocation import Allocation
@@ -55,6 +56,10 @@ def allocate(
     *,
     parameters: Mapping[str, Any] | None = None,
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
+    bits: float | None = None,
+    bit_levels: str | Sequence[int] | None = None,
+    pattern: str | None = None,
+    compressor: str = "obq",
     metric: str | Criterion = "wanda",
     calibration: str = "corpus",
     calibration_sequences: int = TEXT.calibration_sequences,
@@ -67,6 +72,8 @@ def allocate(
 ) -> Allocation:
     """How much each matrix should lose, so that the whole model loses `sparsity`, or each group its own budget.
 
+    With `bits`, how many bits the weights of each matrix should have.
+
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is.
         allocator: a name of `evoprune list allocators`, or a formula, as `read_formula` of
@@ -77,6 +84,11 @@ def allocate(
         budgets: sparsity of each group of matrices, by component, such as ``vision_tower``, or by pattern of names,
             such as ``*.mlp.*``. A matrix that fits several is in the first. The allocator runs on each group by itself.
             ``searched`` tries out budgets of the components that together lose `sparsity`.
+        bits: mean of them for a weight that stays, met as nearly as the levels can from below. Every matrix then loses
+            `sparsity`, 0 unless it is given, or has the `pattern`; ``dp`` with ``sparsities`` chooses these too.
+        bit_levels: that a matrix may have, 2 to 8 or 16, which leaves its weights whole; None is 2, 3, 4, 8 and 16.
+        pattern: ``N:M``, beside bits in place of a sparsity.
+        compressor: beside bits, without bits of its own: what makes the levels that ``dp`` compares.
         metric: the criterion whose scores an allocator such as ``owl`` reads; see `prune`.
         calibration: text of the statistics and outputs (its side A) and of the losses that some allocators compare
             (its side B).
@@ -95,18 +107,32 @@ def allocate(
     formula = allocator if isinstance(allocator, AllocationFormula) else None
     if formula is not None and (parameters or budgets):
         raise InvalidInput("a formula has neither parameters nor budgets of groups: give a sparsity alone")
+    asked = None if bits is None else BitTarget.of(bits, bit_levels)
+    if asked is None and (bit_levels is not None or pattern is not None):
+        raise InvalidInput("levels of bits and a pattern go with bits: say how many on average")
+    if asked is not None and (formula is not None or budgets):
+        raise InvalidInput("bits are shared out over all matrices by an allocator: leave out formulas and budgets")
     chosen = configured(str(allocator), parameters) if formula is None else None
     reads: Reader = reading(formula.reads) if formula is not None else cast(Allocator, chosen)
     criterion = load_metric(metric) if isinstance(metric, str) else metric
     searched = budgets == SEARCHED
     target = DEFAULT_SPARSITY if sparsity is None and (searched or not budgets) else sparsity
-    if target is not None:
+    rule = None
+    if asked is not None:
+        assert chosen is not None
+        check_allocates_bits(str(allocator), chosen, asked)
+        rule = mask_rule(criterion, bits_sparsity(sparsity, pattern), pattern, "row" if pattern is None else None)
+    elif target is not None:
         MaskRule(target)
     token_choice(tokens)
     language_model = loaded(model, loading, progress)
+    if rule is not None:
+        check_rule(language_model, rule, compressor)
     text: dict[str, Any] = {"calibration": calibration, "calibration_sequences": calibration_sequences, "seed": seed}
     text["calibration_window"] = default_window(language_model, calibration_window)
     needs = statistics_needed(reads, criterion)
+    if asked is not None:
+        needs |= needed_statistics(criterion, compressor)
     statistics = collect_statistics(language_model, needs, tokens=tokens, progress=progress, **text) if needs else None
 
     def windows(side: str, count: int) -> Sequences:
@@ -116,8 +142,8 @@ def allocate(
     given: dict[str, Any] = {
         "criterion": criterion,
         "statistics": statistics,
-        "calibration": windows("A", calibration_sequences) if reads.uses & {"outputs", "hidden"} else None,
-        "search": windows("B", loss_sequences) if searched or "loss" in reads.uses else None,
+        "calibration": windows("A", calibration_sequences) if reads.uses & READ_A else None,
+        "search": windows("B", loss_sequences) if searched or reads.uses & READ_B else None,
         "progress": progress,
     }
     if formula is not None:
@@ -125,12 +151,20 @@ def allocate(
         found = allocate_by_formula(language_model, formula, target, **given)
         return replace(found, fingerprint=language_model.fingerprint)
     assert chosen is not None
+    if asked is not None and rule is not None:
+        found = allocate_bits(language_model, str(allocator), chosen, asked, rule, compressor=compressor, **given)
+        return replace(found, fingerprint=language_model.fingerprint)
     if searched:
         assert target is not None
         budgets = searched_budgets(language_model, str(allocator), chosen, target, **given)
         target = None
     found = allocate_model(language_model, str(allocator), chosen, target, budgets=cast(Any, budgets), **given)
     return replace(found, fingerprint=language_model.fingerprint)
+
+
+def bits_sparsity(sparsity: float | None, pattern: str | None) -> float | None:
+    """The sparsity where weights get bits: nothing goes unless something says so."""
+    return 0.0 if sparsity is None and pattern is None else sparsity
 
 
 @dataclass(frozen=True)
@@ -175,20 +209,25 @@ class GivenAllocation:
     pattern: str | None
     group: str | None
     budgets: Mapping[str, float] | Literal["searched"] = field(default_factory=dict)
+    bits: BitTarget | None = None
 
     def __post_init__(self) -> None:
+        if self.budgets and self.bits is not None:
+            raise InvalidInput("bits are shared out over all matrices: leave out the budgets of groups")
         if self.budgets and self._named is None:
             raise InvalidInput("budgets of groups need an allocator, such as uniform or das; a file has its own")
         if self.allocation is None:
             if self.parameters:
                 raise InvalidInput("parameters of an allocation need an allocation: name an allocator or a file")
             return
-        if self.pattern is not None:
+        if self.pattern is not None and not self.has_bits:
             raise InvalidInput("a pattern fixes the sparsity of every row: give an allocation or a pattern, not both")
         if self.group not in (None, "row"):
             raise InvalidInput(f"an allocation counts by row: leave out the group {self.group!r}")
         if self._named is not None:
-            configured(self._named, self.parameters)
+            allocator = configured(self._named, self.parameters)
+            if self.bits is not None:
+                check_allocates_bits(self._named, allocator, self.bits)
         elif isinstance(self.allocation, Allocation):
             self._checked(self.allocation)
         elif _is_json(self.allocation):
@@ -196,8 +235,12 @@ class GivenAllocation:
                 raise InvalidInput("an allocation in a .json has its parameters in it: give none beside it")
             if self._read is not None:
                 self._checked(self._read)
+            elif self.bits is not None:
+                raise InvalidInput("a formula has no bits: leave them out, or name an allocator such as dp")
         elif not _is_file(self.allocation):
             configured(str(self.allocation))  # which says what name may be meant
+        elif self.bits is not None:
+            raise InvalidInput("a text of EvoPress has no bits: leave them out, or name an allocator such as dp")
 
     @property
     def _named(self) -> str | None:
@@ -210,8 +253,26 @@ class GivenAllocation:
         if self.allocation is None or isinstance(self.allocation, Allocation):
             return False
         if self._named is not None:
-            return self._named != UNIFORM or self.budgets == SEARCHED
+            return self._named != UNIFORM or self.budgets == SEARCHED or self.bits is not None
         return self._formula is not None
+
+    @property
+    def has_bits(self) -> bool:
+        """Whether the matrices get bits of their own."""
+        known = self.allocation if isinstance(self.allocation, Allocation) else self._read
+        return (self._named is not None and self.bits is not None) or (known is not None and known.bits is not None)
+
+    def rule(self, criterion: Criterion, compressor: str) -> MaskRule:
+        """How much goes, as far as that is known before the allocation is; see `mask_rule`.
+
+        Raises:
+            InvalidInput: see there; or the matrices get bits, and the compressor has none.
+        """
+        if not self.has_bits:
+            return mask_rule(criterion, self.sparsity, self.pattern, self.group, compressor)
+        for level in LEVELS if self.bits is None else self.bits.levels:
+            at_bits(compressor, level)
+        return mask_rule(criterion, bits_sparsity(self.sparsity, self.pattern), self.pattern, None, compressor)
 
     @cached_property
     def provenance(self) -> Provenance:
@@ -232,11 +293,17 @@ class GivenAllocation:
         assert self.allocation is not None and not isinstance(self.allocation, Allocation)
         return read_formula(self.allocation) if _is_json(self.allocation) else None
 
-    def resolved(self, language_model: LanguageModel, criterion: Criterion, text: dict[str, Any]) -> Allocation | None:
+    def resolved(
+        self, language_model: LanguageModel, criterion: Criterion, compressor: str, text: dict[str, Any]
+    ) -> Allocation | None:
         """The allocation for this model; None if none was asked for."""
         if self.allocation is None:
             return None
         if self._named is not None:
+            asked: dict[str, Any] = {}
+            if self.bits is not None:
+                asked = {"bits": self.bits.mean, "bit_levels": self.bits.levels}
+                asked |= {"pattern": self.pattern, "compressor": compressor}
             return allocate(
                 language_model,
                 self._named,
@@ -244,6 +311,7 @@ class GivenAllocation:
                 parameters=self.parameters,
                 budgets=self.budgets,
                 metric=criterion,
+                **asked,
                 **text,
             )
         if isinstance(self.allocation, Allocation):
@@ -266,6 +334,11 @@ class GivenAllocation:
             raise InvalidInput(
                 f"the allocation's budget is a sparsity of {allocation.sparsity:g}, not {self.sparsity:g}: "
                 f"give {allocation.sparsity:g} or none"
+            )
+        if self.bits is not None and (allocation.bits is None or allocation.bits.mean != self.bits.mean):
+            has = "no bits" if allocation.bits is None else f"a mean of {allocation.bits.mean:g} bits"
+            raise InvalidInput(
+                f"the allocation has {has}, not {self.bits.mean:g}: leave out the bits, or name an allocator"
             )
         return allocation
 

@@ -32,11 +32,12 @@ from evoprune.fitness.compressors import AtRunTime, Wrapping, compressor_of
 from evoprune.fitness.continuations import Continuation, check_continuations, continuations
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.examples import read_side
+from evoprune.fitness.mixed_precision import BitTarget
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.modular import check_modular
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy
-from evoprune.fitness.pruning import check_rule, mask_rule, needed_statistics, prune_model, pruned_before
+from evoprune.fitness.pruning import check_rule, needed_statistics, prune_model, pruned_before
 from evoprune.fitness.replay import Replay, check_replay, dense_names
 from evoprune.fitness.samples import Samples, Sequences, n_tokens
 from evoprune.fitness.statistics_reader import ModelStatistics
@@ -80,6 +81,8 @@ def prune(
     budgets: Mapping[str, float] | Literal["searched"] | None = None,
     compressor: str | None = None,
     accumulation: Literal["dense", "path"] | None = None,
+    bits: float | None = None,
+    bit_levels: str | Sequence[int] | None = None,
     policy: str | Path | LearnedPolicy | None = None,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
@@ -118,6 +121,10 @@ def prune(
         accumulation: what calibration text has gone through when it reaches a block: ``dense`` blocks (the default), or
             those before it as they are now pruned, ``path``, which takes up no errors of theirs; see
             `evoprune.fitness.replay`. Gradients and allocators read the dense model in either case.
+        bits: mean of them for a weight that stays, shared out over the matrices by an `allocation` such as ``dp``, or
+            the same everywhere without one; see `allocate`. For a compressor that has bits: ``obq``, ``sparsegpt`` or
+            ``awp``. Nothing is removed unless a `sparsity` or a `pattern` is given too.
+        bit_levels: that a matrix may have; see `allocate`.
         policy: what a policy search keeps, in place of all of the above; see `prune_policy`, which gives more choice.
         recovery: a name of `evoprune list recoveries`: the weights that are left are trained afterwards, and what was
             removed stays zero, exactly. Needs ``pip install 'evoprune[recovery]'``.
@@ -152,6 +159,8 @@ def prune(
             "budgets": budgets,
             "compressor": compressor,
             "accumulation": accumulation,
+            "bits": bits,
+            "bit_levels": bit_levels,
         }
         if told := [name for name, value in beside.items() if value is not None]:
             raise InvalidInput(f"a policy says by itself what goes: leave out {told[0]}")
@@ -171,10 +180,18 @@ def prune(
         )
     check_choice("accumulation", accumulation or "dense", ("dense", "path"))
     criterion = load_metric(metric) if isinstance(metric, str) else metric
-    named = "uniform" if allocation is None and budgets else allocation
-    given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {})
+    if bits is None and bit_levels is not None:
+        raise InvalidInput("levels of bits go with bits: say how many on average, such as --bits 3.5")
+    asked = None if bits is None else BitTarget.of(bits, bit_levels)
+    named = "uniform" if allocation is None and (budgets or asked is not None) else allocation
+    given = GivenAllocation(named, allocation_parameters or {}, sparsity, pattern, group, budgets or {}, asked)
     compressor = compressor or given.provenance.compressor or "mask"
-    rule = mask_rule(criterion, sparsity, pattern, group, compressor)
+    rule = given.rule(criterion, compressor)
+    if given.has_bits and recovery is not None:
+        raise InvalidInput(
+            f"recovery {recovery!r} would train weights off the values that they are rounded to: recover first, "
+            "and round the result"
+        )
     plugin = compressor_of(compressor)
     modules = _modules(form, compressor, recovery)
     if isinstance(plugin, AtRunTime) and (allocation is not None or budgets):
@@ -202,8 +219,8 @@ def prune(
         "seed": seed,
         "progress": progress,
     }
-    own = given.resolved(language_model, criterion, text)
-    if own is not None:
+    own = given.resolved(language_model, criterion, compressor, text)
+    if own is not None and pattern is None:
         rule = MaskRule(own.sparsity)
     statistics: ModelStatistics | None = None
     thresholds: tuple[Thresholded, ...] = ()

@@ -124,6 +124,26 @@ def prune(
         list[str] | None,
         option("--allocation-set", metavar="KEY=VALUE", help="a parameter of the allocator; repeatable", panel=TARGET),
     ] = None,
+    bits: Annotated[
+        float | None,
+        option(
+            "--bits",
+            metavar="B",
+            help="round weights that stay to B bits on average, shared out by --allocation cmpq, dp, pmpq or tdmpq, or "
+            "the same for all; with --compressor obq, sparsegpt or awp. Nothing is removed unless asked for",
+            panel=TARGET,
+        ),
+    ] = None,
+    bit_levels: Annotated[
+        str | None,
+        option(
+            "--bit-levels",
+            metavar="LIST",
+            help="bits that a matrix may have, of 2 to 8, and 16, which leaves it whole",
+            panel=TARGET,
+            default="2,3,4,8,16",
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         option(
@@ -242,6 +262,8 @@ def prune(
             "--memory": memory,
             "--allocation-set": allocation_set,
             "--budget": budget,
+            "--bits": bits,
+            "--bit-levels": bit_levels,
         }
         text = _calibration(calibration, calibration_sequences, calibration_window)
         if recipe is not None:
@@ -313,7 +335,12 @@ def prune(
             beside = {f"--{name.replace('_', '-')}": value for name, value in training.items()}
             beside |= {"--budget": budget, "--components": components, "--calibration-window": calibration_window}
             beside |= {"--tokens": None if tokens == "all" else tokens, "--form": None if form == "auto" else form}
-            beside |= {"--memory": memory, "--accumulation": None if accumulation == "dense" else accumulation}
+            beside |= {
+                "--bits": bits,
+                "--bit-levels": bit_levels,
+                "--memory": memory,
+                "--accumulation": None if accumulation == "dense" else accumulation,
+            }
             _refuse_with_classifier(beside)
             if calibration_sequences is not None:
                 shared["calibration_sequences"] = calibration_sequences
@@ -341,11 +368,18 @@ def prune(
                 raise InvalidInput("a pipeline is loaded whole: leave out --memory")
             if accumulation == "path":
                 raise InvalidInput("a pipeline is pruned by statistics of the dense one: leave out --accumulation path")
+            if bits is not None or bit_levels is not None:
+                raise InvalidInput("a pipeline is not rounded: leave out --bits and --bit-levels")
             prompts = None if calibration is None else read_prompts(calibration)
-            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, seed=seed, **target)
+            pruned = prune_pipeline(model, allocation=allocation or "uniform", prompts=prompts, **target)
         elif memory is not None:
             if any(training.values()):
                 raise InvalidInput("a recovery trains the whole model: leave out --memory, or --recovery")
+            if bits is not None or bit_levels is not None:
+                raise InvalidInput(
+                    "bits are shared out over the whole model: leave out --memory, or give a file that has them by "
+                    "--allocation"
+                )
             from evoprune.streaming import prune_streamed
 
             pruned = streamed = prune_streamed(
@@ -372,6 +406,8 @@ def prune(
                 allocation=allocation,
                 compressor=compressor,
                 accumulation=accumulation,
+                bits=bits,
+                bit_levels=bit_levels,
                 form=form,
                 tokens=tokens,
                 **target,

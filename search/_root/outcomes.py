@@ -24,7 +24,7 @@ from evoprune.metrics.shape import Shape
 from evoprune.recipe_file import StoredRecipe
 
 # What `sparsity_report.json` says of the whole model, of what is known.
-_OF_MODEL = ("sparsity", "removed", "prunable", "criterion", "compressor", "accumulation")
+_OF_MODEL = ("sparsity", "removed", "prunable", "criterion", "compressor", "accumulation", "bits", "stored_bits")
 
 
 @dataclass(frozen=True)
@@ -155,21 +155,37 @@ class Removal(Smaller):
     merged: bool = False
     thresholds: tuple[Thresholded, ...] = ()
 
+    @property
+    def mean_bits(self) -> float | None:
+        """Of a weight that stayed, as the allocation says; None without bits."""
+        if self.allocation is None or self.allocation.bits is None:
+            return None
+        return self.allocation.stored_bits / max(self.allocation.weights - self.allocation.removed, 1)
+
     def to_json(self) -> dict[str, Any]:
         """What `evoprune prune --json` prints."""
+        own = self.allocation
         return super().to_json() | {
             "pattern": str(self.rule) if self.rule.pattern else None,
             "criterion": self.criterion,
             "compressor": self.compressor,
             "accumulation": self.accumulation,
-            "allocation": None if self.allocation is None else self.allocation.summary(),
+            "allocation": None if own is None else own.summary(),
+            **({} if self.mean_bits is None else {"bits": self.mean_bits}),
+            **({} if own is None or own.bits is None else {"stored_bits": own.stored_bits}),
             **({"thresholds": [_said(found) for found in self.thresholds]} if self.thresholds else {}),
         }
 
 
 def _of_layer(layer: PrunedLayer) -> dict[str, Any]:
-    facts = {"name": layer.name, "shape": list(layer.shape), "sparsity": layer.sparsity, "error": layer.error}
-    return facts if layer.path_error is None else facts | {"path_error": layer.path_error}
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "sparsity": layer.sparsity,
+        **({} if layer.bits is None else {"bits": layer.bits}),
+        "error": layer.error,
+        **({} if layer.path_error is None else {"path_error": layer.path_error}),
+    }
 
 
 def _said(found: Thresholded) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from evoprune.fitness.checkpoint import check_out_dir
 from evoprune.fitness.compressors import Wrapping, compressor_of
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.numerics import torch_threads
-from evoprune.fitness.pruning import mask_rule, needed_statistics
+from evoprune.fitness.pruning import needed_statistics
 from evoprune.fitness.samples import Sequences, n_tokens
 from evoprune.fitness.statistics import text_facts
 from evoprune.fitness.streamed import Streamed, open_streamed
@@ -102,7 +102,7 @@ def prune_streamed(
             "an allocator looks at the whole model: leave out --memory, or give a file of sparsities, or uniform"
         )
     compressor = compressor or given.provenance.compressor or "mask"
-    rule = mask_rule(criterion, sparsity, pattern, group, compressor)
+    rule = given.rule(criterion, compressor)
     plugin = compressor_of(compressor)
     check_choice("form of a pruned model", form, ("auto", "plain", "modules"))
     if form == "modules" or (form == "auto" and isinstance(plugin, Wrapping)):
@@ -118,8 +118,8 @@ def prune_streamed(
         "tokens": tokens,
         "seed": seed,
     }
-    own = given.resolved(language_model, criterion, text | {"progress": progress})
-    if own is not None:
+    own = given.resolved(language_model, criterion, compressor, text | {"progress": progress})
+    if own is not None and pattern is None:
         rule = MaskRule(own.sparsity)
     kind = accumulation or "dense"
     check_streamed(streamed, criterion, rule, compressor, own, kind)

@@ -62,6 +62,7 @@ def test_what_is_of_language_models_is_refused(refused: Callable[..., str], vit:
         (("--tokens", "amia"), "--tokens"),
         (("--budget", "vision_tower=0.3"), "--budget"),
         (("--form", "modules"), "--form"),
+        (("--bits", 4), "--bits"),
         (("--memory", "1GiB"), "--memory"),
         (("--accumulation", "path"), "--accumulation"),
         (("--calibration-window", 32), "--calibration-window"),

@@ -33,6 +33,9 @@ WORDS: dict[str, tuple[object, ...]] = {
     "random": ("--metric", "random",),
     "allocator": ("--allocation", "owl", "--allocation-set", "spread=0.1", "--compressor", "refit"),
     "compressor": ("--compressor", "sparsegpt:bits=4", "--pattern", "2:4", "--accumulation", "path"),
+    "bits": (
+        "--compressor", "sparsegpt", "--pattern", "2:4", "--bits", 3.5, "--allocation", "dp", "--accumulation", "path",
+    ),
     "start": ("--compressor", "awp:ramp=5", "--sparsity", 0.5, "--metric", "ria"),
     "tokens": ("--tokens", "amia", "--sparsity", 0.5),
     "thresholds": ("--compressor", "scap"),
