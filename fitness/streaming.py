@@ -118,13 +118,19 @@ def evaluation_bytes(models: Iterable[Streamed], windows: Tensor) -> int:
     rows = _rows_together(windows)
     tokens = min(len(windows), rows) * windows.shape[1]
     always = peak = last = 0
-    for streamed in models:
+    compared = list(models)
+    # Log-probabilities of a chunk, and with a dense model all that the divergence is made of.
+    per_chunk = 8 if len(compared) == 1 else 20
+    for streamed in compared:
         always += _always_bytes(streamed, windows)
         blocks = range(streamed.n_blocks)
         peak = max(peak, *(_block_bytes(streamed, at) + _pass_bytes(streamed, at, tokens) for at in blocks))
         peak = max(peak, _resident_bytes(streamed, streamed.embeddings))
         vocabulary = streamed.model.get_input_embeddings().get_parameter("weight").shape[0]
-        logits = vocabulary * (2 * streamed.dtype.itemsize * tokens + 3 * 8 * min(tokens, TOKENS_PER_CHUNK))
+        # Those of the batch before are there while the next are computed; a cap on them makes copies.
+        capped = getattr(streamed.model.config.get_text_config(), "final_logit_softcapping", None) is not None
+        logits = vocabulary * streamed.dtype.itemsize * tokens * (4 if capped else 2)
+        logits += vocabulary * per_chunk * min(tokens, TOKENS_PER_CHUNK)
         last += _resident_bytes(streamed, streamed.head) + logits
     return always + max(peak, last)
 
