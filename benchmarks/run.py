@@ -29,6 +29,7 @@ BENCHMARKS = {
     "levels": "level_cost",
     "structure": "structure_build",
     "compact": "structure_speed",
+    "streaming": "streaming_memory",
 }
 LONG = {
     "scale": "engine_scale",

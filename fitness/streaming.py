@@ -42,7 +42,7 @@ EVALUATED_TOGETHER = 8
 # Beside everything that is counted: the interpreter's own growth, threads and workspaces of torch's libraries.
 _OWN_BYTES = 32 << 20
 # Copies in float32 of the largest matrix that exist together with what ranks, solves or measures it, by cost.
-_COPIES: dict[Cost, int] = {"mask": 10, "linear": 12, "cubic": 16, "cubic by row": 16}
+_COPIES: dict[Cost, int] = {"mask": 10, "linear": 12, "cubic": 20, "cubic by row": 20}
 # Copies in float32 of the Gram matrix of the widest inputs, beside the one that was collected, where one is read.
 _GRAM_COPIES = 8
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -79,7 +79,13 @@ def check_memory(limit: int, needed: int) -> None:
 
 
 def pruning_bytes(
-    streamed: Streamed, sequences: Tensor, names: Iterable[str], compressor: str, accumulation: Accumulation
+    streamed: Streamed,
+    sequences: Tensor,
+    names: Iterable[str],
+    compressor: str,
+    accumulation: Accumulation,
+    *,
+    maps: bool = False,
 ) -> int:
     """How much memory `prune_blocks` takes at most, beside what the process has before.
 
@@ -89,6 +95,7 @@ def pruning_bytes(
         names: statistics that are needed.
         compressor: the compressor, with its parameters.
         accumulation: as of `prune_blocks`.
+        maps: whether attention hands out its maps, as it does where tokens are chosen.
     """
     sites = streamed.language_model.sites
     grams = GRAM in names or not {"Hinv", "Hchol2"}.isdisjoint(names)
@@ -102,7 +109,8 @@ def pruning_bytes(
         widest = max(site.in_features for site in own)
         work = 4 * _COPIES[compressor_of(compressor).cost] * max(site.weights for site in own)
         work += 4 * grams * _GRAM_COPIES * widest**2
-        peak = max(peak, _block_bytes(streamed, block) + sums + max(work, _pass_bytes(streamed, block, tokens)))
+        passes = _pass_bytes(streamed, block, tokens, sequences.shape[1], maps)
+        peak = max(peak, _block_bytes(streamed, block) + sums + max(work, passes))
     embedding = _resident_bytes(streamed, streamed.embeddings) + 4 * tokens * _hidden_size(streamed)
     last = _resident_bytes(streamed, streamed.head)
     return _always_bytes(streamed, sequences) + max(peak, embedding, last)
@@ -118,13 +126,20 @@ def evaluation_bytes(models: Iterable[Streamed], windows: Tensor) -> int:
     rows = _rows_together(windows)
     tokens = min(len(windows), rows) * windows.shape[1]
     always = peak = last = 0
-    for streamed in models:
+    compared = list(models)
+    # Log-probabilities of a chunk, and with a dense model all that the divergence is made of.
+    per_chunk = 8 if len(compared) == 1 else 20
+    for streamed in compared:
         always += _always_bytes(streamed, windows)
-        blocks = range(streamed.n_blocks)
-        peak = max(peak, *(_block_bytes(streamed, at) + _pass_bytes(streamed, at, tokens) for at in blocks))
+        for block in range(streamed.n_blocks):
+            passes = _pass_bytes(streamed, block, tokens, windows.shape[1], False)
+            peak = max(peak, _block_bytes(streamed, block) + passes)
         peak = max(peak, _resident_bytes(streamed, streamed.embeddings))
         vocabulary = streamed.model.get_input_embeddings().get_parameter("weight").shape[0]
-        logits = vocabulary * (2 * streamed.dtype.itemsize * tokens + 3 * 8 * min(tokens, TOKENS_PER_CHUNK))
+        # Those of the batch before are there while the next are computed; a cap on them makes copies.
+        capped = getattr(streamed.model.config.get_text_config(), "final_logit_softcapping", None) is not None
+        logits = vocabulary * streamed.dtype.itemsize * tokens * (4 if capped else 2)
+        logits += vocabulary * per_chunk * min(tokens, TOKENS_PER_CHUNK)
         last += _resident_bytes(streamed, streamed.head) + logits
     return always + max(peak, last)
 
@@ -340,11 +355,14 @@ def _block_bytes(streamed: Streamed, block: int) -> int:
     return _resident_bytes(streamed, names) + (stored if stored != own else 0)
 
 
-def _pass_bytes(streamed: Streamed, block: int, tokens: int) -> int:
+def _pass_bytes(streamed: Streamed, block: int, tokens: int, window: int, maps: bool) -> int:
     """Of what is there of some tokens while they go through a block, with the sums that are taken of them."""
     own = [bound.site for bound in streamed.language_model.sites if bound.site.block == block]
     widest = max(max(site.in_features, site.out_features) for site in own)
-    return tokens * (streamed.dtype.itemsize * (4 * widest + 8 * _hidden_size(streamed)) + 16 * widest)
+    config = streamed.model.config.get_text_config()
+    # A fused kernel has no map of who looks at whom; the others have one for each head, in float32 and once more.
+    seen = config.num_attention_heads * window if maps or config._attn_implementation == "eager" else 0
+    return tokens * (streamed.dtype.itemsize * (4 * widest + 8 * _hidden_size(streamed)) + 16 * widest + 8 * seen)
 
 
 def _always_bytes(streamed: Streamed, sequences: Tensor) -> int:

@@ -100,6 +100,8 @@ def prune(
 ) -> Pruned | CutModel:
     """Remove the weights that a criterion scores lowest, and write a checkpoint if asked to.
 
+    `evoprune.prune_streamed` does so with one block of the model in memory at a time.
+
     Args:
         model: `reference`, a folder, a Hub id, or a loaded model, which stays as it is: the result has a copy.
         metric: a name of the criteria, an expression such as ``mul(abs(W),X_l2)``, an exported ``.json`` or ``.py``

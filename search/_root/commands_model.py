@@ -663,7 +663,7 @@ def _begun(pruned: PrunedFiles) -> Iterator[str]:
     if pruned.discarded:
         yield "something else had been begun here: its blocks are gone, this one began anew"
     if pruned.continued:
-        yield f"it went on behind the {pruned.continued:,} blocks that an interrupted run had written"
+        yield f"went on where an interrupted run had stopped: {pruned.continued:,} of its blocks were written"
 
 
 def _budgets(words: list[str]) -> dict[str, float] | Literal["searched"]:

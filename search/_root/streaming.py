@@ -129,7 +129,8 @@ def prune_streamed(
             calibration_windows(language_model, calibration, calibration_sequences, calibration_window, seed)
         )
     counted = torch.zeros(1, 1, dtype=torch.int64) if sequences is None else sequences
-    check_memory(limit, pruning_bytes(streamed, counted, needs, compressor, kind))
+    maps = token_choice(tokens) is not None
+    check_memory(limit, pruning_bytes(streamed, counted, needs, compressor, kind, maps=maps))
     with torch_threads(given.provenance.threads):
         identity = {
             "fingerprint": language_model.fingerprint,
