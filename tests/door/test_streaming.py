@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,12 @@ def test_the_same_checkpoint_and_the_same_loss(run: Run, tiny: Path, story: Path
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for name in ("recipe.yaml", "evoprune.json", "config.json"):
         assert (place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes()
+    reports = [json.loads((place / folder / "sparsity_report.json").read_text()) for folder in ("out", "whole")]
+    for row in (*reports[0]["layers"], *reports[1]["layers"]):
+        assert row.pop("seconds") > 0 and row["path_error"] > 0
+        del row["peak_bytes"]
+    assert reports[0] == reports[1] and reports[0]["accumulation"] == "path"
+    assert "`sparsity_report.json`" in (place / "out" / "README.md").read_text()
     # Its recipe makes it again with the whole model in memory.
     assert run("prune", tiny, "--recipe", "out", "--calibration", story, "--out", "again").code == 0
     assert all(torch.equal(value, expected[name]) for name, value in weights(place / "again").items())
@@ -51,6 +58,20 @@ def test_an_allocation_from_a_file(run: Run, tiny: Path, story: Path, place: Pat
     )  # fmt: skip
     assert [layer.removed for layer in done.layers] == [site.removed for site in found.sites]
     assert (done.continued, done.discarded) == (0, False)
+
+
+def test_bits_from_a_file_beside_a_pattern(tiny: Path, story: Path, place: Path) -> None:
+    text: dict[str, Any] = {"calibration": str(story), "calibration_sequences": 4, "calibration_window": 32}
+    given: dict[str, Any] = {"pattern": "2:4", "compressor": "sparsegpt", **text}
+    found = evoprune.allocate(str(tiny), "dp", bits=3.5, **given)
+    whole = evoprune.prune(str(tiny), allocation=found, out="whole", **given)
+    done = evoprune.prune_streamed(str(tiny), memory=1 << 30, allocation=found, out="out", **given)
+    assert done.layers == whole.layers
+    assert {layer.bits for layer in done.layers} == {site.bits for site in found.sites} != {None}
+    kept, expected = weights(place / "out"), weights(place / "whole")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    rows = json.loads((place / "out" / "sparsity_report.json").read_text())["layers"]
+    assert [(row["pattern"], row["bits"]) for row in rows] == [("2:4", site.bits) for site in found.sites]
 
 
 def test_an_interrupted_command_goes_on(run: Run, tiny: Path, story: Path, place: Path) -> None:
@@ -75,6 +96,7 @@ def test_what_needs_the_whole_model(refused: Callable[..., str], tiny: Path) -> 
     prune = ("prune", tiny, "--out", "out", "--memory", "1GiB")
     assert "is no size" in refused("prune", tiny, "--out", "out", "--memory", "much")
     assert "an allocator looks at the whole model" in refused(*prune, "--allocation", "owl")
+    assert "bits are shared out over the whole model" in refused(*prune, "--compressor", "obq", "--bits", 4)
     assert "a recovery trains the whole model" in refused(*prune, "--recovery", "full")
     assert "G_l2 is a gradient" in refused(*prune, "--metric", "mul(abs(W),G_l2)")
     assert "leave out --memory" in refused(*prune, "--compressor", "scap", "--form", "plain")
