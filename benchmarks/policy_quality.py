@@ -6,7 +6,7 @@
 
 planted: units whose columns of the output matrices are zero, from a flat start: 12 of 32 heads of a small random model,
 and KV groups, query heads and blocks of 64 neurons of the reference model; how many the mode of the policy has found
-after so many evaluations, beside the released update.
+after so many evaluations, beside the released update; in the small model also with the policy cp.
 structured: held-out loss of the winner, of the initialisation, of the released update (single neurons and KV groups,
 as published) at as many forward passes, and of the structure search at as many tokens, with and without its refit; and
 of a policy that starts from its shape.
@@ -151,7 +151,10 @@ def planted_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             folder.mkdir(parents=True, exist_ok=True)
             dead = planted(base, units, PLANTED_SHARE, seed, folder)
             ours = {"searcher.options": SMALL_STEPS} if label == "small" else {}
-            for learner, changes in (("score-function", ours), ("released", RELEASED | FLAT_RELEASED)):
+            learners: dict[str, dict[str, Any]] = {"score-function": ours, "released": RELEASED | FLAT_RELEASED}
+            if label == "small":
+                learners["cp"] = {"searcher.options": {"policy": "cp"}}
+            for learner, changes in learners.items():
                 config = configured(
                     str(folder),
                     seed,
