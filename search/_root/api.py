@@ -13,12 +13,12 @@ from torch import Tensor
 from evoprune.allocations import GivenAllocation, allocate
 from evoprune.calibration import (
     ALL_TOKENS,
-    HELD_OUT_TOKENS,
     TEXT,
     Progress,
     calibration_windows,
     collect_statistics,
     default_window,
+    held_out_windows,
     loaded,
     silent,
 )
@@ -332,9 +332,11 @@ def evaluate(
     count = None if tokens is None else tokens // width
     if count == 0:
         raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
-    windows = read_side(language_model, data, "C", window=width, count=count)
-    if tokens is None:
-        windows = windows[: max(HELD_OUT_TOKENS // width, 1)]
+    windows = (
+        held_out_windows(language_model, data, width)
+        if count is None
+        else read_side(language_model, data, "C", window=width, count=count)
+    )
     written = SAMPLE_TOKENS if sample_tokens is None else sample_tokens
     begun: Tensor | None = None
     if samples:

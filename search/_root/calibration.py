@@ -24,6 +24,16 @@ HELD_OUT_TOKENS = (TEXT.heldout_windows or 256) * TEXT.window
 ALL_TOKENS, AMIA = "all", "amia"
 
 
+def held_out_windows(language_model: LanguageModel, source: str, window: int | None = None) -> Sequences:
+    """As much of text C as a search's report reads, or all there is; `window` as of `default_window`.
+
+    Raises:
+        InvalidInput: see `read_side`.
+    """
+    width = default_window(language_model, window)
+    return read_side(language_model, source, "C", window=width, count=None)[: max(HELD_OUT_TOKENS // width, 1)]
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Shows nothing."""
 

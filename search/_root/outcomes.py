@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.fitness.activations import Thresholded
-from evoprune.fitness.card import PassTimes
+from evoprune.fitness.card import PassTimes, public_name
 from evoprune.fitness.continuations import Continuation
 from evoprune.fitness.evaluation import HeldOut
 from evoprune.fitness.models import LanguageModel
@@ -51,6 +51,26 @@ class MeasuredRecovery:
             "before": self.before,
             "after": self.after,
         }
+
+
+@dataclass(frozen=True)
+class MeasuredRefit:
+    """What refitted output matrices brought.
+
+    Attributes:
+        method: one of `evoprune.fitness.structure_weights.METHODS`.
+        text: source of the text C that it was measured on.
+        before, after: `HeldOut.summary` with the weights as they were, and refitted.
+    """
+
+    method: str
+    text: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` and a checkpoint say of it."""
+        return {"method": self.method, "text": public_name(self.text), "before": self.before, "after": self.after}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +203,7 @@ class CutModel(Smaller):
         dense_parameters: of the whole model before.
         times: of forward passes, before and now; taken where a checkpoint is written and something got smaller.
         foreign: whether the shape was found on other weights of this class.
+        refit: what refitted output matrices brought, where that was measured.
         method: that chose the shape; None if it was given.
         found: by the method, on its way to the shape; JSON values.
     """
@@ -193,6 +214,7 @@ class CutModel(Smaller):
     parameters: int
     dense_parameters: int
     foreign: bool = False
+    refit: MeasuredRefit | None = None
     times: tuple[PassTimes, ...] = ()
     method: str | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -204,6 +226,7 @@ class CutModel(Smaller):
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "milliseconds": [{"pass": row.words, "dense": row.dense / 1e6, "cut": row.cut / 1e6} for row in self.times],
+            **({} if self.refit is None else {"refit": self.refit.to_json()}),
             **({} if self.method is None else {"method": self.method, "found": dict(self.found)}),
         }
 
