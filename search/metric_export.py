@@ -12,6 +12,7 @@ from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.records import Group
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.identity import versions
+from evoprune.search.result import measured_on
 
 
 def winner_export(
@@ -98,7 +99,7 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
         *(_row(name, heldout, difference) for name, heldout, difference in rows),
         "",
-        f"Held-out text of {result['data']}: {own['tokens']:,} predicted tokens in windows of {result['window']}. Loss "
+        f"Held-out text of {result['data']}: {own['tokens']:,} predicted tokens, {measured_on(result)}. Loss "
         "and KL are in nats per token; KL is from the dense to the pruned model.",
         "",
         f"Fitness on search text: {export.provenance['fitness']}. Run {result['run']}, seed {result['seed']}, "

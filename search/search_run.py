@@ -19,6 +19,7 @@ from evoprune.search.engine.events import SEARCHING
 from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
 from evoprune.search.loop import Birth, BirthLoop, Budget
+from evoprune.search.result import measured_facts
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Ask, Config, WorkerSession
 
@@ -174,7 +175,7 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
         outcomes = ask(comparison.jobs())
         result = comparison.result(self._run.run_id, loop.evaluations, outcomes)
         result["bit_reproducible"] = not self._admission.mixed
-        result["images"] = self._facts["images"]
+        result |= measured_facts(self._facts)
         comparison.export(self._run, result)
         return result
 

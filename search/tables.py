@@ -21,7 +21,7 @@ from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
 from evoprune.search.removal import PLAIN, removed_by
-from evoprune.search.result import measured_on
+from evoprune.search.result import check_one_text, measured_on
 
 _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
@@ -76,8 +76,14 @@ def heldout_caption(result: Mapping[str, Any]) -> str:
 
 
 def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Name, perplexity, loss, KL and difference to the winner of everyone, as text, the lowest loss first."""
-    for row in sorted(_rows(result), key=lambda row: row["heldout"]["loss"]):
+    """Name, perplexity, loss, KL and difference to the winner of everyone, as text, the lowest loss first.
+
+    Raises:
+        InvalidInput: they were measured on different text.
+    """
+    rows = list(_rows(result))
+    check_one_text({row["name"]: row["heldout"] for row in rows})
+    for row in sorted(rows, key=lambda row: row["heldout"]["loss"]):
         heldout, difference = row["heldout"], row["difference"]
         yield (
             row["name"],

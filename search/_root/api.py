@@ -359,7 +359,8 @@ def evaluate(
     if images:
         width = round(n_tokens(windows) / len(windows))
     sparsity = zero_fraction(language_model.sites)
-    return Evaluation(language_model.name, held_out, width, sparsity, data, images, scores, dense_scores, texts)
+    dtype = str(language_model.model.dtype).removeprefix("torch.")
+    return Evaluation(language_model.name, held_out, width, sparsity, data, dtype, images, scores, dense_scores, texts)
 
 
 def _check_beside(tasks: Sequence[str] | None, options: Mapping[str, object]) -> None:

@@ -7,20 +7,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from evoprune.fitness.activations import Thresholded
 from evoprune.fitness.card import PassTimes, public_name
 from evoprune.fitness.continuations import Continuation
-from evoprune.fitness.evaluation import HeldOut
+from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pipelines import Pipeline
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.recovery import Recovered
+from evoprune.fitness.samples import Sequences, n_tokens
 from evoprune.fitness.tasks import TaskScores
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape import Shape
 from evoprune.recipe_file import StoredRecipe
+
+
+def measured_summary(
+    language_model: LanguageModel, windows: Sequences, dense: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """A model on held-out text: `HeldOut.summary`, with the length of windows and the dtype that it ran in.
+
+    Args:
+        windows: of text C.
+        dense: the model before pruning, for the KL divergence.
+    """
+    found = evaluate_language_model(language_model.model, windows, dense=dense)
+    return {
+        **found.summary(),
+        "window": round(n_tokens(windows) / len(windows)),
+        "dtype": str(language_model.model.dtype).removeprefix("torch."),
+    }
 
 
 @dataclass(frozen=True)
@@ -31,7 +51,7 @@ class MeasuredRecovery:
         method: name of the recovery.
         loss: ``distill`` or ``lm``.
         done: tokens, steps, and where the training began.
-        before, after: `HeldOut.summary` of the pruned model, and of the recovered one.
+        before, after: `measured_summary` of the pruned model, and of the recovered one.
     """
 
     method: str
@@ -60,7 +80,7 @@ class MeasuredRefit:
     Attributes:
         method: one of `evoprune.fitness.structure_weights.METHODS`.
         text: source of the text C that it was measured on.
-        before, after: `HeldOut.summary` with the weights as they were, and refitted.
+        before, after: `measured_summary` with the weights as they were, and refitted.
     """
 
     method: str
@@ -241,6 +261,7 @@ class Evaluation:
         window: tokens in a window, or in a sample on average.
         sparsity: fraction of the prunable weights that is exactly zero.
         data: the text, as it was named.
+        dtype: of the model while it ran.
         images: whether it is the text of images.
         tasks: scores of evaluation tasks, by task and metric; None if none were asked for.
         dense_tasks: those of the dense model; None without one.
@@ -252,6 +273,7 @@ class Evaluation:
     window: int
     sparsity: float
     data: str
+    dtype: str
     images: bool = False
     tasks: TaskScores | None = None
     dense_tasks: TaskScores | None = None
@@ -281,6 +303,7 @@ class Evaluation:
             "kl": self.kl,
             "tokens": self.held_out.tokens,
             "window": self.window,
+            "dtype": self.dtype,
             "images": self.images,
             "sparsity": self.sparsity,
             "data": self.data,

@@ -10,7 +10,6 @@ from typing import Any
 from evoprune.calibration import Progress, collect_statistics, held_out_windows, silent
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
-from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.forms import FORMS, form_of
 from evoprune.fitness.masked_model import MaskedModel
 from evoprune.fitness.maskers import ByUnits
@@ -26,7 +25,7 @@ from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape_file import to_json
-from evoprune.outcomes import CutModel, MeasuredRefit, Pruned
+from evoprune.outcomes import CutModel, MeasuredRefit, Pruned, measured_summary
 from evoprune.recipe_file import StoredRecipe, of_policy
 from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
@@ -150,7 +149,7 @@ def _refit_measured(
     def summary(model: LanguageModel, when: str) -> dict[str, Any]:
         what = f"measuring on {n_tokens(windows):,} tokens {when} the refit"
         progress(what, 0, 1)
-        found = evaluate_language_model(model.model, windows).summary()
+        found = measured_summary(model, windows)
         progress(what, 1, 1)
         return found
 
