@@ -131,6 +131,7 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
             evaluations=config.evaluations,
             identity=self.identity,
             payload=payload,
+            fixed=not bool(budget.open.any()),
             starts=starts,
             learner_from=learner_from if starts and given is None else None,
         )
