@@ -249,7 +249,8 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     if "form" in document:
         total += f"; {document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
         times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
-        return Group(table, Text("\n".join([total, *times])), *_recovery_lines(document["recovery"]))
+        said = [*_refit_lines(document.get("refit")), *_recovery_lines(document["recovery"])]
+        return Group(table, Text("\n".join([total, *times])), *said)
     inside = None if document["compressor"] == "mask" else document["compressor"]
     chosen = "a policy" if "policy" in document else document["criterion"]
     by = " and ".join(name for name in (chosen, inside) if name is not None)
@@ -260,6 +261,16 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
         total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"
     return Group(table, Text(total), *_recovery_lines(document["recovery"]))
+
+
+def _refit_lines(refit: Mapping[str, Any] | None) -> Iterator[Text]:
+    """What refitted output matrices brought, on held-out text."""
+    if refit is not None:
+        before, after = refit["before"], refit["after"]
+        yield Text(
+            f"{refit['method']}: on {after['tokens']:,} predicted tokens of held-out text loss {before['loss']:.4f} "
+            f"before, {after['loss']:.4f} after"
+        )
 
 
 def _recovery_lines(recovery: Mapping[str, Any] | None) -> Iterator[Text]:

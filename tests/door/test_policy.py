@@ -110,6 +110,9 @@ def test_output_matrices_are_refitted_on_the_text_of_the_search(
     least, refitted, before = (float((inputs @ weight.T - wanted).square().sum()) for weight in weights)
     assert least <= refitted < 1.1 * least < 0.8 * before
 
+    shown = run("prune", tiny, "--policy", told, "--no-latency", "--out", "shown", *REFIT).err
+    numbers = f"loss {said['before']['loss']:.4f} before, {said['after']['loss']:.4f} after"
+    assert numbers in " ".join(shown.split())
     card = (place / "out" / "README.md").read_text()
     assert f"| refit after | {said['after']['perplexity']:.4f} | {said['after']['loss']:.4f} |" in card
     assert str(story.parent) not in card
