@@ -6,10 +6,10 @@
 
 planted: units whose columns of the output matrices are zero, from a flat start: 12 of 32 heads of a small random model,
 and KV groups, query heads and blocks of 64 neurons of the reference model; how many the mode of the policy has found
-after so many evaluations, beside the released update.
-structured: held-out loss of the winner, of the initialisation, of the released update (single neurons and KV groups,
-as published) at as many forward passes, and of the structure search at as many tokens, with and without its refit; and
-of a policy that starts from its shape.
+after so many evaluations, beside the released update; in the small model also with the policy cp.
+structured: held-out loss of the winner, of the initialisation, of uniform Wanda-sp, of random search over the same
+groups and of the released update (single neurons and KV groups, as published) at as many evaluations, and of the
+structure search at as many tokens, with and without its refit; and of a policy that starts from its shape.
 pattern: 2:4 everywhere, the metric of each matrix learned; beside every metric in all matrices.
 
 A seed draws texts A and B, the policy and what is planted; text C is fixed. Writes benchmarks/out/policy_quality.json.
@@ -43,7 +43,7 @@ from evoprune.search.config import resolve_as
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.journal import EvaluationLog
-from evoprune.search.result import paired_difference
+from evoprune.search.result import check_measured_alike, paired_difference
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.search_run import generation_plan
 from shared import searched
@@ -53,10 +53,14 @@ OUT = Path(__file__).parent / "out"
 RUNS = OUT / "policy"
 PARTS = ("planted", "structured", "pattern")
 SEEDS = (0, 1, 2)
-SPARSITIES = (0.3, 0.5)
+SPARSITIES = (0.2, 0.3, 0.5)
 HELDOUT_WINDOWS = 200
 PLANTED_KINDS = ("kv-group", "query-head", "neurons:64")
 PLANTED_SHARE = 0.375
+RANDOM = {"searcher.name": "random", "searcher.options": {"parameters": "grouped"}}
+"""A control: vectors of the two numbers of each group around the same start, over and over, the best kept."""
+UNIFORM = "wanda-sp"
+"""The baseline that takes the same share of heads and of neurons from every block."""
 RELEASED = {"searcher.name": "released", "searcher.samples": 2}
 """The published update, with two masks a step."""
 SMALL_STEPS = {"rate": 0.5, "kl": 0.032, "estimator": "auto"}
@@ -138,7 +142,10 @@ def planted_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             folder.mkdir(parents=True, exist_ok=True)
             dead = planted(base, units, PLANTED_SHARE, seed, folder)
             ours = {"searcher.options": SMALL_STEPS} if label == "small" else {}
-            for learner, changes in (("score-function", ours), ("released", RELEASED | FLAT_RELEASED)):
+            learners: dict[str, dict[str, Any]] = {"score-function": ours, "released": RELEASED | FLAT_RELEASED}
+            if label == "small":
+                learners["cp"] = {"searcher.options": {"policy": "cp"}}
+            for learner, changes in learners.items():
                 config = configured(
                     str(folder),
                     seed,
@@ -206,6 +213,9 @@ def structured_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             each = generation_plan(structure.searcher, structure.data.window).per_candidate
             structure = structure.model_copy(update={"evaluations": max(100, round(tokens_of(config) / each))})
             shapes = searched(structure, RUNS / f"structure-{name}")
+            control = configured(
+                "reference", seed, options.evaluations, heldout, **RANDOM, **{"target.sparsity": sparsity}
+            )
             released = configured(
                 "reference",
                 seed,
@@ -221,6 +231,7 @@ def structured_part(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
             entrants = {
                 "policy": run,
+                "random": searched(control, RUNS / f"random-{name}"),
                 "released": searched(released, RUNS / f"released-{name}"),
                 "policy from the shape": searched(
                     config.model_copy(update={"seed_from": str(shapes.path / "export" / "shape.json")}),
@@ -236,18 +247,23 @@ def structured_part(options: argparse.Namespace) -> list[dict[str, Any]]:
 def compared(entrants: Mapping[str, RunDirectory], sparsity: float, seed: int) -> dict[str, Any]:
     """Held-out losses, and the first entrant's differences to everybody else."""
     results = {name: run.result or {} for name, run in entrants.items()}
+    check_measured_alike(results)
     losses = {name: heldout_of(entrants[name], result["best"]) for name, result in results.items()}
     ours = results["policy"]
+    baselines = {f"{row['name']} uniform" if row["name"] == UNIFORM else row["name"]: row for row in ours["baselines"]}
     return {
         "sparsity": sparsity,
         "seed": seed,
         "dense": ours["dense"]["heldout"]["loss"],
-        "loss": {name: result["best"]["heldout"]["loss"] for name, result in results.items()},
+        "loss": {
+            **{name: result["best"]["heldout"]["loss"] for name, result in results.items()},
+            **{name: row["heldout"]["loss"] for name, row in baselines.items()},
+        },
         "removed": {name: 1 - result["best"]["cost"] / result["dense_cost"] for name, result in results.items()},
         "evaluations": {name: result["evaluations"] for name, result in results.items()},
         "policy_minus_this": {
             **{name: paired_difference(losses["policy"], found) for name, found in losses.items() if name != "policy"},
-            **{entry["name"]: entry["winner_minus_this"] for entry in ours["baselines"]},
+            **{name: row["winner_minus_this"] for name, row in baselines.items()},
         },
         "shape without its refit": masked_loss(entrants["structure search"], ours),
     }

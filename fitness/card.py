@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("perplexity", "loss", "stderr", "kl", "tokens")
+from evoprune.metrics.errors import InvalidInput
+
+COLUMNS = ("perplexity", "loss", "stderr", "kl", "tokens", "window", "dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +113,20 @@ def model_card(
         cut: what a shape took away, if one did.
         again: whether the folder holds a recipe that makes it again.
         sparsities: whether it holds a report of what was done to each matrix.
+
+    Raises:
+        InvalidInput: rows were measured on windows of different lengths, or in different dtypes.
     """
     reader, variable, task = _TASKS.get(loading.auto, _TEXT_ONLY)
     # The tokenizer does not need it, but whoever loads it reads config.json first, and would be asked.
     trust = ", trust_remote_code=True" if loading.own_code else ""
     original = public_name(name)
     results = list(_results(report, ()))
+    for what in ("window", "dtype"):
+        if len(found := sorted({str(row[what]) for _, row in results if what in row})) > 1:
+            raise InvalidInput(
+                f"numbers were measured at {what} {' and '.join(found)}: one table holds one, so measure them alike"
+            )
     facts = [(key, value) for key, value in report.items() if isinstance(value, (str, int, float))]
     lines = [
         "---",

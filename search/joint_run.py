@@ -24,6 +24,7 @@ from evoprune.search.joint_steps import Step, history_line, step_config, steps_o
 from evoprune.search.kinds import config_of
 from evoprune.search.metric_run import seeds_from
 from evoprune.search.replaying import PHASE
+from evoprune.search.result import measured_facts
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import carry_out
 from evoprune.search.watch import EVENT_SECONDS
@@ -141,6 +142,6 @@ class JointRun(WorkerSession[JointSearchConfig]):
                 self.phase(PHASE)
                 result["best"] |= comparison.replayed(self._ask(executor, stopping, [job], limited=False)[0])
         result["bit_reproducible"] = not self._admission.mixed and all(one["bit_reproducible"] for one in found)
-        result["images"] = self._facts["images"]
+        result |= measured_facts(self._facts)
         comparison.export(self._run, result)
         return result

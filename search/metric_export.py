@@ -14,6 +14,7 @@ from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.identity import versions
 from evoprune.search.removal import PLAIN, compressor_option, followed_by
 from evoprune.search.replaying import NOTE, OPTION, REPLAYED
+from evoprune.search.result import measured_on
 
 
 def winner_export(
@@ -106,7 +107,7 @@ def readme(result: Mapping[str, Any], export: MetricExport) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
         *(_row(name, heldout, difference) for name, heldout, difference in rows),
         "",
-        f"Held-out text of {result['data']}: {own['tokens']:,} predicted tokens in windows of {result['window']}. Loss "
+        f"Held-out text of {result['data']}: {own['tokens']:,} predicted tokens, {measured_on(result)}. Loss "
         "and KL are in nats per token; KL is from the dense to the pruned model.",
         "",
         f"Fitness on search text: {export.provenance['fitness']}. Run {result['run']}, seed {result['seed']}, "

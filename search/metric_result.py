@@ -24,7 +24,7 @@ from evoprune.search.level_result import write_whole
 from evoprune.search.metric_export import readme, winner_export
 from evoprune.search.metric_search import MetricSearch
 from evoprune.search.replaying import replay_job, replayed_facts
-from evoprune.search.result import failure, paired_difference, summary
+from evoprune.search.result import failure, measured_facts, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 
 # Named criteria that every result is compared with, as far as their statistics are there.
@@ -217,7 +217,7 @@ class MetricComparison:
         """
         folder = run.path / "export"
         folder.mkdir(exist_ok=True)
-        dtype = str(self._prepared.facts["identity"]["dtype"]).removeprefix("torch.")
+        dtype = measured_facts(self._prepared.facts)["dtype"]
         export = winner_export(
             self._config, run.identity, result, self._best.expression, dtype=dtype, seconds=run.seconds
         )

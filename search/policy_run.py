@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +17,12 @@ from evoprune.metrics.exported import load_metric
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import Site
 from evoprune.search.config_policy import PolicySearchConfig
-from evoprune.search.engine.executor import Job
+from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.kinds.policy import KIND
 from evoprune.search.learner_options import learner_options
 from evoprune.search.learners import LEARNERS, Learner, Problem
 from evoprune.search.level_run import criterion_json, sites_of
+from evoprune.search.loop import Birth
 from evoprune.search.policies import Budget
 from evoprune.search.policies.start import FLAT, start_logits, z_scores
 from evoprune.search.policy_budget import budget_of, keep_rates
@@ -130,6 +131,7 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
             evaluations=config.evaluations,
             identity=self.identity,
             payload=payload,
+            fixed=not bool(budget.open.any()),
             starts=starts,
             learner_from=learner_from if starts and given is None else None,
         )
@@ -164,6 +166,12 @@ class PolicyRun(SearchRun[PolicySearchConfig, PolicySearch]):
             start = logits_from(given, self._table, prior, sites)
         problem = Problem(budget, groups, prior, start, self._steps, config.seed)
         return LEARNERS[config.searcher.name].build(problem, learner_options(config.searcher))
+
+    def _applied(self, birth: Birth, line: Mapping[str, Any], outcome: Outcome | None) -> None:
+        # A mask within the budget has a loss: one that has none is worth a line, which births of other kinds are not.
+        if line["reason"] is not None:
+            self._run.events("warning", "mask_failed", birth=line["birth"], step=line["step"], reason=line["reason"])
+        super()._applied(birth, line, outcome)
 
     def comparison(self, prepared: Summary, search: PolicySearch, ask: Ask) -> PolicyComparison:
         return PolicyComparison(self.config, self.identity, search, self._table, self._costs, self._run)

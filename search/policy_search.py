@@ -121,6 +121,7 @@ class PolicySearch:
         evaluations: masks to measure in all, those of modes included; None for no limit.
         identity: hash of everything that an evaluation depends on beside mask and windows.
         payload: what every job says beside these.
+        fixed: the budget leaves one mask, so that there is nothing to learn.
         starts: further masks to begin with, by name: they compete with the modes of the policy.
         learner_from: the learner that starts from one of these; where it is given, the best of them is what is learned
             from.
@@ -147,6 +148,7 @@ class PolicySearch:
         evaluations: int | None,
         identity: str,
         payload: Mapping[str, Any],
+        fixed: bool = False,
         starts: Mapping[str, np.ndarray] | None = None,
         learner_from: Callable[[np.ndarray], Learner] | None = None,
     ) -> None:
@@ -170,6 +172,7 @@ class PolicySearch:
         self._snapshot_every = max(1, -(-steps // SNAPSHOTS))
         self._seed = seed
         self._evaluations = evaluations
+        self._fixed = fixed
         self._identity = identity
         self._births = 0
         self._counted = 0
@@ -390,7 +393,7 @@ class PolicySearch:
 
     def _spent(self) -> bool:
         """Whether another step, the measurement of its mode and the finals would be too much."""
-        if self._concluded:
+        if self._concluded or self._fixed:
             return True
         if self._evaluations is None:
             return False

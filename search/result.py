@@ -30,11 +30,66 @@ def summary(losses: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def measured_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says of how everything in it was measured, beside text and tokens.
+
+    Args:
+        facts: of the prepared set.
+    """
+    return {"images": facts["images"], "dtype": str(facts["identity"]["dtype"]).removeprefix("torch.")}
+
+
 def measured_on(document: Mapping[str, Any]) -> str:
-    """What the text was cut into, or that it belongs to images, from a result or what ``eval --json`` prints."""
+    """What the text was cut into, or that it belongs to images, and in what dtype the model ran.
+
+    Args:
+        document: a result, in which earlier versions had no dtype, or what ``eval --json`` prints.
+    """
+    dtype = f", {document['dtype']}" if "dtype" in document else ""
     if document.get("images"):
-        return f"images with texts, {document['window']} tokens each on average"
-    return f"windows of {document['window']}"
+        return f"images with texts, {document['window']} tokens each on average{dtype}"
+    return f"windows of {document['window']}{dtype}"
+
+
+def check_one_text(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to set held-out results beside each other that are of different text.
+
+    Args:
+        rows: `summary` of everyone, by name.
+
+    Raises:
+        InvalidInput: two of them differ in the number of tokens.
+    """
+    _check_alike({name: {"predicted tokens": row["tokens"]} for name, row in rows.items()})
+
+
+def check_measured_alike(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to set the held-out results of several runs beside each other that were not measured alike.
+
+    Args:
+        results: of runs, by a name for each. What one of them does not say is not compared.
+
+    Raises:
+        InvalidInput: two of them differ in text, length of windows, number of tokens or dtype.
+    """
+    facts = {}
+    for name, result in results.items():
+        said = {"text": "data", "tokens in a window": "window", "dtype": "dtype"}
+        facts[name] = {what: result[key] for what, key in said.items() if key in result}
+        facts[name]["predicted tokens"] = result["dense"]["heldout"]["tokens"]
+    _check_alike(facts)
+
+
+def _check_alike(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    known: dict[str, tuple[str, Any]] = {}
+    for name, row in facts.items():
+        for what, value in row.items():
+            first, expected = known.setdefault(what, (name, value))
+            if value != expected:
+                raise InvalidInput(
+                    f"{first!r} and {name!r} were not measured alike, {what}: {expected} and {value}; numbers in one "
+                    "table are of one text, length and dtype, so measure one of them again"
+                )
 
 
 def window_mean(values: Sequence[float]) -> float:
@@ -51,7 +106,15 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
-    """Mean of loss(first) - loss(second) over the same windows, and its standard error."""
+    """Mean of loss(first) - loss(second) over the same windows, and its standard error.
+
+    Raises:
+        InvalidInput: they are of different windows.
+    """
+    counts = [(len(losses["nll"]), losses.get("tokens")) for losses in (first, second)]
+    if counts[0] != counts[1]:
+        texts = " and on ".join(f"{windows} windows with {tokens} predicted tokens" for windows, tokens in counts)
+        raise InvalidInput(f"losses on {texts} have no difference: measure both on the same text")
     differences = [a - b for a, b in zip(first["nll"], second["nll"], strict=True)]
     return {"loss": math.fsum(differences) / len(differences), "stderr": standard_error(differences)}
 

@@ -22,6 +22,7 @@ from evoprune.search.engine.executor import Executor, Job, Outcome
 from evoprune.search.kinds import BoardKind, WatchedSearch
 from evoprune.search.loop import Birth, BirthLoop, Budget
 from evoprune.search.replaying import PHASE, Replayable
+from evoprune.search.result import measured_facts
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.worker_session import Ask, Config, WorkerSession
 
@@ -180,7 +181,7 @@ class SearchRun(WorkerSession[Config], Generic[Config, Search]):
             self._watch.phase(PHASE)
             result["best"] |= comparison.replayed(ask([job], limited=False)[0])
         result["bit_reproducible"] = not self._admission.mixed
-        result["images"] = self._facts["images"]
+        result |= measured_facts(self._facts)
         comparison.export(self._run, result)
         return result
 

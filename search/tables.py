@@ -22,7 +22,7 @@ from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
 from evoprune.search.removal import PLAIN, compressor_option, followed_by, removed_by
 from evoprune.search.replaying import NOTE, OPTION, REPLAYED
-from evoprune.search.result import measured_on
+from evoprune.search.result import check_one_text, measured_on
 
 _STATUS_STYLES = {
     "ok": "green", "absent": "yellow", "broken": "bold red",
@@ -79,8 +79,14 @@ def heldout_caption(result: Mapping[str, Any]) -> str:
 
 
 def heldout_rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Name, perplexity, loss, KL and difference to the winner of everyone, as text, the lowest loss first."""
-    for row in sorted(_rows(result), key=lambda row: row["heldout"]["loss"]):
+    """Name, perplexity, loss, KL and difference to the winner of everyone, as text, the lowest loss first.
+
+    Raises:
+        InvalidInput: they were measured on different text.
+    """
+    rows = list(_rows(result))
+    check_one_text({row["name"]: row["heldout"] for row in rows})
+    for row in sorted(rows, key=lambda row: row["heldout"]["loss"]):
         heldout, difference = row["heldout"], row["difference"]
         yield (
             row["name"],
@@ -264,7 +270,8 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     if "form" in document:
         total += f"; {document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
         times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
-        return Group(table, Text("\n".join([total, *times])), *_recovery_lines(document["recovery"]))
+        said = [*_refit_lines(document.get("refit")), *_recovery_lines(document["recovery"])]
+        return Group(table, Text("\n".join([total, *times])), *said)
     inside = None if document["compressor"] == "mask" else document["compressor"]
     chosen = "a policy" if "policy" in document else document["criterion"]
     by = " and ".join(name for name in (chosen, inside) if name is not None)
@@ -278,6 +285,16 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
         total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"
     return Group(table, Text(total), *_recovery_lines(document["recovery"]))
+
+
+def _refit_lines(refit: Mapping[str, Any] | None) -> Iterator[Text]:
+    """What refitted output matrices brought, on held-out text."""
+    if refit is not None:
+        before, after = refit["before"], refit["after"]
+        yield Text(
+            f"{refit['method']}: on {after['tokens']:,} predicted tokens of held-out text loss {before['loss']:.4f} "
+            f"before, {after['loss']:.4f} after"
+        )
 
 
 def _recovery_lines(recovery: Mapping[str, Any] | None) -> Iterator[Text]:

@@ -13,12 +13,12 @@ from torch import Tensor
 from evoprune.allocations import GivenAllocation, allocate
 from evoprune.calibration import (
     ALL_TOKENS,
-    HELD_OUT_TOKENS,
     TEXT,
     Progress,
     calibration_windows,
     collect_statistics,
     default_window,
+    held_out_windows,
     loaded,
     silent,
     token_choice,
@@ -31,7 +31,6 @@ from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.compressors import AtRunTime, Wrapping, compressor_of
 from evoprune.fitness.continuations import Continuation, check_continuations, continuations
 from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
-from evoprune.fitness.examples import read_side
 from evoprune.fitness.mixed_precision import BitTarget
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.modular import check_modular
@@ -390,20 +389,8 @@ def evaluate(
     if images:
         width = round(n_tokens(windows) / len(windows))
     sparsity = zero_fraction(language_model.sites)
-    return Evaluation(language_model.name, held_out, width, sparsity, data, images, scores, dense_scores, texts)
-
-
-def held_out_windows(language_model: LanguageModel, data: str, width: int, tokens: int | None) -> Sequences:
-    """Text C; arguments as of `evaluate`, `width` is a number.
-
-    Raises:
-        InvalidInput: no such text, or too little of it.
-    """
-    count = None if tokens is None else tokens // width
-    if count == 0:
-        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
-    windows = read_side(language_model, data, "C", window=width, count=count)
-    return windows[: max(HELD_OUT_TOKENS // width, 1)] if tokens is None else windows
+    dtype = str(language_model.model.dtype).removeprefix("torch.")
+    return Evaluation(language_model.name, held_out, width, sparsity, data, dtype, images, scores, dense_scores, texts)
 
 
 def _check_beside(tasks: Sequence[str] | None, options: Mapping[str, object]) -> None:

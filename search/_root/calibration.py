@@ -24,6 +24,26 @@ HELD_OUT_TOKENS = (TEXT.heldout_windows or 256) * TEXT.window
 ALL_TOKENS, AMIA = "all", "amia"
 
 
+def held_out_windows(
+    language_model: LanguageModel, source: str, window: int | None = None, tokens: int | None = None
+) -> Sequences:
+    """Windows of text C.
+
+    Args:
+        window: as of `default_window`.
+        tokens: how many of text; None takes as many as a search's report reads, or all there are.
+
+    Raises:
+        InvalidInput: fewer tokens than a window has; see also `read_side`.
+    """
+    width = default_window(language_model, window)
+    count = None if tokens is None else tokens // width
+    if count == 0:
+        raise InvalidInput(f"{tokens} tokens do not fill one window of {width}: give more tokens or a shorter window")
+    windows = read_side(language_model, source, "C", window=width, count=count)
+    return windows[: max(HELD_OUT_TOKENS // width, 1)] if tokens is None else windows
+
+
 def silent(what: str, done: int, total: int) -> None:
     """Shows nothing."""
 

@@ -183,6 +183,16 @@ def prune(
             autocompletion=completion.runs,
         ),
     ] = None,
+    refit: Annotated[
+        Literal["none", "path-refit"] | None,
+        option(
+            "--refit",
+            help="with --policy: solve every output matrix anew for the heads and neurons that stay, on the text that "
+            "the search read; the model card says what that brings",
+            panel=TARGET,
+            default="none",
+        ),
+    ] = None,
     recovery: Annotated[
         str | None,
         option(
@@ -265,6 +275,12 @@ def prune(
             "--bits": bits,
             "--bit-levels": bit_levels,
         }
+        refits = {} if refit is None else {"refit": refit}
+        if refits and policy is None:
+            raise InvalidInput(
+                "--refit goes with --policy: a shape says by itself how its weights are made, and single weights have "
+                "--compressor refit"
+            )
         text = _calibration(calibration, calibration_sequences, calibration_window)
         if recipe is not None:
             beside |= {"--sparsity": sparsity, "--method": method, "--method-set": method_set, "--shape": shape}
@@ -299,7 +315,7 @@ def prune(
             elif policy is not None:
                 if tokens != "all":
                     beside["--tokens"] = tokens
-                prune_by_policy(output, model, policy, beside, options)
+                prune_by_policy(output, model, policy, beside, options | refits)
             return
         if method_set:
             raise InvalidInput("--method-set is a parameter of a method: name one by --method")

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from evoprune.fitness.activations import Thresholded
-from evoprune.fitness.card import PassTimes
+from evoprune.fitness.card import PassTimes, public_name
 from evoprune.fitness.classifiers import ImageClassifier
 from evoprune.fitness.continuations import Continuation
-from evoprune.fitness.evaluation import HeldOut
+from evoprune.fitness.evaluation import HeldOut, evaluate_language_model
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.pipelines import Pipeline
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.recovery import Recovered
+from evoprune.fitness.samples import Sequences, n_tokens
 from evoprune.fitness.tasks import TaskScores
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.criterion import CRITERIA, Criterion, Metric
@@ -27,6 +30,23 @@ from evoprune.recipe_file import StoredRecipe
 _OF_MODEL = ("sparsity", "removed", "prunable", "criterion", "compressor", "accumulation", "bits", "stored_bits")
 
 
+def measured_summary(
+    language_model: LanguageModel, windows: Sequences, dense: PreTrainedModel | None = None
+) -> dict[str, Any]:
+    """A model on held-out text: `HeldOut.summary`, with the length of windows and the dtype that it ran in.
+
+    Args:
+        windows: of text C.
+        dense: the model before pruning, for the KL divergence.
+    """
+    found = evaluate_language_model(language_model.model, windows, dense=dense)
+    return {
+        **found.summary(),
+        "window": round(n_tokens(windows) / len(windows)),
+        "dtype": str(language_model.model.dtype).removeprefix("torch."),
+    }
+
+
 @dataclass(frozen=True)
 class MeasuredRecovery:
     """How what is left of a model was trained, and what that brought.
@@ -35,7 +55,7 @@ class MeasuredRecovery:
         method: name of the recovery.
         loss: ``distill`` or ``lm``.
         done: tokens, steps, and where the training began.
-        before, after: `HeldOut.summary` of the pruned model, and of the recovered one.
+        before, after: `measured_summary` of the pruned model, and of the recovered one.
     """
 
     method: str
@@ -55,6 +75,26 @@ class MeasuredRecovery:
             "before": self.before,
             "after": self.after,
         }
+
+
+@dataclass(frozen=True)
+class MeasuredRefit:
+    """What refitted output matrices brought.
+
+    Attributes:
+        method: one of `evoprune.fitness.structure_weights.METHODS`.
+        text: source of the text C that it was measured on.
+        before, after: `measured_summary` with the weights as they were, and refitted.
+    """
+
+    method: str
+    text: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `evoprune prune --json` and a checkpoint say of it."""
+        return {"method": self.method, "text": public_name(self.text), "before": self.before, "after": self.after}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +303,7 @@ class CutModel(Smaller):
         dense_parameters: of the whole model before.
         times: of forward passes, before and now; taken where a checkpoint is written and something got smaller.
         foreign: whether the shape was found on other weights of this class.
+        refit: what refitted output matrices brought, where that was measured.
         method: that chose the shape; None if it was given.
         found: by the method, on its way to the shape; JSON values.
     """
@@ -273,6 +314,7 @@ class CutModel(Smaller):
     parameters: int
     dense_parameters: int
     foreign: bool = False
+    refit: MeasuredRefit | None = None
     times: tuple[PassTimes, ...] = ()
     method: str | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -284,6 +326,7 @@ class CutModel(Smaller):
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "milliseconds": [{"pass": row.words, "dense": row.dense / 1e6, "cut": row.cut / 1e6} for row in self.times],
+            **({} if self.refit is None else {"refit": self.refit.to_json()}),
             **({} if self.method is None else {"method": self.method, "found": dict(self.found)}),
         }
 
@@ -298,6 +341,7 @@ class Evaluation:
         window: tokens in a window, or in a sample on average.
         sparsity: fraction of the prunable weights that is exactly zero.
         data: the text, as it was named.
+        dtype: of the model while it ran.
         images: whether it is the text of images.
         tasks: scores of evaluation tasks, by task and metric; None if none were asked for.
         dense_tasks: those of the dense model; None without one.
@@ -309,6 +353,7 @@ class Evaluation:
     window: int
     sparsity: float
     data: str
+    dtype: str
     images: bool = False
     tasks: TaskScores | None = None
     dense_tasks: TaskScores | None = None
@@ -338,6 +383,7 @@ class Evaluation:
             "kl": self.kl,
             "tokens": self.held_out.tokens,
             "window": self.window,
+            "dtype": self.dtype,
             "images": self.images,
             "sparsity": self.sparsity,
             "data": self.data,

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evoprune.calibration import Progress, collect_statistics, silent
+from evoprune.calibration import Progress, collect_statistics, held_out_windows, silent
+from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
 from evoprune.fitness.forms import FORMS, form_of
+from evoprune.fitness.masked_model import MaskedModel
 from evoprune.fitness.maskers import ByUnits
 from evoprune.fitness.methods import ModelEdit
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy, apply_policy, policy_shape, read_policy
 from evoprune.fitness.pruning import check_rule
-from evoprune.fitness.units import find_units
+from evoprune.fitness.samples import n_tokens
+from evoprune.fitness.structure_weights import RefitRecipe
+from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.records import MaskRule
 from evoprune.metrics.shape_file import to_json
-from evoprune.outcomes import CutModel, Pruned
+from evoprune.outcomes import CutModel, MeasuredRefit, Pruned, measured_summary
 from evoprune.recipe_file import StoredRecipe, of_policy
 from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
-from evoprune.shapes import cut_and_written, dense_model
+from evoprune.shapes import cut_and_written, dense_model, edit_of
 
+REFITS: tuple[str, ...] = ("none", "path-refit")
+"""What output matrices may become, by the names that shapes have for it."""
 FOREIGN = "the policy was found on other weights of this class"
+_UNEVEN = "it keeps different numbers of query heads in the KV groups of a block"
 
 
 def prune_policy(
@@ -35,6 +42,7 @@ def prune_policy(
     policy: str | Path | LearnedPolicy = "policy.json",
     *,
     form: str = "auto",
+    refit: str = "none",
     recovery: str | None = None,
     recovery_tokens: int | None = None,
     recovery_loss: str | None = None,
@@ -54,6 +62,10 @@ def prune_policy(
         form: as of `prune_shape`, where a shape says what stays: heads, neurons and blocks. Query heads that differ in
             number between the KV groups of a block, and masks of matrices, are written with zeros: ``auto`` or
             ``masked``.
+        refit: ``path-refit`` solves every output matrix anew for the units that stay, on the text A that the search
+            read (`evoprune.fitness.path_refit`), where a shape says what stays; ``none`` leaves the weights that stay
+            as they were, which is what the search measured. What it brings on text C stands in the result and in the
+            model card.
         recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
         calibration, seed: the text that a recovery learns from, and the seed of what it draws. Masks of matrices are
             made from the text that the search read, which the policy names.
@@ -69,12 +81,15 @@ def prune_policy(
         check_out_dir(out)
     if form not in FORMS:
         raise UnknownName("form", form, FORMS)
+    if refit not in REFITS:
+        raise UnknownName("refit", refit, REFITS)
     recovers = given_recovery(
         recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
     )
     given = policy if isinstance(policy, LearnedPolicy) else read_policy(policy_file(str(policy)))
     if given.pattern is not None and form not in ("auto", "masked"):
         raise InvalidInput(f"--form {form} is of what gets smaller, and an N:M policy keeps every width: leave it out")
+    refits = None if refit == "none" else _refit_recipe(given)
     language_model = dense_model(model, loading, progress)
     given.check(language_model)
     units = find_units(language_model) if isinstance(given.table.masker, ByUnits) else []
@@ -82,21 +97,65 @@ def prune_policy(
     summary = given.summary()
     rest = {"seed": seed, "text": None if recovers is None else calibration}
     if shape is None:
+        if refits is not None:
+            raise InvalidInput(f"{_UNEVEN}, which has no refit; leave out --refit")
         if form not in ("auto", "masked"):
-            raise InvalidInput(
-                f"--form {form} cannot hold this policy: it keeps different numbers of query heads in the KV groups of "
-                "a block; give masked"
-            )
+            raise InvalidInput(f"--form {form} cannot hold this policy: {_UNEVEN}; give masked")
         begun = None if recovers is None else recovers.started(language_model)
         stored = of_policy(language_model, loading, given, form="masked", **rest)
         return _masked(language_model, given, begun, out, stored, progress)
     chosen = form_of(language_model, units, shape.blocks, form)
     begun = None if recovers is None else recovers.started(language_model)
-    recipe = {"shape": to_json(shape), "form": chosen, "policy": summary}
-    edit = ModelEdit(shape.blocks)
-    stored = of_policy(language_model, loading, given, form=chosen, **rest)
-    done = cut_and_written(shape, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress)
+    edit, measured = ModelEdit(shape.blocks), None
+    said = shape
+    if refits is not None:
+        shape = replace(shape, weights=refits.to_json())
+        said = replace(shape, weights=replace(refits, text=public_name(refits.text)).to_json())
+        measured = _refit_measured(language_model, units, given, refits, progress)
+        edit = edit_of(shape, language_model, units, progress)
+    recipe = {"shape": to_json(said), "form": chosen, "policy": summary}
+    stored = of_policy(language_model, loading, given, form=chosen, refit=None if refits is None else refit, **rest)
+    done = cut_and_written(
+        shape, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress, measured
+    )
     return replace(done, foreign=given.fingerprint != language_model.fingerprint, policy=summary)
+
+
+def _refit_recipe(policy: LearnedPolicy) -> RefitRecipe:
+    """A refit on the text that the search read.
+
+    Raises:
+        InvalidInput: the policy is of matrices, or says no text.
+    """
+    if policy.pattern is not None:
+        raise InvalidInput("--refit is of what gets smaller, and an N:M policy keeps every width: leave it out")
+    if (text := policy.calibration) is None:
+        raise InvalidInput(
+            "the policy does not say what text it was found on ('calibration' is null): leave out --refit"
+        )
+    return RefitRecipe("path-refit", "dense", text.text, text.sequences, text.window, text.seed, text.threads)
+
+
+def _refit_measured(
+    language_model: LanguageModel,
+    units: Sequence[BlockUnits],
+    policy: LearnedPolicy,
+    refits: RefitRecipe,
+    progress: Progress,
+) -> Callable[[LanguageModel], MeasuredRefit]:
+    """Measures what a policy leaves of a dense model, and then the model that is made of it."""
+    windows = held_out_windows(language_model, refits.text)
+
+    def summary(model: LanguageModel, when: str) -> dict[str, Any]:
+        what = f"measuring on {n_tokens(windows):,} tokens {when} the refit"
+        progress(what, 0, 1)
+        found = measured_summary(model, windows)
+        progress(what, 1, 1)
+        return found
+
+    with MaskedModel(language_model, units, policy.table).kept(policy.mask):
+        before = summary(language_model, "before")
+    return lambda cut: MeasuredRefit(refits.method, refits.text, before, summary(cut, "after"))
 
 
 def _masked(

@@ -100,7 +100,7 @@ def prune_recipe(
                 said = policy.calibration
                 if said.text == public_name(calibration):
                     policy = replace(policy, calibration=replace(said, text=calibration))
-            done = prune_policy(source, policy, latency=latency, **options)
+            done = prune_policy(source, policy, refit=document.refit or "none", latency=latency, **options)
     doubt = _doubt(document, done)
     return done if doubt is None else replace(done, doubt=doubt)
 

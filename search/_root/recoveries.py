@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from evoprune.calibration import HELD_OUT_TOKENS, Progress, default_window
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir
-from evoprune.fitness.evaluation import evaluate_language_model
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.recoveries import Recovery, check_packages, configured
 from evoprune.fitness.recovery import LOSSES, check_folder, recover, remove_folder, training_windows
@@ -23,7 +22,7 @@ from evoprune.fitness.recovery_checkpoint import last_checkpoint
 from evoprune.fitness.text import token_windows, training_side
 from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.parameters import check_choice, parameters_of
-from evoprune.outcomes import MeasuredRecovery
+from evoprune.outcomes import MeasuredRecovery, measured_summary
 
 DEFAULT_TOKENS = 300_000
 
@@ -154,9 +153,9 @@ class Begun:
     def _measured(self, language_model: LanguageModel, when: str, progress: Progress) -> dict[str, Any]:
         what = f"measuring on {self.held_out.numel():,} tokens {when}"
         progress(what, 0, 1)
-        found = evaluate_language_model(language_model.model, self.held_out, dense=self.dense)
+        found = measured_summary(language_model, self.held_out, self.dense)
         progress(what, 1, 1)
-        return found.summary()
+        return found
 
 
 def given_recovery(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.shape import BlockShape, Shape
 from evoprune.metrics.shape_file import read_shape, to_json
-from evoprune.outcomes import CutModel
+from evoprune.outcomes import CutModel, MeasuredRefit
 from evoprune.recipe_file import StoredRecipe, of_method, of_shape
 from evoprune.recoveries import Begun, given_recovery
 
@@ -86,7 +86,7 @@ def prune_shape(
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     chosen = form_of(language_model, units, given.blocks, form)
     begun = None if recovers is None else recovers.started(language_model)
-    edit = _edit(given, language_model, units, progress)
+    edit = edit_of(given, language_model, units, progress)
     recipe = {"shape": to_json(given), "form": chosen}
     read = None if recovers is None else calibration
     stored = of_shape(language_model, loading, given, form=chosen, seed=seed, text=read)
@@ -202,6 +202,7 @@ def cut_and_written(
     recipe: dict[str, Any],
     stored: StoredRecipe,
     progress: Progress,
+    measured: Callable[[LanguageModel], MeasuredRefit] | None = None,
 ) -> CutModel:
     """Cut a dense model, in place, let it recover, and write the checkpoint that was asked for.
 
@@ -211,6 +212,7 @@ def cut_and_written(
         begun: the recovery that was asked for.
         recipe: what the checkpoint says of how it was made, but for the recovery.
         stored: what makes it again, but for the recovery.
+        measured: what refits of the edit brought, of the model that is cut and not yet recovered.
     """
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, shape.blocks)
@@ -218,6 +220,7 @@ def cut_and_written(
     if out is not None and latency and form != "masked":
         cut = replace(cut, times=_times(language_model, units, shape, form, progress), place=_place(language_model))
     fitted, _ = apply_edit(language_model, edit, form)
+    refit = None if measured is None else measured(fitted)
     recovered = None if begun is None else begun.run(fitted, progress)
     done = CutModel(
         language_model=fitted,
@@ -227,9 +230,10 @@ def cut_and_written(
         recovery=recovered,
         parameters=_parameters(fitted.model),
         dense_parameters=dense,
+        refit=refit,
         times=cut.times,
     )
-    kept = ["removed", "prunable", "parameters", "dense_parameters", "milliseconds", "layers"]
+    kept = ["removed", "prunable", "parameters", "dense_parameters", "milliseconds", "refit", "layers"]
     if begun is not None and recovered is not None:
         recipe = {**recipe, "recovery": begun.given.recipe(recovered.done.learning_rate)}
         kept.append("recovery")
@@ -274,7 +278,7 @@ def _place(language_model: LanguageModel) -> str:
     return f"one thread of {processor_name()}"
 
 
-def _edit(shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress) -> ModelEdit:
+def edit_of(shape: Shape, language_model: LanguageModel, units: list[BlockUnits], progress: Progress) -> ModelEdit:
     """What a shape does to a model: what is cut, merged, and refitted."""
     if shape.weights["method"] == "none":
         return ModelEdit(shape.blocks)

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from evoprune.allocations import GivenAllocation
-from evoprune.api import held_out_windows, weights_recipe
-from evoprune.calibration import ALL_TOKENS, TEXT, Progress, calibration_windows, default_window, silent, token_choice
+from evoprune.api import weights_recipe
+from evoprune.calibration import (
+    ALL_TOKENS,
+    TEXT,
+    Progress,
+    calibration_windows,
+    default_window,
+    held_out_windows,
+    silent,
+    token_choice,
+)
 from evoprune.fitness.amia import TokenChoice
 from evoprune.fitness.checkpoint import check_out_dir
 from evoprune.fitness.compressors import Wrapping, compressor_of
@@ -226,7 +235,8 @@ def evaluate_streamed(
         dense=reference,
         progress=lambda done, total: progress(f"measuring on {n_tokens(windows):,} tokens", done, total),
     )
-    return Evaluation(streamed.language_model.name, held_out, width, zeros, data)
+    dtype = str(streamed.dtype).removeprefix("torch.")
+    return Evaluation(streamed.language_model.name, held_out, width, zeros, data, dtype)
 
 
 def _opened(model: str | LanguageModel, loading: Mapping[str, Any], progress: Progress) -> Streamed:

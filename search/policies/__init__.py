@@ -230,9 +230,12 @@ class Policy(Protocol):
 
     Attributes:
         exact: every mask meets the budget; else only the expected mask does.
+        plain: the score is the mask less its expectation, but for what a shift of all logits takes out of it, so that
+            p (1 - p) is about the information of a logit; where the order of picks is scored, that is more.
     """
 
     exact: ClassVar[bool]
+    plain: ClassVar[bool]
 
     @property
     def budget(self) -> Budget: ...

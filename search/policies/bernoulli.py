@@ -22,6 +22,7 @@ class Bernoulli:
     """
 
     exact: ClassVar[bool] = False
+    plain: ClassVar[bool] = True
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget

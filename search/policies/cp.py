@@ -26,6 +26,7 @@ class ConditionalPoisson:
     """
 
     exact: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     def __init__(self, budget: Strata) -> None:
         self.budget = budget

@@ -21,6 +21,7 @@ class PlackettLuce:
     """
 
     exact: ClassVar[bool] = True
+    plain: ClassVar[bool] = False
 
     def __init__(self, budget: Strata) -> None:
         self.budget = budget

@@ -31,6 +31,7 @@ class PlackettLuceKnapsack:
     """
 
     exact: ClassVar[bool] = True
+    plain: ClassVar[bool] = False
 
     def __init__(self, budget: Knapsack) -> None:
         self.budget = budget

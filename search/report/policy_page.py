@@ -106,8 +106,11 @@ def commands(data: PolicyData) -> dict[str, str]:
     run, model, target = shlex.quote(str(data.run.path)), shlex.quote(data.config.model.name), data.config.target
     file = shlex.quote(str(data.run.path / "export" / "policy.json"))
     asked = f"--pattern {target.pattern}" if target.pattern is not None else f"--sparsity {target.sparsity:g}"
-    with_winner = {
-        "Write the smaller model": f"evoprune prune {model} --policy {file} --out small",
+    smaller = f"evoprune prune {model} --policy {file}"
+    with_winner = {"Write the smaller model": f"{smaller} --out small"}
+    if data.result is not None and data.result["best"]["shape"] is not None:
+        with_winner["Or with its output matrices refitted to what stays"] = f"{smaller} --refit path-refit --out small"
+    with_winner |= {
         "Measure it": f"evoprune eval small --dense {model}",
         **document.search_on(data),
         "Start another search of this model from the winner": (

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.config import validated_as
 from evoprune.search.config_sections import SearchConfig, with_window
+from evoprune.search.result import check_one_text
 from evoprune.search.rundir import RunDirectory
 
 # Outcomes that depend on the machine; another run of the same seed need not repeat them.
@@ -74,7 +75,11 @@ class RunData(ABC, Generic[Config]):
 
     @cached_property
     def contenders(self) -> list[Contender]:
-        """The held-out table, best loss first after the dense model; empty before the run is finished."""
+        """The held-out table, best loss first after the dense model; empty before the run is finished.
+
+        Raises:
+            InvalidInput: its rows were measured on different text.
+        """
         if self.result is None:
             return []
         best = self.result["best"]
@@ -86,7 +91,9 @@ class RunData(ABC, Generic[Config]):
             for row in self.result["baselines"]
         ]
         rows.sort(key=lambda row: row.heldout["loss"])
-        return [Contender("dense", "", self.result["dense"]["heldout"]), *rows]
+        rows.insert(0, Contender("dense", "", self.result["dense"]["heldout"]))
+        check_one_text({row.name: row.heldout for row in rows})
+        return rows
 
     def contender(self, name: str) -> Contender | None:
         """The row of that name."""

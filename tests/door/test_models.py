@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import evoprune
-from evoprune.api import HELD_OUT_TOKENS, TEXT
+from evoprune.calibration import HELD_OUT_TOKENS, TEXT
 from evoprune.metrics.criterion import CRITERIA, Metric
 from evoprune.metrics.emit import MetricExport
 from evoprune.metrics.errors import InvalidInput
@@ -50,7 +50,18 @@ def test_prune_then_eval(run: Run, tiny: Path, place: Path) -> None:
     evaluated = run("eval", "out", "--dense", tiny, "--tokens", 1024, "--window", 32, "--json")
     assert evaluated.code == 0
     numbers = evaluated.json
-    assert list(numbers) == ["model", "perplexity", "loss", "kl", "tokens", "window", "images", "sparsity", "data"]
+    assert list(numbers) == [
+        "model",
+        "perplexity",
+        "loss",
+        "kl",
+        "tokens",
+        "window",
+        "dtype",
+        "images",
+        "sparsity",
+        "data",
+    ]
     assert (numbers["model"], numbers["data"], numbers["window"], numbers["tokens"]) == ("out", "corpus", 32, 32 * 31)
     assert numbers["sparsity"] == document["sparsity"]
     assert numbers["kl"] > 0
@@ -138,7 +149,7 @@ def test_what_people_see(run: Run, tiny: Path, place: Path) -> None:
     assert "removed 7,680 of 15,360 prunable weights (50.00%) by magnitude" in pruned.err
     evaluated = run("eval", "my out", "--dense", tiny, "--tokens", 512)
     assert "50.0000% of the prunable weights are zero" in evaluated.out
-    assert "corpus (text C), 504 predicted tokens, windows of 64" in evaluated.out
+    assert "corpus (text C), 504 predicted tokens, windows of 64, float32" in evaluated.out
     assert "nats per token from" in evaluated.out
 
 

@@ -16,6 +16,7 @@ import evoprune
 from evoprune.fitness.maskers import ByMetrics, ByUnits, ByWeights
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.policy_file import Calibration, policy_shape, write_policy
+from evoprune.fitness.text import token_windows
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.search.rundir import RunDirectory
@@ -25,6 +26,7 @@ from tests.policies import policy_of
 
 UNITS = ByUnits(("kv-group", "neurons:20"))
 # Of each block the KV groups, then the neurons in runs of 20, 20 and 8.
+REFIT = ("--refit", "path-refit")
 KEPT = np.array([True, False, True, True, False, True, True, False, False, True])
 
 
@@ -71,6 +73,71 @@ def test_units_are_cut_in_every_form(
     found = load_model(str(place / "out"))
     logits = [model.model(input_ids=random_windows()).logits for model in (expected, found)]
     assert torch.allclose(*logits, atol=1e-5)
+
+
+@pytest.fixture
+def told(dense: LanguageModel, story: Path, place: Path) -> Path:
+    """A policy that says on what text it was found."""
+    text = Calibration(str(story), 8, 32, 3, torch.get_num_threads())
+    return write_policy(policy_of(dense, UNITS, KEPT, calibration=text), place / "told.json")
+
+
+def test_output_matrices_are_refitted_on_the_text_of_the_search(
+    run: Run, tiny: Path, told: Path, dense: LanguageModel, story: Path, place: Path
+) -> None:
+    words = ("prune", tiny, "--policy", told, "--no-latency", "--json")
+    plain, done = (run(*words, "--out", name, *more) for name, more in (("plain", ()), ("out", REFIT)))
+    assert done.code == 0, done.err
+    assert "refit" not in plain.json and plain.json["removed"] == done.json["removed"]
+    said = done.json["refit"]
+    assert (said["method"], said["text"]) == ("path-refit", story.name)
+    measured = [evoprune.evaluate(str(place / name), data=str(story), window=64) for name in ("plain", "out")]
+    assert [said[when]["loss"] for when in ("before", "after")] == pytest.approx([found.loss for found in measured])
+    assert said["after"]["tokens"] == measured[0].held_out.tokens
+
+    # Of the first block the attention reads what that of the dense model reads: least squares, by hand.
+    windows = token_windows(dense.tokenizer, str(story), "A", window=32, count=8, seed=3)
+    output = dense.model.get_submodule("model.layers.0.self_attn.o_proj")
+    seen: list[torch.Tensor] = []
+    hook = output.register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, 32).double()))
+    dense.model(input_ids=windows)
+    hook.remove()
+    inputs, wanted = seen[0][:, :16], seen[0] @ output.weight.double().T
+    weights = [torch.linalg.lstsq(inputs, wanted).solution.T] + [
+        load_model(str(place / name)).model.get_parameter("model.layers.0.self_attn.o_proj.weight").double()
+        for name in ("out", "plain")
+    ]
+    least, refitted, before = (float((inputs @ weight.T - wanted).square().sum()) for weight in weights)
+    assert least <= refitted < 1.1 * least < 0.8 * before
+
+    shown = run("prune", tiny, "--policy", told, "--no-latency", "--out", "shown", *REFIT).err
+    numbers = f"loss {said['before']['loss']:.4f} before, {said['after']['loss']:.4f} after"
+    assert numbers in " ".join(shown.split())
+    card = (place / "out" / "README.md").read_text()
+    assert f"| refit after | {said['after']['perplexity']:.4f} | {said['after']['loss']:.4f} |" in card
+    assert str(story.parent) not in card
+    again = run("prune", "--recipe", "out", tiny, "--calibration", story, "--no-latency", "--out", "again")
+    assert again.code == 0, again.err
+    files = [(place / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert files[0] == files[1]
+
+
+def test_what_has_no_refit_is_told_so(
+    refused: Callable[..., str], dense: LanguageModel, tiny: Path, file: Path, uneven: Path, told: Path, place: Path
+) -> None:
+    write_policy(policy_of(dense, ByWeights((2, 4), "magnitude")), place / "weights.json")
+    for policy, message in (
+        (file, "does not say what text it was found on"),
+        ("weights.json", "an N:M policy keeps every width: leave it out"),
+    ):
+        assert message in refused("prune", tiny, "--policy", policy, "--out", "out", *REFIT)
+    said = json.loads(told.read_text())["calibration"]
+    document = json.loads(uneven.read_text())
+    uneven.write_text(json.dumps(document | {"calibration": said}))
+    assert "which has no refit" in refused("prune", tiny, "--policy", uneven, "--out", "out", *REFIT)
+    assert "--refit goes with --policy" in refused("prune", tiny, "--out", "out", *REFIT)
+    with pytest.raises(InvalidInput, match="no refit 'all'"):
+        evoprune.prune_policy(dense, told, refit="all")
 
 
 def test_query_heads_of_no_shape_are_zeros(

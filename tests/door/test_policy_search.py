@@ -14,6 +14,7 @@ import yaml
 import evoprune
 from evoprune.configuration import POLICY_KEYS
 from evoprune.metrics.errors import InvalidInput
+from evoprune.search.engine.journal import EvaluationLog
 from tests.door.conftest import Run
 from tests.models import save_tiny
 
@@ -103,6 +104,22 @@ def test_a_fork_starts_from_what_was_evaluated(run: Run, learned: Path, place: P
     assert done.code == 0, done.err
     more = result_of(Path(done.out.strip()))
     assert more["evaluations"] > result_of(learned)["evaluations"]
+
+
+def test_a_fork_on_windows_of_another_length_mixes_none_with_those_of_before(
+    run: Run, learned: Path, place: Path
+) -> None:
+    done = run("resume", learned, "--fork", "--set", "data.window=16", "--executor", "inline")
+    assert done.code == 0, done.err
+    other, first = result_of(Path(done.out.strip())), result_of(learned)
+    assert (other["window"], other["dtype"], first["window"]) == (16, "float32", 32)
+    for entry in (other["dense"], other["best"], *other["baselines"]):
+        assert entry["heldout"]["tokens"] == 4 * 15
+    log = EvaluationLog(Path(done.out.strip()) / "evaluations.wal")
+    counts = [len(outcome.values["nll"]) for outcome in log.outcomes() if "tokens" in outcome.values]
+    log.close()
+    # Those of before are in the log too, and none of them answers what the fork asked.
+    assert len(counts) == 2 * len([other["dense"], other["best"], *other["baselines"]])
 
 
 def test_options_of_the_command_and_of_the_function_are_one_list(run: Run) -> None:

@@ -21,6 +21,13 @@ from tests.models import FAMILIES, random_windows, save_tiny, tiny_language_mode
 HELD_OUT = {"loss": 2.5, "perplexity": 12.18, "kl": None, "stderr": 0.125, "tokens": 900}
 
 
+def test_numbers_of_windows_of_different_lengths_are_not_one_table(tmp_path: Path) -> None:
+    rows = {when: HELD_OUT | {"window": window, "dtype": "float32"} for when, window in (("before", 32), ("after", 64))}
+    with pytest.raises(InvalidInput, match="numbers were measured at window 32 and 64: one table holds one"):
+        write_checkpoint(tiny_language_model(), tmp_path / "out", recipe={}, report={"recovery": rows})
+    assert not (tmp_path / "out").exists()
+
+
 def prune_half(language_model: LanguageModel) -> dict[str, torch.Tensor]:
     """Zero random weights; the masks by site name."""
     generator = torch.Generator().manual_seed(0)

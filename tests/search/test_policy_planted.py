@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -44,26 +43,13 @@ def planted(world: Path, seed: int) -> np.ndarray:
     return dead
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("least", "options"),
-    [
-        # A logit of conditional Poisson moves its unit's probability by less: it takes larger steps, and more of them.
-        (DEAD - 3, {"searcher.options": {"policy": "cp", "rate": 2.5}}),
-        (DEAD, {"searcher.options": {"policy": "pl"}}),
-    ],
-    ids=["cp", "pl"],
-)
-def test_dead_heads_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, least: int, options: dict[str, object]
-) -> None:
-    monkeypatch.setitem(os.environ, "EVOPRUNE_CACHE", str(tmp_path / "cache"))
-    dead = planted(tmp_path, seed)
+def found(world: Path, seed: int, searcher: dict[str, object]) -> tuple[np.ndarray, np.ndarray]:
+    """(what the winner removes, what is dead), [32] bool each, after 1,200 evaluations or little more."""
+    dead = planted(world, seed)
     config = resolve_as(
         PolicySearchConfig,
         overrides={
-            **tiny_options(tmp_path),
+            **tiny_options(world),
             "data.window": 16,
             "target.units": ["query-head"],
             "target.budget": "kind",
@@ -76,11 +62,37 @@ def test_dead_heads_are_found(
             "searcher.validate_every": 60,
             "evaluations": 1220,
             "seed": seed,
-            **options,
+            **searcher,
         },
     )
-    run = start_search(config, Resources(executor="inline"), run_dir=tmp_path / "run")
-    policy = read_policy(run.path / "export" / "policy.json")
-    assert int((~policy.mask & dead).sum()) >= least
-    assert int(policy.mask.sum()) == len(dead) - DEAD
-    assert result_of(run)["evaluations"] <= 1220
+    run = start_search(config, Resources(executor="inline"), run_dir=world / "run")
+    mask = read_policy(run.path / "export" / "policy.json").mask
+    assert result_of(run)["evaluations"] <= 1220 and int(mask.sum()) == len(dead) - DEAD
+    return ~mask, dead
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOPRUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("policy", ["cp", "pl"])
+def test_dead_heads_are_found(tmp_path: Path, seed: int, policy: str) -> None:
+    removed, dead = found(tmp_path, seed, {"searcher.options": {"policy": policy}})
+    assert removed.tolist() == dead.tolist()
+
+
+@pytest.mark.slow
+def test_the_released_update_finds_more_than_half_of_them(tmp_path: Path) -> None:
+    """On average; of twelve that are guessed 4.5 are dead."""
+    released = {"searcher.name": "released", "searcher.samples": 2}
+    counts = []
+    for seed in range(3):
+        world = tmp_path / str(seed)
+        world.mkdir()
+        options = {"searcher.options": {"rate": 0.2, "start": "problem"}}
+        removed, dead = found(world, seed, released | options)
+        counts.append(int((removed & dead).sum()))
+    assert sum(counts) / 3 >= 7

@@ -293,6 +293,9 @@ def test_steps_and_modes_are_those_of_the_history(finished: Path) -> None:
         mean, spread = of_step[-1]["policy"]["loss"], of_step[-1]["policy"]["loss_std"]
         assert re.search(rf"{step.number + 1}\s*{len(losses)}\s*{mean:.4f}\s*{spread:.4f}", page.text)
     assert whole > 2
+    # The mode on minibatches stands there where a learner asks for it.
+    assert ("Reference" in page.text) == any(line["role"] == "reference" for line in lines)
+    assert "--refit path-refit --out small" in page.text
     assert [(mode.steps, mode.loss) for mode in data.modes] == [
         (line["step"], line["loss"]) for line in lines if line["stage"] in ("initialisation", "validation")
     ]

@@ -324,6 +324,14 @@ def test_budgets_that_cannot_be_met_are_refused_in_one_line(world: Path, tmp_pat
             start_search(config(world, **changes), INLINE, run_dir=tmp_path / message)
 
 
+def test_where_nothing_can_go_the_model_is_the_dense_one(world: Path, tmp_path: Path) -> None:
+    changes = {"target.sparsity": 1e-7, "target.units": ["attention", "mlp"], "searcher.baselines": []}
+    run = start_search(config(world, **changes), INLINE, run_dir=tmp_path / "run")
+    result = result_of(run)
+    assert result["evaluations"] == 2 and result["best"]["removed"] == 0
+    assert result["best"]["heldout"] == result["dense"]["heldout"]
+
+
 def test_the_probabilities_are_those_of_the_last_step(finished: RunDirectory) -> None:
     policy = read_policy(finished.path / "export" / "policy.json")
     notes = [line["policy"] for line in lines_of(finished) if "policy" in line]

@@ -206,6 +206,16 @@ def test_the_residual_is_less_the_dense_loss_of_the_same_windows() -> None:
     assert line["nll"] == pytest.approx(np.mean(outcome.values["nll"]))
 
 
+def test_where_one_mask_is_left_nothing_is_sampled() -> None:
+    found = search(fixed=True)
+    assert [(line["stage"], line["loss"]) for line in drive(found)] == [
+        (INITIALISATION, pytest.approx(found.finals[0].fitness, abs=0.01)),
+        ("final", found.finals[0].fitness),
+    ]
+    assert found.stage == "over" and found.step == 0
+    assert found.best is not None and found.best.kept == found.initialisation.kept
+
+
 def test_masks_that_stand_beside_the_policy_compete_with_it() -> None:
     given = ~PLANTED
     found = search(evaluations=30, starts={"given": given})

@@ -55,6 +55,18 @@ def test_scores_are_slopes_of_log_probabilities(name: str, logits: np.ndarray) -
         assert scores[row] == pytest.approx(expected, abs=1e-8)
 
 
+def test_what_a_logit_tells(name: str, logits: np.ndarray) -> None:
+    """Natural steps divide by p (1 - p): of plain policies that is the information, but for a shift of all logits."""
+    policy = policy_of(name)
+    scores = policy.score(logits, policy.sample(logits, 20_000, np.random.default_rng(9)))
+    p = policy.inclusion(logits)
+    ratio = ((scores**2).mean(axis=0) / np.maximum(p * (1 - p), 1e-12))[policy.budget.open]
+    if policy.plain:
+        assert ratio.min() > 0.5 and ratio.max() < 1.05
+    elif name == "pl":
+        assert ratio.max() > 1.3
+
+
 def test_log_probabilities(name: str, logits: np.ndarray) -> None:
     policy = policy_of(name)
     draws = policy.sample(logits, 3000, np.random.default_rng(4))
