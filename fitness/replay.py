@@ -55,9 +55,9 @@ def replayed(
 ) -> tuple[PrunedLayer, ...]:
     """Prune the model in place, block by block, each by what the pruned blocks before it hand on.
 
-    It takes four forward passes of each block: two for the statistics, one on what the dense blocks before it hand on
-    and one on what the pruned ones do, and the one that moves on, behind which the last block has none. The hidden
-    states of the text, twice, and the statistics of one block are in memory beside the model.
+    It takes three forward passes of each block: two for statistics, of what the dense blocks before it hand on and of
+    what the pruned ones do, and one on the latter once it is pruned. The hidden states of the text, twice, and the
+    statistics of one block are in memory beside the model.
 
     Args:
         language_model: dense, or pruned before: its weights are pruned as they are.

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,16 +113,9 @@ def test_too_little_memory(refused: Callable[..., str], tiny: Path, story: Path)
 
 
 @pytest.mark.slow
-def test_a_quarter_of_the_weights_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quarter_of_the_weights_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own, of whose private memory what it held after its imports is subtracted."""
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
-    done = subprocess.run(
-        [sys.executable, "-c", "import json, streaming_memory as s; print(json.dumps([f.value for f in s.measure()]))"],
-        check=True,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{benchmarks}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )
-    pruning, evaluating = json.loads(done.stdout.splitlines()[-1])
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    pruning, evaluating = (figure.value for figure in importlib.import_module("streaming_memory").measure())
     assert 0.2 < pruning < 1
     assert 0.1 < evaluating < 1
