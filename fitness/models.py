@@ -148,6 +148,16 @@ def load_model(
     return LanguageModel(model, tokenizer, sites, name, fingerprint(folder), stored, parts, folder, cut)
 
 
+def refuse_cut(language_model: LanguageModel) -> None:
+    """Refuse a model whose blocks have widths of their own already.
+
+    Raises:
+        InvalidInput: it is one.
+    """
+    if language_model.cut:
+        raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
+
+
 def named_components(components: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Names of components from text such as ``language_model,vision_tower``; None stays None."""
     if components is None:

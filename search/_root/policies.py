@@ -25,7 +25,7 @@ from evoprune.outcomes import CutModel, Pruned
 from evoprune.recipe_file import StoredRecipe, of_policy
 from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
-from evoprune.shapes import cut_and_written, dense_model
+from evoprune.shapes import CutPlan, cut_and_written, dense_model
 
 FOREIGN = "the policy was found on other weights of this class"
 
@@ -95,7 +95,16 @@ def prune_policy(
     recipe = {"shape": to_json(shape), "form": chosen, "policy": summary}
     edit = ModelEdit(shape.blocks)
     stored = of_policy(language_model, loading, given, form=chosen, **rest)
-    done = cut_and_written(shape, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress)
+    plan = CutPlan(
+        language_model=language_model,
+        units=units,
+        shape=shape,
+        edit=edit,
+        form=chosen,
+        recipe=recipe,
+        stored=stored,
+    )
+    done = cut_and_written(plan, begun, out, latency=latency, progress=progress)
     return replace(done, foreign=given.fingerprint != language_model.fingerprint, policy=summary)
 
 

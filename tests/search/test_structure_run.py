@@ -553,7 +553,7 @@ def test_what_cannot_be_started_from_costs_nothing(finished: RunDirectory, world
     for model, said in ((wide, "block 0 has .* 48 neurons there and .* 64"), (qwen, "the classes differ")):
         options = {"model.name": str(model), "seed_from": str(file), **FEW}
         path = tmp_path / f"run-{model.name}"
-        with pytest.raises(InvalidInput, match=f"{file}: the shape is of another model, LlamaForCausalLM .*: {said}"):
+        with pytest.raises(InvalidInput, match=f"{file}: the shape is of another .*: {said}"):
             start_search(config(world, **options), INLINE, run_dir=path)
         phases = [event["phase"] for event in RunDirectory.open(path).read_events() if event["event"] == "phase"]
         assert "building the structured database" not in phases
