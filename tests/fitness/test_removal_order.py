@@ -161,6 +161,27 @@ def test_of_two_that_can_stand_in_for_each_other_one_stays() -> None:
     assert Factor.of(problem, order.flip(0)).errors(zero_error(problem))[20] < 1e-2
 
 
+@pytest.mark.parametrize("fails_at", [1, 7])
+def test_an_inverse_spoiled_by_rounding_is_made_anew(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of it that has no factor gives the same order as one that has."""
+    problem = problem_of(48)
+
+    def orders() -> list[Tensor]:
+        return [column_order(problem), group_order(problem, 2), balanced_order(problem, 4, 2)]
+
+    expected, factorise, calls = orders(), torch.linalg.cholesky_ex, 0
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        factor, failed = factorise(matrix)
+        return (factor * float("nan"), failed + 1) if calls % 10 == fails_at else (factor, failed)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    assert all(map(torch.equal, orders(), expected))
+    assert calls > 30
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_inputs_that_are_always_zero_go_first(dtype: torch.dtype) -> None:
     weight, gram = layer(30, dtype=dtype)
