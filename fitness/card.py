@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.shape import Shape
 
 COLUMNS = ("perplexity", "loss", "stderr", "kl", "tokens", "window", "dtype")
 
@@ -60,10 +61,12 @@ class Cut:
         dense_parameters: of the model that it was cut from.
         times: of passes, measured in turns; none if no time was taken.
         place: where they were measured, for people.
+        shape: what every block keeps.
     """
 
     form: str
     dense_parameters: int
+    shape: Shape
     times: tuple[PassTimes, ...] = ()
     place: str = ""
 
@@ -157,6 +160,8 @@ def model_card(
         lines += ["", "Loss and KL are in nats per token; KL is from the dense to the pruned model.", ""]
     if facts:
         lines += [f"- {key}: {_number(value)}" for key, value in facts] + [""]
+    if cut is not None:
+        lines += ["## What every block keeps", "", *_blocks(cut.shape), ""]
     lines += [
         "## Recipe",
         "",
@@ -265,6 +270,18 @@ def _bits(recipe: Mapping[str, Any]) -> list[str]:
         *(f"| {bits} | {counts[bits]} |" for bits in sorted(counts)),
         "",
     ]
+
+
+def _blocks(shape: Shape) -> list[str]:
+    """A table of the blocks of the dense model."""
+    rows = ["| block | KV groups | query heads | neurons |", "| ---: | ---: | ---: | ---: |"]
+    for block, (kept, widths) in enumerate(zip(shape.blocks, shape.widths, strict=True)):
+        counts = (
+            (len(kept.groups), widths.groups), (len(kept.heads), widths.heads), (len(kept.neurons), widths.neurons)
+        )  # fmt: skip
+        cells = (f"{left:,} of {whole:,}" if left else "dropped" for left, whole in counts)
+        rows.append(f"| {block} | {' | '.join(cells)} |")
+    return rows
 
 
 def public_name(name: str) -> str:

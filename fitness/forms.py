@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.compact import check_compact
-from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.models import LanguageModel, refuse_cut
 from evoprune.fitness.stock import check_stock, keep_blocks
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import BlockUnits, find_units
@@ -48,8 +48,7 @@ def cut_model(
             is as it was.
         UnknownName: no such form.
     """
-    if language_model.cut:
-        raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
+    refuse_cut(language_model)
     units = find_units(language_model)
     surgeon = Surgeon(language_model, units)
     try:

@@ -171,6 +171,16 @@ def check_weights(model: nn.Module, folder: Path) -> None:
             raise InvalidInput(f"the weights in {folder} are damaged: {name} holds a NaN or an infinity")
 
 
+def refuse_cut(language_model: LanguageModel) -> None:
+    """Refuse a model whose blocks have widths of their own already.
+
+    Raises:
+        InvalidInput: it is one.
+    """
+    if language_model.cut:
+        raise InvalidInput(f"model {language_model.name!r} is cut already: give the dense model")
+
+
 def named_components(components: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """Names of components from text such as ``language_model,vision_tower``; None stays None."""
     if components is None:

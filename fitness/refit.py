@@ -17,6 +17,9 @@ from torch import Tensor
 from evoprune.fitness.gram import wide
 from evoprune.fitness.removal_order import Problem
 
+# In which a product with a triangular matrix is computed: all but one of sixteen of its zeros are left out.
+_STRIPS = 16
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -40,14 +43,16 @@ class Factor:
             problem: the matrix and its inputs.
             order: [n] int64, distinct columns, that which stays longest first.
         """
-        hessian = wide(problem.hessian)
-        lower = torch.linalg.cholesky(hessian[order][:, order])
-        target = hessian[order] @ wide(problem.weight).T
-        return cls(order, lower, torch.linalg.solve_triangular(lower, target, upper=False))
+        rows = problem.hessian.index_select(0, order)
+        lower = torch.linalg.cholesky(wide(rows.index_select(1, order)))
+        weight = wide(problem.weight.T)
+        if len(order) == len(weight):
+            return cls(order, lower, _upper_product(lower, weight[order]))
+        return cls(order, lower, torch.linalg.solve_triangular(lower, wide(rows) @ weight, upper=False))
 
     def of_weight(self, weight: Tensor) -> Factor:
         """The factor of another weight, [out, in], on the same inputs: of L⁻¹ H Wᵀ, Lᵀ Wᵀ in this order is left."""
-        return Factor(self.order, self.lower, self.lower.T @ weight.to(self.lower.dtype).T[self.order])
+        return Factor(self.order, self.lower, _upper_product(self.lower, weight.to(self.lower.dtype).T[self.order]))
 
     def weight(self, width: int) -> Tensor:
         """[out, width]: the best weight on the first `width` columns of the order, in ascending order of columns."""
@@ -76,6 +81,15 @@ class Factor:
         """
         explained = torch.cat([total.new_zeros(1), wide(self.target).square().sum(1).cumsum(0)])
         return ((total - explained) / total.clamp(min=torch.finfo(total.dtype).tiny)).clamp(min=0)
+
+
+def _upper_product(lower: Tensor, right: Tensor) -> Tensor:
+    """Lᵀ R of L, [n, n], and R, [n, m], without most of the zeros of L."""
+    product = torch.empty_like(right)
+    starts = range(0, len(lower), max(len(lower) // _STRIPS, 1))
+    for begin, end in zip(starts, [*starts[1:], len(lower)], strict=True):
+        torch.mm(lower[begin:, begin:end].T, right[begin:], out=product[begin:end])
+    return product
 
 
 def zero_error(problem: Problem) -> Tensor:

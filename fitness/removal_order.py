@@ -21,9 +21,6 @@ from evoprune.fitness.gram import DAMPINGS, damped, damped_cholesky
 SHARE = 0.05
 """Of the columns that are left, how many go in one round."""
 
-# A round chooses among so many times the columns that it takes.
-_POOL = 2
-
 # Of two columns that can stand in for each other the second costs more once the first is gone: by 1 / (1 - ρ²), where ρ
 # is their correlation in H⁻¹. Two with a ρ² from here on do not go in one round.
 _ALIKE = 0.1
@@ -76,13 +73,10 @@ def column_order(problem: Problem, share: float = SHARE) -> Tensor:
 
     Equal scores lose the lower column first; inputs that are always zero cost nothing and go before all others.
     """
-    left, gone = _Remaining(problem), []
-    while len(left.columns):
-        count = max(math.ceil(share * len(left.columns)), 1)
-        pool = left.column_scores().argsort(stable=True)[: _POOL * count]
-        chosen = pool[~_repeats(left.inverse[pool][:, pool])][:count]
-        gone.append(left.columns[chosen])
-        left.remove(chosen)
+    left, gone = _Remaining(problem, 1), []
+    while left.count:
+        count = max(math.ceil(share * left.count), 1)
+        gone.append(left.remove(left.scores().argsort(stable=True)[:count], apart=True))
     return torch.cat(gone)
 
 
@@ -91,12 +85,10 @@ def group_order(problem: Problem, size: int) -> Tensor:
 
     Such as the heads of an attention, or the columns of all query heads that read one key and value head.
     """
-    left, gone = _Remaining(problem), []
-    while len(left.columns):
-        at = left.group_scores(size).argmin()
-        gone.append(left.columns[at * size] // size)
-        left.remove(_places(at[None], size))
-    return torch.stack(gone)
+    left, gone = _Remaining(problem, size), []
+    while left.count:
+        gone.append(left.remove(left.scores().argmin()[None]))
+    return torch.cat(gone)
 
 
 def balanced_order(problem: Problem, sets: int, size: int) -> Tensor:
@@ -112,69 +104,97 @@ def balanced_order(problem: Problem, sets: int, size: int) -> Tensor:
     Returns:
         [sets, groups of a set] int64: the groups of each set, counted through over all sets.
     """
-    left, gone = _Remaining(problem), []
-    while len(left.columns):
-        scores = left.group_scores(size).view(sets, -1)
-        at = scores.argmin(dim=1) + scores.shape[1] * torch.arange(sets, device=scores.device)
-        gone.append(left.columns[at * size] // size)
-        left.remove(_places(at, size))
+    left, gone = _Remaining(problem, size), []
+    while left.count:
+        scores = left.scores().view(sets, -1)
+        gone.append(left.remove(scores.argmin(dim=1) + scores.shape[1] * torch.arange(sets, device=scores.device)))
     return torch.stack(gone, dim=1)
 
 
 class _Remaining:
-    """What is left of a matrix.
+    """What is left of a matrix, in groups of so many consecutive columns, of which some go at a time.
+
+    Of H⁻¹, which only the columns that go have to be known of in full, nothing is updated but its diagonal blocks: with
+    the rows U of those before them, theirs are P_G: - U_:Gᵀ U, and with C Cᵀ what these have on G itself, C⁻¹ times
+    them are the next of U. So U is the pivoted Cholesky factor of the inverse P at the beginning, and a column costs
+    half of what it does where the whole inverse follows. Groups that have gone keep their places till they are half of
+    all; then the inverse of those that are left is made anew, so that rounding does not add up either.
 
     Attributes:
-        columns: those that are left, ascending.
-        weight: [left, out], what they have become, each column as a row, so that taking some away moves whole rows.
-        inverse: [left, left], of their part of H.
+        count: how many groups are left.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._hessian = problem.hessian
-        self.columns = torch.arange(len(problem.hessian), device=problem.hessian.device)
-        self.weight = problem.weight.T.contiguous()
-        self.inverse = torch.cholesky_inverse(problem.factor)
-        self._inverted = len(self.columns)
+    def __init__(self, problem: Problem, size: int) -> None:
+        self.count = len(problem.hessian) // size
+        self._hessian, self._size = problem.hessian, size
+        # Each column as a row, so that taking some away moves whole rows.
+        self._weight = problem.weight.T.contiguous()
+        self._begin(torch.arange(self.count, device=problem.hessian.device), problem.factor)
 
-    def remove(self, places: Tensor) -> None:
-        """Take away the columns at these places among those left, at once."""
-        keep = torch.ones(len(self.columns), dtype=torch.bool, device=places.device)
-        keep[places] = False
-        stay = keep.nonzero()[:, 0]
-        rows = self.inverse[places]
-        factor, failed = torch.linalg.cholesky_ex(rows[:, places])
-        if failed.item():
-            self._invert()
-            rows = self.inverse[places]
-            factor = torch.linalg.cholesky(rows[:, places])
-        half = torch.linalg.solve_triangular(factor, rows.index_select(1, stay), upper=False)
-        gone = torch.linalg.solve_triangular(factor, self.weight[places], upper=False)
-        self.columns = self.columns[stay]
-        self.weight = self.weight.index_select(0, stay).addmm_(half.T, gone, alpha=-1)
-        # Rounding adds up over the steps, so at every half the inverse is made anew, which costs next to nothing.
-        if 2 * len(stay) < self._inverted:
-            self._invert()
+    def scores(self) -> Tensor:
+        """What it costs to take away each group, infinite for those that have gone; a group's index is its place."""
+        if self._size == 1:
+            costs = torch.linalg.vector_norm(self._weight, dim=1).square() / self._blocks[:, 0, 0]
         else:
-            self.inverse = self.inverse.index_select(0, stay).index_select(1, stay).addmm_(half.T, half, alpha=-1)
+            weight = self._weight.view(len(self._groups), self._size, -1)
+            halves = torch.linalg.solve_triangular(torch.linalg.cholesky(self._blocks), weight, upper=False)
+            costs = halves.square().sum((1, 2))
+        return costs.masked_fill_(self._gone, torch.inf)
 
-    def _invert(self) -> None:
-        hessian = self._hessian[self.columns][:, self.columns]
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        self._inverted = len(self.columns)
+    def remove(self, places: Tensor, *, apart: bool = False) -> Tensor:
+        """Take away the groups at these places at once; returns which they were, counted through over the matrix.
 
-    def column_scores(self) -> Tensor:
-        """[left]: what it costs to take away each column."""
-        return torch.linalg.vector_norm(self.weight, dim=1).square() / self.inverse.diagonal()
+        Args:
+            places: among those of `scores`, distinct.
+            apart: of single columns, those stay that one of the places before can stand in for.
+        """
+        columns = _places(places, self._size)
+        rows = self._rows(columns)
+        if apart:
+            alone = ~_repeats(rows[:, columns])
+            places, columns, rows = places[alone], columns[alone], rows[alone]
+        groups = self._groups[places]
+        factor, failed = torch.linalg.cholesky_ex(rows[:, columns])
+        if failed.item():
+            self._renew()
+            places = torch.searchsorted(self._groups, groups)
+            columns = _places(places, self._size)
+            rows = self._rows(columns)
+            factor = torch.linalg.cholesky(rows[:, columns])
+        new = self._upper[self._used : self._used + len(columns)]
+        new.copy_(torch.linalg.solve_triangular(factor, rows, upper=False))
+        half = torch.linalg.solve_triangular(factor, self._weight[columns], upper=False)
+        self._weight.addmm_(new.T, half, alpha=-1)
+        self._blocks -= _blocks_of_square(new, self._size)
+        self._used += len(columns)
+        self._gone[places] = True
+        self._blocks[places] = torch.eye(self._size, dtype=new.dtype, device=new.device)
+        self.count -= len(groups)
+        if 0 < 2 * self.count <= len(self._groups):
+            self._renew()
+        return groups
 
-    def group_scores(self, size: int) -> Tensor:
-        """[left / size]: what it costs to take away each `size` consecutive columns."""
-        count = len(self.columns) // size
-        blocks = self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        halves = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(blocks), self.weight.view(count, size, -1), upper=False
-        )
-        return halves.square().sum((1, 2))
+    def _rows(self, columns: Tensor) -> Tensor:
+        """Rows of the inverse of what is left, [columns, all of the present stage]."""
+        rows, upper = self._inverse[columns], self._upper[: self._used]
+        return rows.addmm_(upper[:, columns].T, upper, alpha=-1)
+
+    def _renew(self) -> None:
+        """Forget those that have gone, and invert what is left."""
+        stay = (~self._gone).nonzero()[:, 0]
+        self._weight = self._weight[_places(stay, self._size)]
+        groups = self._groups[stay]
+        columns = _places(groups, self._size)
+        hessian = self._hessian.index_select(0, columns).index_select(1, columns)
+        self._begin(groups, torch.linalg.cholesky(hessian))
+
+    def _begin(self, groups: Tensor, factor: Tensor) -> None:
+        """Let these groups be all; the factor is that of their part of H."""
+        self._groups, self._inverse = groups, torch.cholesky_inverse(factor)
+        self._gone = torch.zeros(len(groups), dtype=torch.bool, device=groups.device)
+        blocks = self._inverse.view(len(groups), self._size, len(groups), self._size).diagonal(dim1=0, dim2=2)
+        self._blocks = blocks.permute(2, 0, 1).contiguous()
+        self._upper, self._used = torch.empty_like(self._inverse), 0
 
 
 def _repeats(inverse: Tensor) -> Tensor:
@@ -182,6 +202,14 @@ def _repeats(inverse: Tensor) -> Tensor:
     scale = inverse.diagonal().rsqrt()
     alike = (inverse * scale * scale[:, None]).square().tril(-1)
     return (alike >= _ALIKE).any(1)
+
+
+def _blocks_of_square(matrix: Tensor, size: int) -> Tensor:
+    """[n / size, size, size]: diagonal blocks of Mᵀ M, of M [m, n]."""
+    if size == 1:
+        return matrix.square().sum(0)[:, None, None]
+    parts = matrix.view(len(matrix), -1, size)
+    return torch.einsum("kgi,kgj->gij", parts, parts)
 
 
 def _places(groups: Tensor, size: int) -> Tensor:

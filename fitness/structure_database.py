@@ -32,7 +32,7 @@ from evoprune.fitness.units import PARTS, BlockUnits, PartName
 from evoprune.metrics.files import canonical_json, content_hash
 from evoprune.metrics.shape import BlockShape
 
-FORMAT = "evoprune-structure/1"
+FORMAT = "evoprune-structure/2"
 
 Mode = Literal["dense", "expectation", "path"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from evoprune.fitness.latency_passes import Work
 from evoprune.fitness.model_worker import Handler, ModelWorker, heldout_answer
+from evoprune.fitness.models import refuse_cut
 from evoprune.fitness.teacher import window_losses
 from evoprune.fitness.unit_choice import choose_units
 from evoprune.fitness.unit_costs import UnitCosts, kept_by, unit_costs
@@ -40,6 +41,8 @@ class UnitWorker(ModelWorker):
         return find_units(self.language_model)
 
     def _costs(self, payload: dict[str, Any]) -> dict[str, Any]:
+        # Every search of units asks for these first, and what it finds can be cut out of a dense model only.
+        refuse_cut(self.language_model)
         work = Work.of(self.language_model, payload["batch"], payload["sequence"], decode=False)
         quantity = payload["quantity"]
         return unit_costs(self.language_model, quantity, batch=work.batch, sequence=work.sequence).to_json()

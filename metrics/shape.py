@@ -135,4 +135,7 @@ class Shape:
         elif unlike:
             difference = f"block {unlike[0]} has {self.widths[unlike[0]]} there and {widths[unlike[0]]} here"
         if difference:
-            raise InvalidInput(f"the shape is of another model, {self.model[:80]} and not this {model}: {difference}")
+            other = (
+                f"another {model}" if model == self.model else f"another model, {self.model[:80]} and not this {model}"
+            )
+            raise InvalidInput(f"the shape is of {other}: {difference}")

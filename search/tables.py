@@ -266,12 +266,7 @@ def layers_table(document: Mapping[str, Any]) -> Group:
         table.add_row(Text(layer["name"], overflow="fold"), shape, sparsity, *bits, *share, *error, *metric)
     for column in table.columns[1:]:
         column.justify = "right"
-    total = f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
-    if "form" in document:
-        total += f"; {document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
-        times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
-        said = [*_refit_lines(document.get("refit")), *_recovery_lines(document["recovery"])]
-        return Group(table, Text("\n".join([total, *times])), *said)
+    total = removed_words(document)
     inside = None if document["compressor"] == "mask" else document["compressor"]
     chosen = "a policy" if "policy" in document else document["criterion"]
     by = " and ".join(name for name in (chosen, inside) if name is not None)
@@ -284,20 +279,15 @@ def layers_table(document: Mapping[str, Any]) -> Group:
     if inputs:
         unread = sum(inputs.get(layer["name"], 0) * math.prod(layer["shape"]) for layer in document["layers"])
         total += f"; inputs let go: {unread / document['prunable']:.2%} of the weights are not needed for a token"
-    return Group(table, Text(total), *_recovery_lines(document["recovery"]))
+    return Group(table, Text(total), *recovery_lines(document["recovery"]))
 
 
-def _refit_lines(refit: Mapping[str, Any] | None) -> Iterator[Text]:
-    """What refitted output matrices brought, on held-out text."""
-    if refit is not None:
-        before, after = refit["before"], refit["after"]
-        yield Text(
-            f"{refit['method']}: on {after['tokens']:,} predicted tokens of held-out text loss {before['loss']:.4f} "
-            f"before, {after['loss']:.4f} after"
-        )
+def removed_words(document: Mapping[str, Any]) -> str:
+    """How many weights went; of what `prune --json` prints."""
+    return f"removed {document['removed']:,} of {document['prunable']:,} prunable weights ({document['sparsity']:.2%})"
 
 
-def _recovery_lines(recovery: Mapping[str, Any] | None) -> Iterator[Text]:
+def recovery_lines(recovery: Mapping[str, Any] | None) -> Iterator[Text]:
     """What training brought, on held-out text."""
     if recovery is None:
         return

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -15,7 +15,15 @@ from rich.text import Text
 from evoprune.fitness.latency_passes import Work
 from evoprune.fitness.part_merges import read_block
 from evoprune.search.spaces.structure import shape_text
-from evoprune.search.tables import COUNTED, NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
+from evoprune.search.tables import (
+    COUNTED,
+    NOT_REPRODUCIBLE,
+    facts_table,
+    heldout_table,
+    plain_box,
+    recovery_lines,
+    removed_words,
+)
 
 
 def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
@@ -37,7 +45,7 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             **numerics,
         }
     )
-    blocks = Padding(blocks_table(result), (0, 0, 1, 0))
+    blocks = Padding(blocks_table(best["shape"], result["widths"]), (0, 0, 1, 0))
     return [Padding(heldout_table(result), (1, 0, 1, 0)), blocks, facts, Text(), *ways_on(result, run)]
 
 
@@ -73,10 +81,38 @@ def latency_text(latency: Mapping[str, Any]) -> str:
     )
 
 
-def blocks_table(result: Mapping[str, Any]) -> Table:
-    """What every block keeps."""
+def cut_view(document: Mapping[str, Any]) -> Group:
+    """What `prune` left of a model, block by block.
+
+    Args:
+        document: as `prune --json` prints it with a shape or a method.
+    """
+    size = f"{document['form']}: {document['parameters']:,} of {document['dense_parameters']:,} parameters"
+    times = [f"{row['pass']}: {row['cut']:.3f} ms, dense {row['dense']:.3f} ms" for row in document["milliseconds"]]
+    lines = Text("\n".join([f"{removed_words(document)}; {size}", *times]))
+    said = [*_refit_lines(document.get("refit")), *recovery_lines(document["recovery"])]
+    return Group(blocks_table(document["shape"], document["widths"]), lines, *said)
+
+
+def _refit_lines(refit: Mapping[str, Any] | None) -> Iterator[Text]:
+    """What refitted output matrices brought, on held-out text."""
+    if refit is not None:
+        before, after = refit["before"], refit["after"]
+        yield Text(
+            f"{refit['method']}: on {after['tokens']:,} predicted tokens of held-out text loss {before['loss']:.4f} "
+            f"before, {after['loss']:.4f} after"
+        )
+
+
+def blocks_table(shape: Sequence[Sequence[int]], widths: Sequence[Sequence[int]]) -> Table:
+    """What every block keeps.
+
+    Args:
+        shape: of each block KV groups, query heads in each, and neurons; see `evoprune.fitness.part_merges.read_block`.
+        widths: what the dense block has: KV groups, query heads in all of them, neurons.
+    """
     table = plain_box("block", "KV groups", "query heads", "neurons")
-    rows = zip(result["best"]["shape"], result["widths"], strict=True)
+    rows = zip(shape, widths, strict=True)
     for block, (spelled, (all_groups, heads, all_neurons)) in enumerate(rows):
         (groups, each, neurons), merged = read_block(spelled)
         attention = [_share(groups, all_groups), _share(groups * each, heads)]

@@ -111,7 +111,9 @@ def of_recovery(done: Smaller) -> Iterator[str]:
 
 
 def _show(output: Output, model: str, done: Smaller) -> None:
+    from evoprune.outcomes import CutModel
     from evoprune.search.tables import layers_table
+    from evoprune.search.tables_structure import cut_view
 
     for remark in of_recovery(done):
         output.tell(remark)
@@ -120,7 +122,8 @@ def _show(output: Output, model: str, done: Smaller) -> None:
         output.json(document)
     else:
         words = ["evoprune", "eval", document["out"], "--dense", model]
-        output.tell(layers_table(document), f"try it: {shlex.join(words)}")
+        view = cut_view if isinstance(done, CutModel) else layers_table
+        output.tell(view(document), f"try it: {shlex.join(words)}")
         output.line(document["out"])
 
 

@@ -325,6 +325,8 @@ class CutModel(Smaller):
             "form": self.form,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
+            "shape": [[len(kept.groups), kept.heads_per_group, len(kept.neurons)] for kept in self.shape.blocks],
+            "widths": [[whole.groups, whole.heads, whole.neurons] for whole in self.shape.widths],
             "milliseconds": [{"pass": row.words, "dense": row.dense / 1e6, "cut": row.cut / 1e6} for row in self.times],
             **({} if self.refit is None else {"refit": self.refit.to_json()}),
             **({} if self.method is None else {"method": self.method, "found": dict(self.found)}),

@@ -29,7 +29,7 @@ from evoprune.outcomes import CutModel, MeasuredRefit, Pruned, measured_summary
 from evoprune.recipe_file import StoredRecipe, of_policy
 from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
-from evoprune.shapes import cut_and_written, dense_model, edit_of
+from evoprune.shapes import CutPlan, cut_and_written, dense_model, edit_of
 
 REFITS: tuple[str, ...] = ("none", "path-refit")
 """What output matrices may become, by the names that shapes have for it."""
@@ -115,9 +115,17 @@ def prune_policy(
         edit = edit_of(shape, language_model, units, progress)
     recipe = {"shape": to_json(said), "form": chosen, "policy": summary}
     stored = of_policy(language_model, loading, given, form=chosen, refit=None if refits is None else refit, **rest)
-    done = cut_and_written(
-        shape, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress, measured
+    plan = CutPlan(
+        language_model=language_model,
+        units=units,
+        shape=shape,
+        edit=edit,
+        form=chosen,
+        recipe=recipe,
+        stored=stored,
+        measured=measured,
     )
+    done = cut_and_written(plan, begun, out, latency=latency, progress=progress)
     return replace(done, foreign=given.fingerprint != language_model.fingerprint, policy=summary)
 
 

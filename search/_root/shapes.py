@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from evoprune.fitness.examples import read_side
 from evoprune.fitness.forms import form_of, running_shapes
 from evoprune.fitness.latency_passes import Work, shape_latencies
 from evoprune.fitness.methods import Evidence, ModelEdit, apply_edit, configured
-from evoprune.fitness.models import LanguageModel
+from evoprune.fitness.models import LanguageModel, refuse_cut
 from evoprune.fitness.numerics import processor_name, torch_threads
 from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
@@ -91,7 +91,16 @@ def prune_shape(
     read = None if recovers is None else calibration
     stored = of_shape(language_model, loading, given, form=chosen, seed=seed, text=read)
     foreign = given.fingerprint != language_model.fingerprint
-    done = cut_and_written(given, language_model, units, edit, chosen, begun, out, latency, recipe, stored, progress)
+    plan = CutPlan(
+        language_model=language_model,
+        units=units,
+        shape=given,
+        edit=edit,
+        form=chosen,
+        recipe=recipe,
+        stored=stored,
+    )
+    done = cut_and_written(plan, begun, out, latency=latency, progress=progress)
     return replace(done, foreign=foreign)
 
 
@@ -174,8 +183,41 @@ def prune_structure(
         "seed": seed,
     }
     stored = of_method(language_model, loading, method, parameters_of(chosen), sparsity, form=written, text=text)
-    done = cut_and_written(shape, language_model, units, edit, written, begun, out, latency, recipe, stored, progress)
+    plan = CutPlan(
+        language_model=language_model,
+        units=units,
+        shape=shape,
+        edit=edit,
+        form=written,
+        recipe=recipe,
+        stored=stored,
+    )
+    done = cut_and_written(plan, begun, out, latency=latency, progress=progress)
     return replace(done, method=method, found=edit.found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutPlan:
+    """A dense model, what is to become of it, and what is said of that.
+
+    Attributes:
+        language_model: dense, nobody else's.
+        units: of its blocks.
+        shape, edit: what stays, and how.
+        form: that `form_of` gave.
+        recipe: what the checkpoint says of how it was made, but for the recovery.
+        stored: what makes it again, but for the recovery.
+        measured: what refits of the edit brought, of the model that is cut and not yet recovered; None if nobody asks.
+    """
+
+    language_model: LanguageModel
+    units: list[BlockUnits]
+    shape: Shape
+    edit: ModelEdit
+    form: str
+    recipe: dict[str, Any]
+    stored: StoredRecipe
+    measured: Callable[[LanguageModel], MeasuredRefit] | None = None
 
 
 def dense_model(model: str | LanguageModel, loading: Mapping[str, Any], progress: Progress) -> LanguageModel:
@@ -185,42 +227,29 @@ def dense_model(model: str | LanguageModel, loading: Mapping[str, Any], progress
         InvalidInput: it is cut already, or cannot be loaded.
     """
     found = own_copy(model) if isinstance(model, LanguageModel) else loaded(model, dict(loading), progress)
-    if found.cut:
-        raise InvalidInput(f"model {found.name!r} is cut already: give the dense model")
+    refuse_cut(found)
     return found
 
 
 def cut_and_written(
-    shape: Shape,
-    language_model: LanguageModel,
-    units: list[BlockUnits],
-    edit: ModelEdit,
-    form: str,
-    begun: Begun | None,
-    out: str | Path | None,
-    latency: bool,
-    recipe: dict[str, Any],
-    stored: StoredRecipe,
-    progress: Progress,
-    measured: Callable[[LanguageModel], MeasuredRefit] | None = None,
+    plan: CutPlan, begun: Begun | None, out: str | Path | None, *, latency: bool, progress: Progress
 ) -> CutModel:
     """Cut a dense model, in place, let it recover, and write the checkpoint that was asked for.
 
     Args:
-        shape, edit: what stays, and how.
-        form: that `form_of` gave.
+        plan: the model, and how it is cut.
         begun: the recovery that was asked for.
-        recipe: what the checkpoint says of how it was made, but for the recovery.
-        stored: what makes it again, but for the recovery.
-        measured: what refits of the edit brought, of the model that is cut and not yet recovered.
+        out, latency, progress: as of `prune_shape`.
     """
+    language_model, units, shape, form = plan.language_model, plan.units, plan.shape, plan.form
+    recipe, stored = plan.recipe, plan.stored
     dense = _parameters(language_model.model)
     layers = _layers(language_model, units, shape.blocks)
-    cut = Cut(form, dense)
+    cut = Cut(form, dense, shape)
     if out is not None and latency and form != "masked":
         cut = replace(cut, times=_times(language_model, units, shape, form, progress), place=_place(language_model))
-    fitted, _ = apply_edit(language_model, edit, form)
-    refit = None if measured is None else measured(fitted)
+    fitted, _ = apply_edit(language_model, plan.edit, form)
+    refit = None if plan.measured is None else plan.measured(fitted)
     recovered = None if begun is None else begun.run(fitted, progress)
     done = CutModel(
         language_model=fitted,

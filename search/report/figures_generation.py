@@ -89,8 +89,11 @@ def moves(data: GenerationData[Any, Any]) -> Figure | None:
         for what, changes in data.changes(generation).items():
             moved.setdefault(what, []).extend((generation.number, change) for change in changes)
     lower.axhline(0, color=canvas.FAINT, linewidth=0.8)
-    for (what, points), colour in zip(moved.items(), (canvas.WINNER, canvas.POWER), strict=False):
-        lower.scatter(*columns(points), s=16, color=colour, alpha=0.6, linewidth=0, label=what)
+    # The winner's colour is that of the gains above, and means no kind.
+    colours = canvas.RIVAL_COLOURS if len(moved) > 1 else (canvas.WINNER,)
+    for (what, points), colour in zip(moved.items(), colours, strict=False):
+        if points:
+            lower.scatter(*columns(points), s=16, color=colour, alpha=0.8, linewidth=0, label=what)
     if len(moved) > 1:
         figure.legend(*lower.get_legend_handles_labels(), loc="outside lower center", ncols=len(moved))
     lower.set_ylabel("change, % points")

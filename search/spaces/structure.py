@@ -271,7 +271,8 @@ class StructureSpace(PartSpace):
             for place in {round(gene.removed[option] / unit) for option in gene.choices}:
                 after[place:] |= reached[: len(reached) - place]
             reached = after
-        sums = np.flatnonzero(reached)
+        # Where everything goes there is no model left, and no fraction to ask for.
+        sums = [place for place in np.flatnonzero(reached) if place * unit < self.costs.dense]
         beyond = [place for place in sums if not self.budget <= place * unit <= self.budget + self.tolerance]
         nearest = float(min(beyond, key=lambda place: abs(place * unit - self.budget)) * unit / self.costs.dense)
         dense = [0] * len(self.parts)
@@ -334,7 +335,8 @@ def _neuron_step(costs: UnitCosts, step: int | None, multiple: int) -> int:
         raise InvalidInput(f"numbers of neurons cannot be multiples of {multiple}: give 1 to {most}, half of an MLP")
     found = max(round(max(neurons) / STEPS / multiple), 1) * multiple if step is None else step
     if found % multiple or not 1 <= found <= most:
-        raise InvalidInput(f"steps of {found} neurons: give a multiple of {multiple} of at most {most}, half of an MLP")
+        number = "a whole number" if multiple == 1 else f"a multiple of {multiple}"
+        raise InvalidInput(f"steps of {found} neurons: give {number} of at most {most}, half of an MLP")
     return found
 
 

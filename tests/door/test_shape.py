@@ -62,6 +62,8 @@ def test_every_form_is_written_and_evaluated(
     assert record["recipe"]["shape"]["blocks"][0]["neurons"].startswith("3,6,9")
     card = (place / "out" / "README.md").read_text()
     assert "3,6,9" not in card
+    assert "| 0 | 1 of 2 | 2 of 4 | 15 of 48 |\n| 1 | 2 of 2 | 2 of 4 | 40 of 48 |" in card
+    assert (document["shape"], document["widths"]) == ([[1, 2, 15], [2, 1, 40]], [[2, 4, 48]] * 2)
     times = {row["pass"]: (row["dense"], row["cut"]) for row in document["milliseconds"]}
     assert list(times) == ([] if form == "masked" else ["prefill of 1 x 64 tokens", "a token behind 1 x 63 tokens"])
     for words, (before, now) in times.items():
@@ -91,6 +93,9 @@ def test_what_people_read(run: Run, tiny: Path, uneven: Shape, place: Path) -> N
     assert "found on other weights of this class" in done.err
     assert "prefill of 1 x 64 tokens: " in done.err
     assert "try it: evoprune eval" in done.err
+    blocks = [line.split("  ") for line in done.err.splitlines() if " of " in line and line.split()[0] in ("0", "1")]
+    told = [[cell.strip() for cell in row if cell.strip()] for row in blocks]
+    assert told == [["0", "1 of 2", "2 of 4", "15 of 48"], ["1", "2 of 2", "2 of 4", "40 of 48"]]
 
 
 def test_no_time_is_taken_where_nobody_asks(run: Run, tiny: Path, file: Path, place: Path) -> None:

@@ -393,16 +393,19 @@ def test_what_does_not_fit_leaves_no_run(
     save_tiny(place / "qwen", "qwen2")
     save_tiny(place / "olmo", "olmo2")
     save_tiny(place / "long", max_position_embeddings=2048)
-    before, file = tree(place), structured / "export" / "shape.json"
+    file = structured / "export" / "shape.json"
+    assert run("prune", tiny, "--shape", file, "--form", "compact", "--no-latency", "--out", "small").code == 0
+    before = tree(place)
     for words, said in (
         ((tiny, "--data", "short.txt"), "text too short"),
         ((tiny, "--sparsity", 0.99, "--drop", "none"), "what may go makes up 0."),
-        ((tiny, "--step", 40), "give a multiple of 1 of at most 24"),
+        ((tiny, "--step", 40), "give a whole number of at most 24"),
         ((tiny, "--cost", "kv_bytes", "--heads", "whole", "--drop", "none"), "nothing that may go costs any bytes of"),
         (("long", "--cost", "flops", "--sparsity", 0.7), "choose another budget, such as 0.7"),
         ((tiny, "--cost", "flops", "--set", "target.sequence=65"), "is too long: model"),
         (("wide", "--seed-from", file), "48 neurons there and 4 query heads in 2 KV groups and 64 neurons here"),
         (("qwen", "--seed-from", structured), "LlamaForCausalLM and not this Qwen2ForCausalLM: the classes differ"),
+        (("small",), "model 'small' is cut already: give the dense model"),
         (("olmo",), "q_norm.weight [32] beside its matrices: it cannot be cut"),
     ):
         done = run("search", "structure", *words, "--config", shapes, "--executor", "inline")

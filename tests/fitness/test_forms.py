@@ -26,7 +26,7 @@ from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.shape import BlockShape, BlockWidths
 from tests.models import FAMILIES, random_windows, save_tiny, tiny_language_model
 from tests.multimodal import save_llava
-from tests.shapes import FEW, MANY, NONE, cases, some
+from tests.shapes import FEW, MANY, NONE, cases, shape_of, some
 
 WINDOWS = random_windows(2, 20)
 # Every form that a family can have, by case; no family has another way of saying that an attention is gone.
@@ -93,9 +93,10 @@ def blocks_of(case: str, widths: BlockWidths) -> Sequence[BlockShape]:
 def write(family: str, form: str, blocks: Sequence[BlockShape], out: Path) -> Written:
     language_model = tiny_language_model(family)
     dense = sum(parameter.numel() for parameter in language_model.model.parameters())
+    shape = shape_of(type(language_model.model).__name__, find_units(language_model), blocks)
     cut, chosen = cut_model(language_model, blocks, form=form)
     logits = cut.model(input_ids=WINDOWS).logits
-    folder = write_checkpoint(cut, out, recipe={}, report={}, cut=Cut(chosen, dense))
+    folder = write_checkpoint(cut, out, recipe={}, report={}, cut=Cut(chosen, dense, shape))
     return Written(folder, logits, sum(parameter.numel() for parameter in cut.model.parameters()))
 
 

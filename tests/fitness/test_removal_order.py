@@ -134,7 +134,7 @@ def test_the_first_to_go_is_the_cheapest_of_all() -> None:
     # Greedy is not best, and not far from it.
     greedy = best(problem, column_order(problem)[4:].sort().values)[1]
     every = [best(problem, torch.tensor(kept))[1] for kept in combinations(range(8), 4)]
-    assert min(every) <= greedy < sorted(every)[len(every) // 10]
+    assert min(every) * (1 - 1e-12) <= greedy < sorted(every)[len(every) // 10]
 
 
 def without(width: int, gone: list[int]) -> Tensor:
@@ -159,6 +159,27 @@ def test_of_two_that_can_stand_in_for_each_other_one_stays() -> None:
     order = column_order(problem, share=0.5)
     assert sorted((order[20:] % 20).tolist()) == list(range(20))
     assert Factor.of(problem, order.flip(0)).errors(zero_error(problem))[20] < 1e-2
+
+
+@pytest.mark.parametrize("fails_at", [1, 7])
+def test_an_inverse_spoiled_by_rounding_is_made_anew(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of it that has no factor gives the same order as one that has."""
+    problem = problem_of(48)
+
+    def orders() -> list[Tensor]:
+        return [column_order(problem), group_order(problem, 2), balanced_order(problem, 4, 2)]
+
+    expected, factorise, calls = orders(), torch.linalg.cholesky_ex, 0
+
+    def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        factor, failed = factorise(matrix)
+        return (factor * float("nan"), failed + 1) if calls % 10 == fails_at else (factor, failed)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", failing)
+    assert all(map(torch.equal, orders(), expected))
+    assert calls > 30
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

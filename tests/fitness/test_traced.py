@@ -30,7 +30,7 @@ from evoprune.metrics.errors import InvalidInput
 from tests.fitness.test_forms import OTHERS
 from tests.fitness.test_surgeon import by_hand, greedy, logits, zeroed
 from tests.models import FAMILIES, random_windows, save_tiny, tiny_language_model, tiny_model
-from tests.shapes import cases
+from tests.shapes import cases, shape_of
 
 pytest.importorskip("torch_pruning")
 
@@ -170,9 +170,11 @@ def written(family: str, form: str, case: str, out: Path) -> tuple[Path, Tensor]
     """A checkpoint of a tiny model, and the logits of the model that was written."""
     language_model = tiny_language_model(family, **FOUND[family])
     dense = sum(parameter.numel() for parameter in language_model.model.parameters())
-    blocks = cases(find_units(language_model)[0].widths)[case]
+    units = find_units(language_model)
+    blocks = cases(units[0].widths)[case]
     cut, chosen = cut_model(language_model, blocks, form=form)
-    folder = write_checkpoint(cut, out / f"{family}-{form}-{case}", recipe={}, report={}, cut=Cut(chosen, dense))
+    record = Cut(chosen, dense, shape_of(type(language_model.model).__name__, units, blocks))
+    folder = write_checkpoint(cut, out / f"{family}-{form}-{case}", recipe={}, report={}, cut=record)
     return folder, logits(cut)
 
 

@@ -120,17 +120,17 @@ def test_no_json(text: str, told: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "widths", "told"),
     [
-        ("OPTForCausalLM", (WIDTHS, WIDTHS), "the classes differ"),
-        ("LlamaForCausalLM", (WIDTHS,), "it has 2 blocks and this one 1"),
+        ("OPTForCausalLM", (WIDTHS, WIDTHS), "model, LlamaForCausalLM and not this OPTForCausalLM: the classes differ"),
+        ("LlamaForCausalLM", (WIDTHS,), "LlamaForCausalLM: it has 2 blocks and this one 1"),
         (
             "LlamaForCausalLM",
             (WIDTHS, BlockWidths(2, 4, 64)),
-            "block 1 has 4 query heads in 2 KV groups and 48 neurons there and .* 64 neurons here",
+            "LlamaForCausalLM: block 1 has 4 query heads in 2 KV groups and 48 neurons there and .* 64 neurons here",
         ),
     ],
 )
 def test_a_shape_of_another_model(model: str, widths: tuple[BlockWidths, ...], told: str) -> None:
-    with pytest.raises(InvalidInput, match=f"the shape is of another model, LlamaForCausalLM.*{told}"):
+    with pytest.raises(InvalidInput, match=f"^the shape is of another {told}"):
         SHAPE.check(model, widths)
 
 

@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -41,6 +40,7 @@ from tests.search.whole_runs import (
     lines_of,
     result_of,
     stopping_in,
+    study,
     timeless,
     tiny_options,
 )
@@ -75,11 +75,6 @@ def finished(world: Path) -> RunDirectory:
 @pytest.fixture(scope="module")
 def sites() -> list[Site]:
     return [bound.site for bound in list_sites(tiny_model())]
-
-
-def study(run: RunDirectory) -> optuna.Study:
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.path / "optuna.log")))
-    return optuna.load_study(study_name=run.run_id, storage=storage)
 
 
 def removed(allocation: Mapping[str, float], sites: list[Site]) -> int:

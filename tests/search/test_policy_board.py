@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from rich.console import Console
 
@@ -19,7 +18,7 @@ from evoprune.search.publishing import rebuild_board
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.session import start_search
 from evoprune.search.worker_session import Resources
-from tests.search.whole_runs import lines_of, result_of, tiny_options
+from tests.search.whole_runs import lines_of, result_of, study, tiny_options
 
 
 def config(world: Path, **changes: Any) -> PolicySearchConfig:
@@ -41,11 +40,6 @@ def config(world: Path, **changes: Any) -> PolicySearchConfig:
 @pytest.fixture(scope="module")
 def finished(world: Path) -> RunDirectory:
     return start_search(config(world), Resources(executor="inline"), run_dir=world / "run")
-
-
-def study(run: RunDirectory) -> optuna.Study:
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.path / "optuna.log")))
-    return optuna.load_study(study_name=run.run_id, storage=storage)
 
 
 def test_the_board_shows_every_mask_and_can_be_rebuilt(finished: RunDirectory, tmp_path: Path) -> None:

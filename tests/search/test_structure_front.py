@@ -28,8 +28,8 @@ from evoprune.search.spaces.structure_range import StructureRange
 from evoprune.search.tables_front import front_head, front_rows
 from evoprune.search.worker_session import Resources
 from tests.search.html_page import Page
+from tests.search.structure_runs import DENSE, dense_parameters, parameters
 from tests.search.test_latency_run import planted_table
-from tests.search.test_structure_run import DENSE, dense_parameters, parameters
 from tests.search.test_structure_space import cache, kept_parameters
 from tests.search.test_structure_space import parameters as costs_of
 from tests.search.whole_runs import history, lines_of, result_of, stopping_in, timeless, tiny_options

@@ -317,10 +317,11 @@ def test_budgets_and_options_that_cannot_be(
         StructureSpace(costs, fraction, **options)
 
 
-def test_a_budget_between_all_shapes_says_which_is_near() -> None:
-    """The least that a part can keep costs more than a hundredth here, so all has to go."""
+@pytest.mark.parametrize("fraction", [0.99, 0.995])
+def test_a_budget_between_all_shapes_says_which_is_near(fraction: float) -> None:
+    """The least that a part can keep costs more than a hundredth here, so all has to go: which is no model."""
     costs, options = CASES["biased, drops"]
-    space = StructureSpace(costs, 0.99, **options)
+    space = StructureSpace(costs, fraction, **options)
     with pytest.raises(InvalidInput, match=r"no shape was found .* such as 0.9884"):
         space.near(space.even(), random.Random(0))
     again = StructureSpace(costs, 0.9884, **options)

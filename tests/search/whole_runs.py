@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import optuna
+
 from evoprune.search.breeders import BREEDERS
 from evoprune.search.rundir import RunDirectory
 
@@ -55,6 +57,12 @@ def stopping_in(path: Path, phase: str, polls: int) -> Callable[[], Any]:
         return bool(phases) and phases[-1] == phase and next(asked) >= polls
 
     return lambda: nullcontext(stopping)
+
+
+def study(run: RunDirectory) -> optuna.Study:
+    """What the board of a run holds."""
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(run.path / "optuna.log")))
+    return optuna.load_study(study_name=run.run_id, storage=storage)
 
 
 def installed_breeders() -> list[str]:
