@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class AllocationWorker(AllocatorWorker[LevelEvaluator]):
         prepare: ``compressor``, if its levels will be stored: matrices that it cannot have are refused before anything
             is collected.
         database: ``prepared``, ``criterion``, ``compressor``, ``grid`` (the levels that are stored, where they are
-            weights of their own); returns the name of the level ``database``.
+            weights of their own); returns the name of the level ``database``, and the ``seconds`` that it took, few if
+            it was there.
         describe: ``prepared``, ``criterion``, ``terminals``, ``target``; returns ``statistics``, one number per site
             for each terminal, and ``faults``, why others are not known.
         levels: what ``database`` was given and its name, ``levels``, ``parent`` (levels too), ``first``, ``last``;
@@ -86,6 +88,7 @@ class AllocationWorker(AllocatorWorker[LevelEvaluator]):
         key = criterion_key(payload["criterion"], criterion, prepared)
         compressor, device = payload["compressor"], self.language_model.device
         database: Levels
+        began = time.perf_counter()
         try:
             if stores_weights(compressor):
                 database = build_stored_levels(prepared, compressor, payload["grid"], criterion, key, device=device)
@@ -93,8 +96,9 @@ class AllocationWorker(AllocatorWorker[LevelEvaluator]):
                 database = build_levels(prepared, criterion, key, device=device)
         except InvalidCandidate as error:
             raise InvalidInput(f"this metric cannot rank the model's weights: {error}") from None
+        seconds = time.perf_counter() - began
         deliver(database.name)
-        return {"database": database.name}
+        return {"database": database.name, "seconds": seconds}
 
     def _levels(self, payload: dict[str, Any]) -> dict[str, Any]:
         return self._measured(payload, payload["levels"])

@@ -85,7 +85,10 @@ class LevelRun(SearchRun[AllocationSearchConfig, Search]):
             f": {len(grid)} levels of every matrix by {payload['compressor']}, {size / 2**20:,.0f} MiB in the cache"
         )
         self.phase("building the level database", details if grid else "")
-        self._database = first("database", payload)["database"]
+        built = first("database", payload)
+        if grid:
+            self.progress.line(f"its levels took {built['seconds']:.3g} s")
+        self._database = built["database"]
         self._hold(database=self._database)
         # What levels are worth depends on the bits of the database.
         self.identity = content_hash([self.identity, self._database])

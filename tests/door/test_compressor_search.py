@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ def test_a_search_and_the_command_that_it_prints(
     assert done.code == 0, done.err
     assert "sparsegpt chooses by itself what goes: only allocators read --metric" in done.err
     assert "building the level database: 17 levels of every matrix by sparsegpt, 1 MiB in the cache" in done.err
+    assert re.search(r"^its levels took [\d.e-]+ s$", done.err, re.MULTILINE)
     assert "60% sparsity by sparsegpt" in " ".join(done.err.split())
     folder = Path(done.out.strip())
     (command,) = [line for line in done.err.splitlines() if line.startswith("prune ")]
