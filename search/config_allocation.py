@@ -11,6 +11,7 @@ from evoprune.fitness.allocators import ALLOCATORS, configured
 from evoprune.fitness.compressors import compressor_of, stores_weights
 from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.site_statistics import reading
+from evoprune.fitness.statistics_passes import GRADIENT_NAMES
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.records import LEVELS
 from evoprune.search.breeders import breeder_of
@@ -148,7 +149,7 @@ class GenerationsConfig(Section):
         "best, and a quarter without asking it; evolution only",
     )
     windows: int = Field(192, ge=1, description="of text B in all, which finalists are measured on")
-    seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all but slow ones")
+    seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all but slow ones and those that need gradients")
     terminals: tuple[str, ...] | None = Field(
         None, description="what formulas may read of a matrix (`evoprune list terminals`); none takes all"
     )
@@ -264,8 +265,8 @@ class AllocationSearchConfig(SearchConfig):
     @property
     def seeds(self) -> tuple[str, ...]:
         """Allocators to start from, by name; uniform first, if it is the reference."""
-        quick = (name for name in ALLOCATORS if "losses by matrix" not in ALLOCATORS[name].uses)
-        names = self.searcher.seeds if self.searcher.seeds is not None else tuple(quick)
+        chosen = self.searcher.seeds
+        names = tuple(name for name in ALLOCATORS if _starts_searches(name)) if chosen is None else chosen
         first = () if self.target.drop_only else ("uniform",)
         return (*first, *(name for name in sorted(names) if name != "uniform"))
 
@@ -303,3 +304,9 @@ class AllocationSearchConfig(SearchConfig):
             group="row",
             threads=self.threads,
         )
+
+
+def _starts_searches(name: str) -> bool:
+    """Whether an allocator is a seed unless told otherwise: forward passes alone answer it, and not hundreds of them."""
+    allocator = ALLOCATORS[name]
+    return not (allocator.uses & {"gradients", "losses by matrix"} or allocator.needs & GRADIENT_NAMES)

@@ -23,7 +23,7 @@ from evoprune.metrics.registry import Registry
 Use = Literal["scores", "outputs", "hidden", "gradients", "loss", "losses by matrix"]
 """What an allocator may read beside weights and statistics: the scores of the criterion inside; outputs of the
 matrices, hidden states between blocks or gradients in a pass over text A; losses on text B, with ``losses by matrix``
-several for each matrix, which take so long that searches do not start from such an allocator unless told to."""
+several for each matrix. Searches start from allocators that need gradients or these only if told to."""
 
 READ_A: frozenset[Use] = frozenset({"outputs", "hidden", "gradients"})
 """Uses that text A is run for."""

@@ -19,6 +19,7 @@ from evoprune.fitness.adapters import list_sites
 from evoprune.fitness.allocators import ALLOCATORS
 from evoprune.fitness.level_evaluator import LevelEvaluator
 from evoprune.fitness.parcels import require
+from evoprune.fitness.statistics_passes import GRADIENT_NAMES
 from evoprune.metrics.allocation_file import read_allocation, write_allocation
 from evoprune.metrics.errors import Interrupted, InvalidCandidate, InvalidInput
 from evoprune.metrics.records import Site
@@ -89,9 +90,7 @@ def test_the_result_has_what_scripts_rely_on(finished: RunDirectory, sites: list
     assert result["evaluations"] == EVALUATIONS == sum(line["counted"] for line in lines)
     assert result["births"] == len(lines)
     assert result["distinct"] == len({tuple(line["genome"]) for line in lines}) <= EVALUATIONS
-    slow = {name for name in ALLOCATORS if "losses by matrix" in ALLOCATORS[name].uses}
-    assert slow == {"pmpq"}
-    assert {row["name"] for row in result["baselines"]} == set(ALLOCATORS) - slow
+    assert {row["name"] for row in result["baselines"]} == set(ALLOCATORS) - {"lpvit", "pmpq", "tdmpq"}
     for entry in (result["dense"], result["best"], *result["baselines"]):
         assert set(entry["heldout"]) == {"loss", "perplexity", "kl", "stderr", "tokens"}
         assert entry["heldout"]["tokens"] == 8 * 31
@@ -296,6 +295,13 @@ def test_an_allocation_of_another_budget_is_moved_to_this_one(
     source = result_of(finished)["best"]["allocation"]
     shifts = [rows["given"][name] - sparsity for name, sparsity in source.items() if 0 < rows["given"][name] < 0.9]
     assert max(shifts) - min(shifts) < 0.15
+
+
+def test_by_default_searches_start_from_what_forward_passes_answer() -> None:
+    config = resolve_as(AllocationSearchConfig)
+    assert not GRADIENT_NAMES & set(config.context().statistics)
+    assert {"owl", "dp", "atp"} <= set(config.seeds)
+    assert not {"lpvit", "tdmpq", "pmpq"} & set(config.seeds)
 
 
 def test_a_budget_too_small_for_all_seeds_is_kept(world: Path, tmp_path: Path) -> None:
