@@ -149,7 +149,9 @@ class GenerationsConfig(Section):
         "best, and a quarter without asking it; evolution only",
     )
     windows: int = Field(192, ge=1, description="of text B in all, which finalists are measured on")
-    seeds: tuple[str, ...] | None = Field(None, description="allocators to start from; none takes all but slow ones and those that need gradients")
+    seeds: tuple[str, ...] | None = Field(
+        None, description="allocators to start from; none takes all but slow ones and those that need gradients"
+    )
     terminals: tuple[str, ...] | None = Field(
         None, description="what formulas may read of a matrix (`evoprune list terminals`); none takes all"
     )
@@ -307,6 +309,6 @@ class AllocationSearchConfig(SearchConfig):
 
 
 def _starts_searches(name: str) -> bool:
-    """Whether an allocator is a seed unless told otherwise: forward passes alone answer it, and not hundreds of them."""
+    """Whether an allocator is a seed by default: forward passes alone answer it, and not hundreds of them."""
     allocator = ALLOCATORS[name]
     return not (allocator.uses & {"gradients", "losses by matrix"} or allocator.needs & GRADIENT_NAMES)
