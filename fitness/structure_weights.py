@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -106,6 +106,18 @@ class RefitRecipe:
             InvalidInput: the text is too short, or nowhere.
         """
         return read_side(language_model, self.text, "A", window=self.window, count=self.sequences, seed=self.seed)
+
+
+def text_of(shape: Shape) -> str | None:
+    """Where text A lies that the output matrices of a shape were refitted with; None if they were not."""
+    calibration = shape.weights.get("calibration")
+    text = calibration.get("text") if isinstance(calibration, dict) else None
+    return text if isinstance(text, str) else None
+
+
+def with_text(shape: Shape, text: str) -> Shape:
+    """The same shape, whose text A lies elsewhere."""
+    return replace(shape, weights={**shape.weights, "calibration": {**shape.weights["calibration"], "text": text}})
 
 
 def with_merges(weights: Mapping[str, Any], merging: Sequence[Merged]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy, apply_policy, policy_shape, read_policy
 from evoprune.fitness.pruning import check_rule
 from evoprune.fitness.samples import n_tokens
-from evoprune.fitness.structure_weights import RefitRecipe
+from evoprune.fitness.structure_weights import RefitRecipe, with_text
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.files import content_hash
@@ -110,7 +110,7 @@ def prune_policy(
     said = shape
     if refits is not None:
         shape = replace(shape, weights=refits.to_json())
-        said = replace(shape, weights=replace(refits, text=public_name(refits.text)).to_json())
+        said = with_text(shape, public_name(refits.text))
         measured = _refit_measured(language_model, units, given, refits, progress)
         edit = edit_of(shape, language_model, units, progress)
     recipe = {"shape": to_json(said), "form": chosen, "policy": summary}

@@ -13,8 +13,10 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy
 from evoprune.fitness.policy_file import from_json as policy_from_json
+from evoprune.fitness.structure_weights import text_of, with_text
 from evoprune.metrics.allocation_file import from_json as allocation_from_json
 from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.shape import Shape
 from evoprune.metrics.shape_file import from_json as shape_from_json
 from evoprune.outcomes import CutModel, Pruned
 from evoprune.policies import prune_policy
@@ -53,7 +55,8 @@ def prune_recipe(
     given = recipe if isinstance(recipe, StoredRecipe) else read_recipe(recipe)
     document = given.recipe
     policy = None if document.policy is None else policy_from_json(given.document(document.policy))
-    text = _text(document, policy, calibration)
+    shape = None if document.shape is None else shape_from_json(given.document(document.shape))
+    text = _text(document, policy, shape, calibration)
     shown = document.model
     options: dict[str, Any] = {"form": document.form, "seed": document.seed, "out": out, "progress": progress}
     options["calibration"] = text.text
@@ -88,8 +91,9 @@ def prune_recipe(
                 **windows,
                 **options,
             )
-        elif document.shape is not None:
-            shape = shape_from_json(given.document(document.shape))
+        elif shape is not None:
+            if calibration is not None and text_of(shape) == public_name(calibration):
+                shape = with_text(shape, calibration)
             done = prune_shape(source, shape, latency=latency, **options)
         elif (method := document.method) is not None:
             parts: dict[str, Any] = {"sparsity": method.sparsity, "parameters": method.parameters}
@@ -105,7 +109,7 @@ def prune_recipe(
     return done if doubt is None else replace(done, doubt=doubt)
 
 
-def _text(document: Recipe, policy: LearnedPolicy | None, calibration: str | None) -> TextPart:
+def _text(document: Recipe, policy: LearnedPolicy | None, shape: Shape | None, calibration: str | None) -> TextPart:
     """The recipe's text, and where it lies.
 
     Raises:
@@ -114,8 +118,12 @@ def _text(document: Recipe, policy: LearnedPolicy | None, calibration: str | Non
     said = document.calibration or TextPart()
     if calibration is None:
         return said
-    named = {} if document.calibration is None else {said.text}
-    read = {*named, *(() if policy is None or policy.calibration is None else (policy.calibration.text,))}
+    names = [
+        None if document.calibration is None else said.text,
+        None if policy is None or policy.calibration is None else policy.calibration.text,
+        None if shape is None else text_of(shape),
+    ]
+    read = {name for name in names if name is not None}
     if public_name(calibration) not in read:
         what = " and ".join(repr(name) for name in sorted(read)) or "no text"
         raise InvalidInput(f"the recipe reads {what}, not {public_name(calibration)!r}: leave out the calibration")

@@ -23,7 +23,7 @@ from evoprune.fitness.numerics import processor_name, torch_threads
 from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database
-from evoprune.fitness.structure_weights import RefitRecipe, merges_in, refitted_outputs
+from evoprune.fitness.structure_weights import RefitRecipe, merges_in, refitted_outputs, text_of, with_text
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import BlockUnits, PartName, find_units
 from evoprune.metrics.errors import InvalidInput
@@ -87,9 +87,11 @@ def prune_shape(
     chosen = form_of(language_model, units, given.blocks, form)
     begun = None if recovers is None else recovers.started(language_model)
     edit = edit_of(given, language_model, units, progress)
-    recipe = {"shape": to_json(given), "form": chosen}
+    refitted_on = text_of(given)
+    said = given if refitted_on is None else with_text(given, public_name(refitted_on))
+    recipe = {"shape": to_json(said), "form": chosen}
     read = None if recovers is None else calibration
-    stored = of_shape(language_model, loading, given, form=chosen, seed=seed, text=read)
+    stored = of_shape(language_model, loading, said, form=chosen, seed=seed, text=read)
     foreign = given.fingerprint != language_model.fingerprint
     plan = CutPlan(
         language_model=language_model,

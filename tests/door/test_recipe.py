@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from evoprune.fitness.maskers import ByMetrics, ByUnits
 from evoprune.fitness.models import load_model
 from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import Calibration, write_policy
+from evoprune.fitness.structure_weights import RefitRecipe
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape_file import write_shape
@@ -43,12 +45,13 @@ WORDS: dict[str, tuple[object, ...]] = {
     "tree": ("--metric", "tree.json"),
     "method": ("--method", "shortgpt", "--sparsity", 0.5),
     "shape": ("--shape", "shape.json", "--form", "masked"),
+    "refitted": ("--shape", "refitted.json", "--form", "masked"),
     "policy": ("--policy", "policy.json"),
     "policy of metrics": ("--policy", "metrics.json"),
 }  # fmt: skip
 FEW = ("--calibration-sequences", 5, "--calibration-window", 24)
 # All of them take seconds; these add little to what the others check.
-SLOW = ("random", "start", "tokens", "thresholds", "wrappers", "tree", "policy")
+SLOW = ("random", "start", "tokens", "thresholds", "wrappers", "tree", "policy", "shape")
 READS_NO_TEXT = ("random", "shape", "policy")
 
 
@@ -59,7 +62,10 @@ def files(tiny: Path, story: Path, place: Path) -> None:
     units = find_units(dense)
     tree = {"data": "mul", "left": {"data": "W"}, "right": {"data": "X"}}
     (place / "tree.json").write_text(json.dumps(tree))
-    write_shape(shape_of("LlamaForCausalLM", units, cases(units[0].widths)["uneven"]), place / "shape.json")
+    shape = shape_of("LlamaForCausalLM", units, cases(units[0].widths)["uneven"])
+    write_shape(shape, place / "shape.json")
+    refit = RefitRecipe("path-refit", "dense", str(story), sequences=4, window=32, seed=0, threads=1)
+    write_shape(replace(shape, weights=refit.to_json()), place / "refitted.json")
     write_policy(policy_of(dense, ByUnits(("kv-group", "neurons:20")), np.arange(10) % 3 > 0), place / "policy.json")
     calibration = Calibration(str(story), 4, 32, 1, 1)
     metrics = policy_of(dense, ByMetrics((2, 4), ("wanda", "magnitude")), calibration=calibration)
@@ -86,10 +92,11 @@ def test_a_checkpoint_is_made_again_to_the_bit(
 ) -> None:
     words = WORDS[what]
     reads = what not in READS_NO_TEXT
-    text = ("--calibration", story, *FEW) if reads and "--policy" not in words else ()
+    # Policies and shapes say themselves what they read.
+    text = ("--calibration", story, *FEW) if reads and not {"--policy", "--shape"} & set(words) else ()
     done = run("prune", tiny, *words, *text, "--no-latency", "--out", "first")
     assert done.code == 0, done.err
-    for name in ("tree.json", "shape.json", "policy.json", "metrics.json"):
+    for name in ("tree.json", "shape.json", "refitted.json", "policy.json", "metrics.json"):
         (place / name).unlink()
     # Statistics of the first time are not there.
     monkeypatch.setenv("EVOPRUNE_CACHE", str(place / "cold"))
