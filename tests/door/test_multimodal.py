@@ -262,6 +262,7 @@ def test_a_metric_searched_on_images(run: Run, llava: Path, place: Path) -> None
     assert result["best"]["heldout"]["tokens"] == result["dense"]["heldout"]["tokens"] < 100
 
 
+@pytest.mark.slow
 def test_a_joint_search_on_images(run: Run, llava: Path, place: Path) -> None:
     """The pair that it prints is pruned to what it measured, on images that only the report reads."""
     parts = ("metric.racing.rungs=[2,3]", "allocation.searcher.windows=3", f"allocation.{STAGES}", "rounds=1")

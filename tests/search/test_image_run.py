@@ -84,6 +84,7 @@ def test_statistics_and_history_of_one_and_of_three_workers(
         assert timeless(run.result) == timeless(inline.result)
 
 
+@pytest.mark.slow
 def test_a_joint_search_stopped_in_its_steps_is_the_same_search(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

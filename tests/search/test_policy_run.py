@@ -275,7 +275,7 @@ def test_a_start_of_another_model_or_of_other_units_is_refused(
         "model.name": str(tmp_path / "wider"),
         "seed_from": str(finished.path / "export" / "shape.json"),
     }
-    with pytest.raises(InvalidInput, match="another model"):
+    with pytest.raises(InvalidInput, match="of another LlamaForCausalLM"):
         start_search(config(world, **changes), INLINE, run_dir=tmp_path / "run")
 
 

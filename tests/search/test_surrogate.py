@@ -89,6 +89,7 @@ def test_it_waits_for_enough_and_forgets_the_oldest() -> None:
     assert restored.state() == surrogate.state()
 
 
+@pytest.mark.slow
 def test_a_search_with_it_finds_more(tmp_path: Path) -> None:
     """What matrices cost is a sum over them here, as the surrogate supposes."""
 
