@@ -96,9 +96,9 @@ def run_passes(
     leaders: dict[str, str] = {}
     rows: dict[str, int] = {}
 
-    def advance(sequences: int) -> None:
+    def advance(more: int) -> None:
         nonlocal done
-        done += sequences
+        done += more
         if progress:
             progress(done, len(plan) * sequences)
 

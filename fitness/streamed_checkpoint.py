@@ -48,6 +48,7 @@ class StreamedCheckpoint:
         dtype: of the floating weights in the files.
 
     Attributes:
+        folder: the hidden one.
         done: how many blocks are written.
         layers: what became of their matrices.
         discarded: whether something else had been begun here.
@@ -63,7 +64,7 @@ class StreamedCheckpoint:
         self._out = check_out_dir(out_dir)
         self._identity = content_hash(dict(identity) | {"stored": str(dtype)})
         self._dtype = dtype
-        self._folder = self._out.with_name(f".{self._out.name}.streaming")
+        self.folder = self._out.with_name(f".{self._out.name}.streaming")
         self._parts = [streamed.block(block) for block in range(streamed.n_blocks)]
         apart = [streamed.beside, streamed.embeddings, streamed.head]
         again = streamed.files.again
@@ -78,13 +79,13 @@ class StreamedCheckpoint:
 
     def states(self, walk: str) -> FileStates:
         """An empty file for the hidden states of a walk."""
-        return FileStates(self._folder / f"{walk}-{os.urandom(4).hex()}.states")
+        return FileStates(self.folder / f"{walk}-{os.urandom(4).hex()}.states")
 
     def resumed(self, walks: Mapping[str, BlockWalk]) -> None:
         """Bring walks to where they were behind the last block that is done."""
         for name, walk in walks.items():
             known = self._walks[name]
-            walk.resume(self.done, FileStates.from_json(self._folder, known["states"]))
+            walk.resume(self.done, FileStates.from_json(self.folder, known["states"]))
             for index, count in enumerate(known["beside"]):
                 walk.beside[index] = None if count is None else (None,) * count
 
@@ -121,33 +122,33 @@ class StreamedCheckpoint:
             counts = self._counts()
             with silence():
                 model.config.architectures = [type(model).__name__]
-                model.config.save_pretrained(self._folder)
+                model.config.save_pretrained(self.folder)
                 if model.can_generate():
-                    model.generation_config.save_pretrained(self._folder)
-                language_model.save_readers(self._folder)
-            state_dtype_in_config(self._folder / "config.json", self._dtype)
+                    model.generation_config.save_pretrained(self.folder)
+                language_model.save_readers(self.folder)
+            state_dtype_in_config(self.folder / "config.json", self._dtype)
             places = {name: self._name(part) for part, names in enumerate(self._parts) for name in names}
             index = {"metadata": {"total_size": counts.dense_bytes}, "weight_map": places}
-            write_atomically(self._folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-            write_atomically(self._folder / RECORD, record_text(language_model, recipe, report))
-            write_atomically(self._folder / SPARSITY_REPORT, json_text(sparsity))
+            write_atomically(self.folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+            write_atomically(self.folder / RECORD, record_text(language_model, recipe, report))
+            write_atomically(self.folder / SPARSITY_REPORT, json_text(sparsity))
             loading = Loading(language_model.auto.__name__)
             card = model_card(
                 language_model.name, counts, recipe, report, loading=loading, again=bool(files), sparsities=True
             )
-            write_atomically(self._folder / "README.md", card)
+            write_atomically(self.folder / "README.md", card)
             for name, content in (files or {}).items():
-                write_atomically(self._folder / name, content)
-            for path in [self._folder / STATE, *self._folder.glob("*.states")]:
+                write_atomically(self.folder / name, content)
+            for path in [self.folder / STATE, *self.folder.glob("*.states")]:
                 path.unlink(missing_ok=True)
-            flush_folder(self._folder)
-            put_in_place(self._folder, self._out)
+            flush_folder(self.folder)
+            put_in_place(self.folder, self._out)
         return self._out
 
     def _begin(self) -> None:
         """Find what was done before, or begin anew."""
         try:
-            state = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
+            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
             if state["identity"] == self._identity:
                 self.layers = tuple(PrunedLayer(**{**row, "shape": tuple(row["shape"])}) for row in state["layers"])
                 self._zeros, self._walks, self.done = state["zeros"], state["walks"], state["done"]
@@ -155,8 +156,8 @@ class StreamedCheckpoint:
             self.discarded = True
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
 
     def _commit(self) -> None:
         state = {
@@ -166,9 +167,9 @@ class StreamedCheckpoint:
             "zeros": self._zeros,
             "walks": self._walks,
         }
-        write_atomically(self._folder / STATE, json.dumps(state) + "\n")
+        write_atomically(self.folder / STATE, json.dumps(state) + "\n")
         used = {walk["states"]["file"] for walk in self._walks.values()}
-        for path in self._folder.glob("*.states"):
+        for path in self.folder.glob("*.states"):
             if path.name not in used:
                 path.unlink()
 
@@ -182,7 +183,7 @@ class StreamedCheckpoint:
             name: (value.to(self._dtype) if value.is_floating_point() else value).cpu().contiguous()
             for name, value in state.items()
         }
-        path = self._folder / self._name(part)
+        path = self.folder / self._name(part)
         partial = path.with_suffix(".part")
         save_file(tensors, partial, metadata={"format": "pt"})
         with safe_open(partial, framework="pt") as file:
@@ -202,7 +203,7 @@ class StreamedCheckpoint:
         streamed = self._streamed
         again = streamed.files.again
         whole = sum(value.numel() for name, value in streamed.model.named_parameters() if name not in again)
-        files = [self._folder / self._name(part) for part in range(len(self._parts))]
+        files = [self.folder / self._name(part) for part in range(len(self._parts))]
         return WeightCounts(
             prunable=sum(bound.site.weights for bound in streamed.language_model.sites),
             removed=sum(prunable for _, prunable in self._zeros.values()),

@@ -679,7 +679,8 @@ def _begun(pruned: PrunedFiles) -> Iterator[str]:
     if pruned.discarded:
         yield "something else had been begun here: its blocks are gone, this one began anew"
     if pruned.continued:
-        yield f"went on where an interrupted run had stopped: {pruned.continued:,} of its blocks were written"
+        written = "1 block was" if pruned.continued == 1 else f"{pruned.continued:,} blocks were"
+        yield f"went on where an interrupted run had stopped: {written} written"
 
 
 def _budgets(words: list[str]) -> dict[str, float] | Literal["searched"]:

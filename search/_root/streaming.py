@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +47,7 @@ from evoprune.fitness.streaming import (
 from evoprune.metrics.allocation import Allocation
 from evoprune.metrics.allocation_file import to_json
 from evoprune.metrics.criterion import Criterion, Metric
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import Interrupted, InvalidInput
 from evoprune.metrics.exported import load_metric
 from evoprune.metrics.parameters import check_choice
 from evoprune.metrics.records import MaskRule
@@ -100,6 +101,7 @@ def prune_streamed(
         InvalidInput: something of the above does not exist or does not fit, `memory` is too little (it says how much
             is enough), or what is asked for needs the whole model: gradients, scores that are compared across all
             blocks, an allocator.
+        Interrupted: Ctrl-C; the blocks that are written stay, and the same call goes on behind them.
     """
     limit = memory_bytes(memory) if isinstance(memory, str) else memory
     check_choice("accumulation", accumulation or "dense", ("dense", "path"))
@@ -156,18 +158,19 @@ def prune_streamed(
         exact = plugin.keeps_weights or language_model.stored_dtype == torch.float32
         stored_dtype = language_model.stored_dtype if exact else None
         checkpoint = StreamedCheckpoint(streamed, out, identity, stored_dtype or streamed.dtype)
-        done = prune_blocks(
-            streamed,
-            checkpoint,
-            criterion,
-            rule,
-            sequences,
-            compressor=compressor,
-            allocation=own,
-            accumulation=kind,
-            tokens=token_choice(tokens),
-            progress=lambda done, total: progress("pruning blocks", done, total),
-        )
+        with _kept(checkpoint):
+            done = prune_blocks(
+                streamed,
+                checkpoint,
+                criterion,
+                rule,
+                sequences,
+                compressor=compressor,
+                allocation=own,
+                accumulation=kind,
+                tokens=token_choice(tokens),
+                progress=lambda done, total: progress("pruning blocks", done, total),
+            )
         stored = of_weights(
             language_model,
             loading,
@@ -202,9 +205,25 @@ def prune_streamed(
     report = {name: value for name, value in pruned.to_json().items() if name in ("removed", "prunable", "layers")}
     progress("writing the checkpoint", 0, 1)
     files = None if stored is None else stored.files()
-    written = checkpoint.finish(recipe=recipe, report=report, sparsity=pruned.sparsity_report(), files=files)
+    with _kept(checkpoint):
+        written = checkpoint.finish(recipe=recipe, report=report, sparsity=pruned.sparsity_report(), files=files)
     progress("writing the checkpoint", 1, 1)
     return replace(pruned, out=written)
+
+
+@contextmanager
+def _kept(checkpoint: StreamedCheckpoint) -> Iterator[None]:
+    """Say where the blocks are that an interrupt inside leaves.
+
+    Raises:
+        Interrupted: Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"stopped; what is written stays in {checkpoint.folder}, and the same command goes on from there"
+        ) from None
 
 
 def evaluate_streamed(

@@ -314,6 +314,19 @@ def test_groups_of_blocks_give_the_same_bits_as_one_pass(tmp_path: Path, monkeyp
         assert (whole.folder / name).read_bytes() == (split.folder / name).read_bytes()
 
 
+def test_progress_is_of_all_sequences_whatever_a_batch_has(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    collect_statistics(
+        tiny_language_model(),
+        random_windows(),
+        {"X_l2"},
+        folder=tmp_path / "statistics",
+        settings=PassSettings(forward_batch=1),
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 def test_a_second_request_is_a_hit(tmp_path: Path) -> None:
     language_model, windows = tiny_language_model(), random_windows()
     calls: list[tuple[int, int]] = []
