@@ -139,7 +139,7 @@ def model_card(
         "tags: [pruned, sparse, evoprune]",
         "---",
         "",
-        f"# {original}, {_headline(counts, cut)}",
+        f"# {original}, {_headline(counts, cut, recipe)}",
         "",
         f"Made by evoprune from `{original}`.",
         "",
@@ -216,7 +216,9 @@ _MODULAR_LINES = (
 )
 
 
-def _headline(counts: WeightCounts, cut: Cut | None) -> str:
+def _headline(counts: WeightCounts, cut: Cut | None, recipe: Mapping[str, Any]) -> str:
+    if (allocation := _with_bits(recipe)) is not None and not allocation["sparsity"]:
+        return f"rounded to {allocation['bits']['mean']:g} bits a weight"
     if cut is None or cut.form == "masked":
         return f"{counts.removed / max(counts.prunable, 1):.1%} pruned"
     return f"{1 - counts.parameters / cut.dense_parameters:.1%} smaller"
@@ -256,20 +258,25 @@ def _sizes(counts: WeightCounts, cut: Cut | None) -> list[str]:
 
 def _bits(recipe: Mapping[str, Any]) -> list[str]:
     """How many matrices have how many bits, where an allocation says."""
-    allocation = recipe.get("allocation")
-    if not isinstance(allocation, Mapping) or "bits" not in allocation:
+    if (allocation := _with_bits(recipe)) is None:
         return []
     counts = Counter(site["bits"] for site in allocation["sites"])
     return [
         f"Weights that stay are rounded, and have at most {allocation['bits']['budget']:,} bits together (those of 16 "
         "bits are left whole). They are stored as the values of their grids in the dtype of the model: the files are "
-        "no smaller.",
+        "no smaller. Zeros are counted with the weights that rounding made zero.",
         "",
         "| bits | matrices |",
         "| ---: | ---: |",
         *(f"| {bits} | {counts[bits]} |" for bits in sorted(counts)),
         "",
     ]
+
+
+def _with_bits(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The allocation of a recipe, if it has bits."""
+    allocation = recipe.get("allocation")
+    return allocation if isinstance(allocation, Mapping) and "bits" in allocation else None
 
 
 def _blocks(shape: Shape) -> list[str]:

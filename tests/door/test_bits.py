@@ -77,9 +77,11 @@ def test_a_mean_of_bits(run: Run, tiny: Path, place: Path) -> None:
     assert all(f"| {bits} | {count} |" in card for bits, count in counts.items())
 
 
-def test_nothing_goes_unless_asked_for_and_all_have_the_same(run: Run, tiny: Path) -> None:
+def test_nothing_goes_unless_asked_for_and_all_have_the_same(run: Run, tiny: Path, place: Path) -> None:
     document = run("prune", tiny, "--out", "out", "--bits", 4, "--compressor", "sparsegpt", *SHORT, "--json").json
     assert document["removed"] == 0
+    # Rounding makes zeros too, which nobody removed.
+    assert f"# {tiny.name}, rounded to 4 bits a weight\n" in (place / "out" / "README.md").read_text()
     assert {row["bits"] for row in document["layers"]} == {4}
     assert document["allocation"]["allocator"] == "uniform"
 
