@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_run(finished, world):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_ray_gives_the_same_run_with_any_number_of_workers(finished, world, workers):
     run = start_search(config(world), Resources(workers=workers), run_dir=world / f"ray-{workers}")
     assert history(run) == history(finished)

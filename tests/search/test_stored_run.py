@@ -141,6 +141,7 @@ def test_the_same_seed_gives_the_same_run_however_often_it_is_stopped(
     assert timeless(run.result) == timeless(finished.result)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_ray_gives_the_same_run(finished: RunDirectory, world: Path, tmp_path: Path) -> None:
     run = start_search(config(world), Resources(workers=2), run_dir=tmp_path / "ray")

@@ -70,6 +70,7 @@ def n_steps(tmp_path: Path) -> int:
     return steps[0]
 
 
+@pytest.mark.slow
 def test_a_process_may_end_before_and_after_every_step(
     tmp_path: Path, undisturbed: dict[str, bytes], n_steps: int
 ) -> None:
