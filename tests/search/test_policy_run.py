@@ -165,7 +165,7 @@ def test_a_run_that_was_stopped_has_the_same_history(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_any_number_of_workers_has_the_same_history(world: Path, finished: RunDirectory, tmp_path: Path) -> None:
-    for workers in (1, 2):
+    for workers in (1, 2, 4):
         resources = Resources(executor="ray", workers=workers)
         run = start_search(config(world), resources, run_dir=tmp_path / f"run-{workers}")
         assert history(run) == history(finished)

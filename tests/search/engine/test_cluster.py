@@ -61,7 +61,7 @@ def events(cluster: LocalCluster, run: str, event: str) -> list[dict[str, object
 
 def test_nodes_come_and_go_and_the_history_is_that_of_one_process(cluster: LocalCluster) -> None:
     """Engine list 4: a node is killed, another joins, `--workers` follows; 18: the token is nowhere."""
-    budget = ("--evaluations", "120")
+    budget = ("--evaluations", "400")
     with (cluster.folder / "elastic.err").open("w") as stream:
         driver = subprocess.Popen(
             command(cluster, "elastic", *budget), cwd=cluster.folder, env=cluster.environment, stderr=stream
