@@ -263,3 +263,22 @@ ConfigFiles = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="print the resolved configuration and stop", rich_help_panel=CONFIG)
 ]
+
+
+def given_calibration(text: str | None, sequences: int | None, window: int | None) -> dict[str, Any]:
+    """What was given of these options, by the names of the Python API."""
+    named = {"calibration": text, "calibration_sequences": sequences, "calibration_window": window}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def given_loading(
+    dtype: str | None,
+    device: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    components: str | None = None,
+) -> dict[str, Any]:
+    """What was given of these options, as `load_model` takes them."""
+    named = {"dtype": dtype, "device": device, "revision": revision, "components": components}
+    given: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    return given | {"trust_remote_code": trust_remote_code}
