@@ -14,9 +14,10 @@ fixed. Seconds are of the processor, of compressing all matrices.
 
 together: the reference model at 60 %, and how much of the loss between Wanda at uniform sparsity and the dense model
 each part of a recipe wins back, and all of them: metrics searched for masks and under a refit, allocations searched
-with Wanda and masks, under ADMM and under the refit, and both under the refit, the allocation with the metric that was
-found. Every row is pruned anew by the files that the searches left, with statistics of the dense model and in replay. A
-search that finished before with the same settings is read, not repeated.
+with Wanda and masks, under ADMM (which the metric found for masks is tried with too) and under the refit, and both
+under the refit, the allocation with the metric that was found. Every row is pruned anew by the files that the searches
+left, with statistics of the dense model and in replay. A search that finished before with the same settings is read,
+not repeated.
 
 Writes benchmarks/out/compressor_quality.json and prints tables.
 """
@@ -257,7 +258,9 @@ def recipes(options: argparse.Namespace, seed: int) -> Iterator[Recipe]:
     found = str(under.path / "export" / "metric.json")
     yield Recipe("metric for refit, refit", found, refit)
     yield Recipe("refit, allocation for it", CRITERION, refit, allocation(refit))
-    yield Recipe("admm, allocation for it", compressor="admm", allocation=allocation("admm"))
+    for_admm = allocation("admm")
+    yield Recipe("admm, allocation for it", compressor="admm", allocation=for_admm)
+    yield Recipe("metric, refit, allocation for admm", evolved, refit, for_admm)
     both = allocation(refit, under.result["best"]["expression"], f"metric{options.metric_evaluations}")
     yield Recipe("metric and allocation for refit, refit", found, refit, both)
 

@@ -20,11 +20,11 @@ def summary(losses: Mapping[str, Any]) -> dict[str, Any]:
         loss, perplexity, kl, stderr (of the loss, over windows) and tokens.
     """
     nll, kl = losses["nll"], losses["kl"]
-    loss = math.fsum(nll) / len(nll)
+    loss = window_mean(nll)
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "kl": math.fsum(kl) / len(kl),
+        "kl": window_mean(kl),
         "stderr": standard_error(nll),
         "tokens": losses["tokens"],
     }
@@ -101,7 +101,7 @@ def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; 0 for a single value."""
     if len(values) < 2:
         return 0.0
-    mean = math.fsum(values) / len(values)
+    mean = window_mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
@@ -116,7 +116,7 @@ def paired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> di
         texts = " and on ".join(f"{windows} windows with {tokens} predicted tokens" for windows, tokens in counts)
         raise InvalidInput(f"losses on {texts} have no difference: measure both on the same text")
     differences = [a - b for a, b in zip(first["nll"], second["nll"], strict=True)]
-    return {"loss": math.fsum(differences) / len(differences), "stderr": standard_error(differences)}
+    return {"loss": window_mean(differences), "stderr": standard_error(differences)}
 
 
 def closed_gap(result: Mapping[str, Any]) -> float | None:

@@ -237,7 +237,7 @@ class GivenAllocation:
                 self._checked(self._read)
             elif self.bits is not None:
                 raise InvalidInput("a formula has no bits: leave them out, or name an allocator such as dp")
-        elif not _is_file(self.allocation):
+        elif not names_file(self.allocation):
             configured(str(self.allocation))  # which says what name may be meant
         elif self.bits is not None:
             raise InvalidInput("a text of EvoPress has no bits: leave them out, or name an allocator such as dp")
@@ -347,7 +347,7 @@ def _is_json(allocation: str | Path) -> bool:
     return Path(allocation).suffix == ".json"
 
 
-def _is_file(allocation: str | Path) -> bool:
+def names_file(allocation: str | Path) -> bool:
     """Whether a file is meant, there or not, rather than an allocator."""
     return isinstance(allocation, Path) or "/" in allocation or "." in allocation or Path(allocation).is_file()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evoprune.allocations import names_file
 from evoprune.calibration import TEXT, Progress, silent
 from evoprune.fitness.allocating import allocate_model, statistics_needed
 from evoprune.fitness.allocators import configured
@@ -151,8 +152,7 @@ def _given(allocation: str | Path | Allocation | None) -> Allocation | None:
     """
     if isinstance(allocation, Allocation):
         return allocation
-    named = str(allocation or "")
-    return read_allocation(Path(named)) if "/" in named or named.endswith((".json", ".txt")) else None
+    return read_allocation(Path(allocation)) if allocation is not None and names_file(allocation) else None
 
 
 def _rule(
