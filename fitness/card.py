@@ -153,11 +153,13 @@ def model_card(
         *_bits(recipe),
     ]
     if results:
-        lines += ["## Numbers", "", f"| | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
+        columns = [column for column in COLUMNS if any(row.get(column) is not None for _, row in results)]
+        lines += ["## Numbers", "", f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
         lines += [
-            f"| {label} | {' | '.join(_number(row.get(column)) for column in COLUMNS)} |" for label, row in results
+            f"| {label} | {' | '.join(_number(row.get(column)) for column in columns)} |" for label, row in results
         ]
-        lines += ["", "Loss and KL are in nats per token; KL is from the dense to the pruned model.", ""]
+        divergence = "; KL is from the dense to the pruned model" if "kl" in columns else ""
+        lines += ["", f"Losses are in nats per token{divergence}.", ""]
     if facts:
         lines += [f"- {key}: {_number(value)}" for key, value in facts] + [""]
     if cut is not None:

@@ -112,11 +112,20 @@ def test_record_and_card(tmp_path: Path) -> None:
     removed = sum(int((bound.weight() == 0).sum()) for bound in pruned.sites)
     assert f"{removed:,}" in card
     assert f"{(out / 'model.safetensors').stat().st_size:,} bytes" in card
-    assert "| heldout pruned | 12.1800 | 2.5000 | 0.1250 | - | 900 |" in card
+    assert "| heldout pruned | 12.1800 | 2.5000 | 0.1250 | 900 |" in card
+    assert "KL" not in card
     assert "- window: 128" in card
     assert "Zeros alone bring no speed" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
     assert '"metric": "mul(abs(W),X_l2)"' in card
+
+
+def test_a_card_explains_the_divergence_where_a_row_has_one(tmp_path: Path) -> None:
+    rows = {"dense": HELD_OUT, "pruned": HELD_OUT | {"kl": 0.25}}
+    card = (write(tiny_language_model(), tmp_path / "out", heldout=rows) / "README.md").read_text()
+    assert "| heldout dense | 12.1800 | 2.5000 | 0.1250 | - | 900 |" in card
+    assert "| heldout pruned | 12.1800 | 2.5000 | 0.1250 | 0.2500 | 900 |" in card
+    assert "KL is from the dense to the pruned model" in card
 
 
 def test_the_card_names_a_hub_model_and_hides_local_paths(tmp_path: Path) -> None:
