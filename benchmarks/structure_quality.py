@@ -1,13 +1,14 @@
 """Does the search find a better shape? The reference model without 25 and 50 % of its heads and MLPs, seeds 0, 1 and 2.
 
-    python benchmarks/structure_quality.py                    # hours on 2 quiet cores
-    python benchmarks/structure_quality.py --second FOLDER    # also on another model, from train_model.py
+    python benchmarks/structure_quality.py                   # hours on a core
+    python benchmarks/structure_quality.py --model FOLDER    # of another model, such as train_model.py makes
 
 A seed draws texts A and B and the search; text C is fixed, at least 50,000 tokens, and read only for the result. All
 entrants have the same parameters to within one neuron. FLAP, Wanda-sp and LLM-Pruner choose and compensate as
 published; ZipLM is its structured SPDY, one shot, on a database of dense activations, and also on that of the search,
 with as many candidates as the search has, each measured on as much text as the last stage reads. The uniform shape is
-measured on both databases. Writes benchmarks/out/structure_quality.json and a table.
+measured on both databases. Adds to
+benchmarks/out/structure_quality.json, and prints a table.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def search(config: StructureSearchConfig, label: str) -> dict[str, Any]:
         if result is not None:
             return result
         shutil.rmtree(folder)
-    result = start_search(config, Resources(), run_dir=folder).result
+    result = start_search(config, Resources(executor="inline"), run_dir=folder).result
     assert result is not None
     return result
 
@@ -166,25 +167,25 @@ def verdict(head: str, rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=1000)
-    parser.add_argument("--second", type=Path, help="folder of a second model, of another family")
+    parser.add_argument("--model", default="reference", help="the embedded one, or a folder; its name is the label")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--heldout-windows", type=int, default=HELDOUT_WINDOWS)
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    models = {"reference": "reference"} | ({} if options.second is None else {"second": str(options.second)})
-    record: dict[str, Any] = {}
+    label = Path(options.model).name
+    file = OUT / "structure_quality.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     lines: list[str] = []
-    for label, model in models.items():
-        for sparsity in options.sparsities:
-            rows = []
-            for seed in options.seeds:
-                config = configured(model, sparsity, seed, options.evaluations, options.heldout_windows)
-                rows.append(compared(config, label))
-                record[f"{label} {sparsity}"] = rows
-                # What there is can be read while the rest runs.
-                (OUT / "structure_quality.json").write_text(json.dumps(record, indent=1) + "\n")
-            lines += verdict(f"{label} at {100 * sparsity:.0f} %", rows)
+    for sparsity in options.sparsities:
+        rows = []
+        for seed in options.seeds:
+            config = configured(options.model, sparsity, seed, options.evaluations, options.heldout_windows)
+            rows.append(compared(config, label))
+            record[f"{label} {sparsity}"] = rows
+            # What there is can be read while the rest runs.
+            file.write_text(json.dumps(record, indent=1) + "\n")
+        lines += verdict(f"{label} at {100 * sparsity:.0f} %", rows)
     print("\n".join(lines))
 
 

@@ -136,6 +136,10 @@ class BlockWalk:
         if move:
             self.resume(self.at + 1, hidden)
 
+    def rows(self, number: int, hidden: Tensor) -> Tensor:
+        """[n, features]: of what a layer gives for a batch, by its number, what is no padding."""
+        return self._batches[number].real(hidden)
+
     @property
     def hidden(self) -> States | None:
         """What the present block is given; None before the first run."""

@@ -31,7 +31,7 @@ class Problem:
     """The output error of one matrix, as a function of what it becomes: tr((W - V) H (W - V)ᵀ).
 
     Attributes:
-        weight: W, [out, in], with zeros for inputs that are always zero.
+        weight: W, [out, in], the best of all weights, with zeros for inputs that are always zero.
         hessian: H, [in, in], of a mean diagonal about 1, damped, so that it can be inverted.
         factor: its lower Cholesky factor.
         damping: what was added to its diagonal.
@@ -43,13 +43,15 @@ class Problem:
     damping: float
 
     @classmethod
-    def of(cls, weight: Tensor, gram: Tensor, damping: float = DAMPINGS[0]) -> Problem:
+    def of(cls, weight: Tensor, gram: Tensor, damping: float = DAMPINGS[0], missing: Tensor | None = None) -> Problem:
         """The problem of a matrix on its inputs.
 
         Args:
-            weight: [out, in], of any float type.
+            weight: W₀, [out, in], of any float type: for an input x, W₀ x is what should be put out.
             gram: [in, in] float32 or float64, Σ x xᵀ over the inputs times any number; the result has its dtype.
             damping: the least; see `evoprune.fitness.gram.damped_cholesky`.
+            missing: [out, in], Σ d xᵀ times the same number, where W₀ x + d should be put out: the best of all weights
+                is then W₀ + Σ d xᵀ H⁻¹, with H damped, which pulls it towards W₀.
 
         Raises:
             EvopruneError: `gram` is not positive definite, even damped.
@@ -60,7 +62,10 @@ class Problem:
         mean = diagonal.sum() / (~dead).sum().clamp(min=1)
         hessian = gram / mean.clamp(min=torch.finfo(gram.dtype).tiny)
         factor, damping = damped_cholesky(hessian, damping)
-        return cls(weight.to(gram.dtype).masked_fill(dead, 0), damped(hessian, damping), factor, damping)
+        best = weight.to(gram.dtype).masked_fill(dead, 0)
+        if missing is not None:
+            best += torch.cholesky_solve(missing.T / mean.clamp(min=torch.finfo(gram.dtype).tiny), factor).T
+        return cls(best, damped(hessian, damping), factor, damping)
 
 
 def column_order(problem: Problem, share: float = SHARE) -> Tensor:

@@ -2,7 +2,8 @@
 
 What a block reads depends on what became of those before it. Modes: ``dense``, they are whole, so that blocks do not
 depend on each other; ``expectation``, what attentions and MLPs before it give is the mean over all widths, each by the
-share that stays; ``path``, they are cut to given shapes, such as the best of a search so far.
+share that stays; ``path``, they are cut to given shapes, such as the best of a search so far, and each output makes up
+for a part of what was changed before it.
 Source: Li et al. 2025 (Týr-the-Pruner, arXiv:2503.09657); layerwise sparsity allocation, sections 4.1 (ii) and 5.6.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.block_walk import BlockWalk
+from evoprune.fitness.dense_stream import CORRECTION, DenseStream
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.parcels import deliver, find
 from evoprune.fitness.samples import Samples, Sequences
@@ -54,12 +56,14 @@ def build_structure_database(
     *,
     mode: Mode = "expectation",
     path: Sequence[BlockShape] | None = None,
+    correction: float = CORRECTION,
     progress: Progress = lambda done, total: None,
 ) -> StructureDatabase:
     """Order and factor the units of all blocks, or find that it was done before, here or in the cluster.
 
-    What an interrupted build has finished is not done again. Two blocks' hidden states of the whole text, and the
-    matrices of one part at a time, are in memory beside the model, whose weights are as before at the end.
+    What an interrupted build has finished is not done again. Two blocks' hidden states of the whole text, along a path
+    six times as much, and the matrices of one part at a time, are in memory beside the model, whose weights are as
+    before at the end.
 
     Args:
         language_model: the dense model.
@@ -67,6 +71,8 @@ def build_structure_database(
         windows: text A, [n, window] int64 token ids or samples; or several texts, of whose tokens all weigh alike.
         mode: what a block reads; see above.
         path: what is kept of each block, with the mode ``path`` and with no other.
+        correction: along a path, how much of what outputs can make up for they do, in [0, 1]; with 0 each keeps its own
+            output, as published. See `evoprune.fitness.dense_stream`.
         progress: called with (done, total) in blocks.
 
     Raises:
@@ -77,7 +83,7 @@ def build_structure_database(
     _check_mode(mode, path)
     if path is not None:
         check_path(units, path)
-    recipe = structure_recipe(language_model, units, texts, mode, path)
+    recipe = structure_recipe(language_model, units, texts, mode, path, correction)
     known = find(database_prefix(recipe))
     if known is None:
         names = _build(language_model, units, texts, recipe, path, range(len(units)), progress)
@@ -143,7 +149,9 @@ def _build(
         if recipe["mode"] == "dense":
             made = _independent(walk, units, missing)
         else:
-            made = _accumulated(walk, units, found, missing[-1], path)
+            share = recipe.get("correction")
+            stream = None if share is None else DenseStream(language_model, units, texts, share)
+            made = _accumulated(walk, units, found, missing[-1], path, stream)
         # Closed whatever happens, so that the model's weights are its own again.
         with closing(made):
             for block, parts in made:
@@ -171,17 +179,24 @@ def _accumulated(
     found: dict[int, str | None],
     last: int,
     path: Sequence[BlockShape] | None,
+    stream: DenseStream | None,
 ) -> Generator[tuple[int, dict[PartName, Stored]], None, None]:
     """The parts of the missing blocks up to the last, each of which reads what is left of those before it."""
+    if stream is not None:
+        stream.start(walk)
     for block in range(last + 1):
         name, shape = found[block], path[block] if path is not None else None
         known = read_block(name) if name is not None else {}
+        if stream is not None:
+            stream.enter(units[block])
         parts: dict[PartName, Stored] = {}
         with ExitStack() as stack:
             for part_name, part in named_parts(units[block]):
-                parts[part_name] = known.get(part_name) or _tensors(part, part_grams(walk, [part])[0])
-                if (part_name, block) != ("mlp", last):
-                    columns = None if shape is None else columns_of(part, shape)
+                parts[part_name] = known.get(part_name) or _tensors(part, *part_sums(walk, part, stream))
+                columns = None if shape is None else columns_of(part, shape)
+                # A part that stays whole keeps its dense weight, whatever a search asks of it.
+                whole = columns is not None and len(columns) == part.output.site.in_features
+                if not whole and (part_name, block) != ("mlp", last):
                     new = _left(part, parts[part_name], columns)
                     stack.enter_context(replaced(part, new, dropped=columns == []))
             if name is None:
@@ -208,8 +223,18 @@ def part_grams(walk: BlockWalk, parts: Sequence[Part], to: int | None = None) ->
     return [inputs.results(1)["H"] for inputs in sums]
 
 
-def _tensors(part: Part, gram: Tensor) -> Stored:
-    return attention_tensors(part, gram) if isinstance(part, AttentionUnits) else mlp_tensors(part, gram)
+def part_sums(walk: BlockWalk, part: Part, stream: DenseStream | None) -> tuple[Tensor, Tensor | None]:
+    """What a whole part of the present block is refitted by: its Gram matrix, and what it should put out beside.
+
+    The stream has entered this block, and says the latter, see `DenseStream.sums`; without one there is nothing beside.
+    """
+    return (part_grams(walk, [part])[0], None) if stream is None else stream.sums(walk, part)
+
+
+def _tensors(part: Part, gram: Tensor, missing: Tensor | None = None) -> Stored:
+    if isinstance(part, AttentionUnits):
+        return attention_tensors(part, gram, missing)
+    return mlp_tensors(part, gram, missing)
 
 
 def _left(part: Part, stored: Stored, columns: Sequence[int] | None) -> Tensor:

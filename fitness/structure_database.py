@@ -136,6 +136,7 @@ def structure_recipe(
     texts: Sequence[Sequences],
     mode: Mode,
     path: Sequence[BlockShape] | None,
+    correction: float = 0.0,
 ) -> dict[str, Any]:
     """All that decides a database, as JSON values; arguments as in `evoprune.fitness.structure_build`."""
     device = language_model.device.type
@@ -148,6 +149,7 @@ def structure_recipe(
         "dampings": list(DAMPINGS),
         "device": device,
         "threads": None if device == "cuda" else torch.get_num_threads(),
+        **({"correction": correction} if path is not None and correction else {}),
     }
 
 

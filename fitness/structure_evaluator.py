@@ -97,12 +97,13 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Sequence[int]], tuple[Planne
         outputs = refitted_outputs(self._units, shape, partial(self._output, merges))
         self._surgeon.apply(shape, outputs, merges)
 
-    def apply_path_refit(self, given: Sequence[Sequence[int]], calibration: Sequences) -> None:
+    def apply_path_refit(self, given: Sequence[Sequence[int]], calibration: Sequences, correction: float) -> None:
         """`apply`, with each output solved for on what the candidate itself gives it, and not by the database.
 
         Args:
             given: the candidate, of which nothing is merged.
             calibration: text A.
+            correction: as of `path_refits`.
 
         Raises:
             InvalidInput: see `complete`, something is merged, or a Gram matrix cannot be inverted even damped.
@@ -111,7 +112,7 @@ class StructureEvaluator(ResidentEvaluator[Sequence[Sequence[int]], tuple[Planne
             raise InvalidInput("what is merged has no path refit: give a shape whose parts stay or go")
         shape = self.shape(given)
         self.restore()
-        refits = path_refits(self.language_model, self._units, calibration, shape)
+        refits = path_refits(self.language_model, self._units, calibration, shape, correction)
         dtype = self.language_model.model.dtype
         self._surgeon.apply(
             shape, refitted_outputs(self._units, shape, lambda block, part, kept: refits[block][part].to(dtype))

@@ -28,21 +28,22 @@ EIGHTHS = 8
 """Widths of a part that a mixture is of, the whole one among them."""
 
 
-def problem_of(part: Part, gram: Tensor) -> Problem:
+def problem_of(part: Part, gram: Tensor, missing: Tensor | None = None) -> Problem:
     """The output matrix of a part on its inputs; arguments and errors as of `attention_tensors`."""
     try:
-        return Problem.of(part.output.weight(), gram)
+        return Problem.of(part.output.weight(), gram, missing=missing)
     except EvopruneError as error:
         name = part.output.site.name
         raise InvalidInput(f"cannot refit {name} on some of its columns: {error}: calibrate on more text") from None
 
 
-def attention_tensors(units: AttentionUnits, gram: Tensor) -> Stored:
+def attention_tensors(units: AttentionUnits, gram: Tensor, missing: Tensor | None = None) -> Stored:
     """What is kept of an attention.
 
     Args:
         units: of the attention, bound to its dense weights.
         gram: [in, in] float32, of the inputs of its output matrix.
+        missing: [out, in] float32, what it should put out beside what it does; see `Problem.of`.
 
     Returns:
         Among others ``groups`` [groups], ``heads`` [groups, heads of each], counted through, and ``errors``
@@ -51,7 +52,7 @@ def attention_tensors(units: AttentionUnits, gram: Tensor) -> Stored:
     Raises:
         InvalidInput: `gram` is not positive definite, even damped.
     """
-    problem = problem_of(units, gram)
+    problem = problem_of(units, gram, missing)
     each, size = units.heads // units.groups, units.head_dim
     groups = group_order(problem, each * size).flip(0)
     if each == 1:
@@ -68,13 +69,13 @@ def attention_tensors(units: AttentionUnits, gram: Tensor) -> Stored:
     return {**_stored(factor, errors, problem), "groups": groups.cpu(), "heads": heads.cpu()}
 
 
-def mlp_tensors(units: MlpUnits, gram: Tensor) -> Stored:
+def mlp_tensors(units: MlpUnits, gram: Tensor, missing: Tensor | None = None) -> Stored:
     """What is kept of an MLP; arguments and errors as of `attention_tensors`.
 
     Returns:
         Among others ``errors`` [neurons + 1], by how many stay.
     """
-    problem = problem_of(units, gram)
+    problem = problem_of(units, gram, missing)
     factor = Factor.of(problem, column_order(problem).flip(0))
     return _stored(factor, factor.errors(zero_error(problem)), problem)
 

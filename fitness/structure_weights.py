@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from evoprune.fitness.dense_stream import CORRECTION
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.part_merges import (
@@ -40,6 +41,8 @@ class RefitRecipe:
         method: by the structure database, or `evoprune.fitness.path_refit` of this very shape. Of merged parts too it
             is the database; `with_merges` says what is merged.
         accumulation: mode of the build of the database, which a path refit has no need of.
+        correction: along a path, and of a path refit: how much of what they can make up for outputs do; see
+            `evoprune.fitness.dense_stream`.
         text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
         threads: of torch.
         path: what is kept of each block, with the mode ``path`` and with no other.
@@ -53,6 +56,7 @@ class RefitRecipe:
     seed: int
     threads: int
     path: tuple[BlockShape, ...] | None = None
+    correction: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """What `read` reads, as ``weights`` of a shape."""
@@ -63,6 +67,7 @@ class RefitRecipe:
             "seed": self.seed,
             "threads": self.threads,
             **({} if self.path is None else {"path": to_rows(self.path)}),
+            **({"correction": self.correction} if self.correction else {}),
         }
 
     @classmethod
@@ -91,13 +96,18 @@ class RefitRecipe:
         sequences, window, seed, threads = (
             _whole_number(given, name) for name in ("sequences", "window", "seed", "threads")
         )
+        correction = weights.get("correction", 0.0)
+        if isinstance(correction, bool) or not isinstance(correction, (int, float)) or not 0 <= correction <= 1:
+            raise InvalidInput(
+                f"the shape's 'weights' have correction {str(correction)[:40]!r}: give a number from 0 to 1"
+            )
         path = None
         if mode == "path":
             try:
                 path = from_rows(weights.get("path"), widths)
             except InvalidInput as error:
                 raise InvalidInput(f"the 'path' in the shape's 'weights': {error}") from None
-        return cls(method, mode, text, sequences, window, seed, threads, path)
+        return cls(method, mode, text, sequences, window, seed, threads, path, correction)
 
     def windows(self, language_model: LanguageModel) -> Sequences:
         """Text A.
@@ -106,6 +116,11 @@ class RefitRecipe:
             InvalidInput: the text is too short, or nowhere.
         """
         return read_side(language_model, self.text, "A", window=self.window, count=self.sequences, seed=self.seed)
+
+
+def path_refit_recipe(text: str, sequences: int, window: int, seed: int, threads: int) -> RefitRecipe:
+    """The recipe of a path refit on a text A; arguments as of `RefitRecipe`."""
+    return RefitRecipe("path-refit", "dense", text, sequences, window, seed, threads, correction=CORRECTION)
 
 
 def text_of(shape: Shape) -> str | None:

@@ -44,10 +44,10 @@ class StructureWorker(AllocatorWorker[StructureEvaluator], UnitWorker):
             another run's in place of that, or None); returns a `LatencyTable`.
         whole-latency: ``pass`` (a `Work`), ``shapes`` (None: the dense model); returns ``nanoseconds`` of each, end to
             end.
-        database: ``prepared``, ``accumulation``, and for the mode ``path`` a ``path`` as `to_rows` spells it; returns
-            the name of the structured ``database``.
-        rebuilt: what ``database`` was given and its name, ``shape``; returns the name of a ``database`` that is built
-            around the units of this shape, and these as its ``path``.
+        database: ``prepared``, ``accumulation``, and for the mode ``path`` a ``path`` as `to_rows` spells it, with the
+            ``correction`` of `build_structure_database`; returns the name of the structured ``database``.
+        rebuilt: what ``database`` was given and its name, ``shape``, ``correction``; returns the name of a ``database``
+            that is built around the units of this shape, and these as its ``path``.
         block: ``block``; builds this block of the database of dense accumulation, and returns its ``parcel``.
         method: ``method``, by its name, and the ``sparsity`` that it is asked for; returns what it ``kept``.
         errors: ``database``; returns output ``errors`` at every width, of the attention and the MLP of each block in
@@ -56,8 +56,8 @@ class StructureWorker(AllocatorWorker[StructureEvaluator], UnitWorker):
             returns ``kl`` and ``nll`` on these windows of text B, and the standard error of the first.
         training: a `Training`; returns how many ``tokens`` of text A a candidate is trained on.
         recovered: what ``database`` was given and its name, ``shape``, ``selection``: its ``method`` is ``path-refit``,
-            or ``training-aware`` with ``training``, a `Training`; returns ``kl`` and ``nll`` of the candidate after it,
-            by window of text B, and ``recovered``, the mean of the first.
+            with the ``correction`` of `path_refits`, or ``training-aware`` with ``training``, a `Training`; returns
+            ``kl`` and ``nll`` of the candidate after it, by window of text B, and ``recovered``, the mean of the first.
         units: what ``database`` was given and its name, ``shape``; returns the units that stay of all ``blocks``.
         heldout: what ``database`` was given and its name, ``shape`` (None: the dense model) and maybe ``selection``, or
             what ``choose`` was given, for the model as that criterion leaves it; returns losses on text C, by window.
@@ -117,13 +117,19 @@ class StructureWorker(AllocatorWorker[StructureEvaluator], UnitWorker):
         rows = payload.get("path")
         path = None if rows is None else from_rows(rows, [block.widths for block in self._units])
         database = build_structure_database(
-            self.language_model, self._units, self._calibration, mode=payload["accumulation"], path=path
+            self.language_model,
+            self._units,
+            self._calibration,
+            mode=payload["accumulation"],
+            path=path,
+            correction=0.0 if path is None else payload["correction"],
         )
         return {"database": database.name}
 
     def _rebuilt(self, payload: dict[str, Any]) -> dict[str, Any]:
         path = to_rows(self.evaluator(payload).shape(self.candidate(payload["shape"])))
-        return {**self._database({"accumulation": "path", "path": path}), "path": path}
+        asked = {"accumulation": "path", "path": path, "correction": payload["correction"]}
+        return {**self._database(asked), "path": path}
 
     def _block(self, payload: dict[str, Any]) -> dict[str, Any]:
         self._restore()
@@ -171,7 +177,7 @@ class StructureWorker(AllocatorWorker[StructureEvaluator], UnitWorker):
         evaluator, given = self.evaluator(payload), self.candidate(payload["shape"])
         selection = payload["selection"]
         if selection["method"] == "path-refit":
-            evaluator.apply_path_refit(given, self._calibration)
+            evaluator.apply_path_refit(given, self._calibration, selection["correction"])
             yield
             return
         training = Training.from_json(selection["training"])

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from evoprune.fitness.allocating import statistics_needed
 from evoprune.fitness.allocators import configured
 from evoprune.fitness.context import EvaluationContext
+from evoprune.fitness.dense_stream import CORRECTION
 from evoprune.fitness.short_training import Loss, Trainable, Training
 from evoprune.fitness.structure_database import Mode
 from evoprune.fitness.unit_criteria import UNIT_CRITERIA
@@ -101,6 +102,13 @@ class StructureTarget(Section):
         "expectation",
         description="what calibration text has gone through when it reaches a block: dense blocks, a mixture of cut "
         "ones, or this mixture first and then, again and again, blocks cut as the best so far",
+    )
+    correction: float = Field(
+        CORRECTION,
+        ge=0,
+        le=1,
+        description="along a path, by accumulation or by a path refit, how much of what changed in the hidden states "
+        "before it each output makes up for; 0 as published",
     )
 
     @model_validator(mode="before")
@@ -279,8 +287,14 @@ class StructureSearchConfig(SearchConfig):
         method = self.searcher.selection
         if method == "one-shot":
             return None
-        training = {"training": self.searcher.training.resolved().to_json()} if method == "training-aware" else {}
-        return {"method": method, **training}
+        if method == "path-refit":
+            return self.path_refit
+        return {"method": method, "training": self.searcher.training.resolved().to_json()}
+
+    @property
+    def path_refit(self) -> dict[str, Any]:
+        """A path refit, as jobs say it."""
+        return {"method": "path-refit", "correction": self.target.correction}
 
     def context(self) -> EvaluationContext:
         """What workers have to know."""

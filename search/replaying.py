@@ -1,4 +1,4 @@
-"""The winner of a search under a compressor in replay: each block compressed behind the compressed blocks before it.
+"""Winners block by block: each block compressed, or its outputs refitted, behind what became of those before it.
 
 A search compresses every matrix by statistics of the dense model, since a candidate must not depend on the one before.
 The same choice made block by block adds up fewer errors, and that is what `prune --accumulation path` writes. Source:
@@ -28,6 +28,13 @@ NOTE = (
     "behind the compressed blocks before it."
 )
 """What has to be known of a table with both."""
+
+REFITTED = "winner, path refit"
+"""The shape that a structure search found, each of whose outputs is solved for behind the cut blocks before it."""
+REFIT_OPTION = " --refit path-refit"
+"""Of a command line that cuts a model in this way."""
+REFIT_NOTE = "With a path refit every output is solved for once more, on what the cut blocks before it hand on."
+"""What has to be known of a table with both of a shape."""
 
 
 @runtime_checkable

@@ -20,6 +20,7 @@ from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.generation_search import GenerationSearch
 from evoprune.search.pooled_search import Member, PooledSearch
+from evoprune.search.replaying import REFITTED
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.spaces.ladder import Genome
@@ -111,7 +112,8 @@ def refit_recipe(config: StructureSearchConfig) -> RefitRecipe:
     """How the weights that the search measures are made, before anything is rebuilt."""
     method: Method = "path-refit" if config.searcher.selection == "path-refit" else "database"
     data = calibration_facts(config.data)
-    return RefitRecipe(method, config.first_accumulation, **data, seed=config.seed, threads=config.threads)
+    recipe = RefitRecipe(method, config.first_accumulation, **data, seed=config.seed, threads=config.threads)
+    return replace(recipe, correction=config.target.correction) if method == "path-refit" else recipe
 
 
 def write_whole(
@@ -221,10 +223,12 @@ class StructureComparison:
                 entrants[name + ALONE] = choice(self._counted, space.fraction, name, None)
         if method == "training-aware":
             entrants |= {name + TRAINED: {"shape": shape, "selection": selection} for name, shape in shapes.items()}
+        elif method == "one-shot" and not any(map(any, self._merged())):
+            entrants[REFITTED] = {"shape": shapes["winner"], "selection": self._config.path_refit}
         self._entrants = list(entrants)
         # Seeds were measured before anything was rebuilt, and are compared as they were.
         rebuilt = {"database": self._search.payload_of(self._best)["database"]} if self._best.rebuild else {}
-        for name in entrants.keys() & {"winner", "winner" + TRAINED}:
+        for name in entrants.keys() & {"winner", "winner" + TRAINED, REFITTED}:
             entrants[name] |= rebuilt
         jobs = [heldout_job(self._identity, payload, entrant) for entrant in entrants.values()]
         return [*jobs, units_job(self._identity, payload, {"shape": shapes["winner"], **rebuilt})]
@@ -275,9 +279,14 @@ class StructureComparison:
                 "removed": space.removed(best.genome),
                 "heldout": summary(losses["winner"]),
                 **_trained(losses, "winner"),
+                **_refitted(losses),
             },
             "front": [],
         }
+
+    def _merged(self) -> list[Merged]:
+        """Whether attention and MLP of every block of the winner are merged."""
+        return self._search.space.merging(self._best.genome)
 
     def _recovered(self) -> dict[str, int]:
         """How many candidates went through what selection asks for, and what they were trained on."""
@@ -301,11 +310,19 @@ class StructureComparison:
         recipe = refit_recipe(config)
         if self._best.rebuild and recipe.method == "database":
             path = from_rows(self._search.rebuilds[self._best.rebuild - 1]["path"], widths)
-            recipe = replace(recipe, accumulation="path", path=path)
-        merging = self._search.space.merging(self._best.genome)
+            recipe = replace(recipe, accumulation="path", path=path, correction=config.target.correction)
+        merging = self._merged()
         write_whole(self._blocks, recipe, config, run, widths, target, folder / "shape.json", merging)
         if self._table is not None:
             write_table(self._table, folder / "latency.json")
+
+
+def _refitted(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What held-out text says of the winner after a path refit, if it went through one."""
+    if REFITTED not in losses:
+        return {}
+    difference = paired_difference(losses["winner"], losses[REFITTED])
+    return {"refitted": summary(losses[REFITTED]), "winner_minus_refitted": difference}
 
 
 def _trained(losses: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:

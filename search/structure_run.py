@@ -109,7 +109,8 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
         if self.config.target.accumulation == "path":
             # What sessions before this one had built is found where it was, unless the cache was emptied since.
             for values in [outcome.values for outcome in self._log.outcomes() if "path" in outcome.values]:
-                first("database", {"accumulation": "path", "path": values["path"]})
+                asked = {"path": values["path"], "correction": self.config.target.correction}
+                first("database", {"accumulation": "path", **asked})
         # What shapes are worth depends on the bits of the database.
         self.identity = content_hash([self.identity, self._database])
 
@@ -146,6 +147,7 @@ class ShapesRun(SearchRun[StructureSearchConfig, Search]):
             "prepared": prepared.name,
             "accumulation": self.config.first_accumulation,
             "database": self._database,
+            "correction": self.config.target.correction,
         }
 
     def _measured(self, ask: Ask) -> LatencyTable:
@@ -339,20 +341,24 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
 
     @property
     def _recovery_tokens(self) -> int:
+        """Of what selection asks for; see `_recovery`."""
+        selection = self.config.searcher.selection
+        return 0 if selection == "one-shot" else self._recovery(selection)
+
+    def _recovery(self, method: str) -> int:
         """Tokens of forward passes that the recovery of one candidate, and its measurement, cost."""
-        selection, data = self.config.searcher.selection, self.config.data
-        if selection == "one-shot":
-            return 0
+        data = self.config.data
         # Backwards through a pass takes twice as long; a refit goes through each block for its two outputs, and on.
         refit = data.calibration_sequences * data.calibration_window
-        recovery = 3 * (self._training_tokens if selection == "training-aware" else refit)
+        recovery = 3 * (self._training_tokens if method == "training-aware" else refit)
         return recovery + self.config.searcher.windows * data.window
 
     def tokens_of(self, job: Job) -> int:
         return self._recovery_tokens if job.kind == "recovered" else super().tokens_of(job)
 
     def tokens_asked(self, job: Job) -> int:
-        return super().tokens_asked(job) + (self._recovery_tokens if "selection" in job.payload else 0)
+        selection = job.payload.get("selection")
+        return super().tokens_asked(job) + (0 if selection is None else self._recovery(selection["method"]))
 
     def deadline_of(self, job: Job) -> float | None:
         # Orders of removal take what they take, as before the search.

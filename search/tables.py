@@ -21,7 +21,7 @@ from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.progress import clock
 from evoprune.search.removal import PLAIN, compressor_option, followed_by, removed_by
-from evoprune.search.replaying import NOTE, OPTION, REPLAYED
+from evoprune.search.replaying import NOTE, OPTION, REFIT_NOTE, REFITTED, REPLAYED
 from evoprune.search.result import check_one_text, measured_on
 
 _STATUS_STYLES = {
@@ -69,6 +69,8 @@ def heldout_caption(result: Mapping[str, Any]) -> str:
             " All but those alone have the units of the database and refitted weights; a criterion alone has its "
             "own units and their weights as they were."
         )
+        if result["best"].get("refitted") is not None:
+            alone += f" {REFIT_NOTE}"
     elif result["best"].get("replayed") is not None:
         alone = f" {NOTE}"
     return (
@@ -104,6 +106,8 @@ def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"name": winner, "heldout": best["heldout"], "difference": None}
     if best.get("replayed") is not None:
         yield {"name": REPLAYED, "heldout": best["replayed"], "difference": best["winner_minus_replayed"]}
+    if best.get("refitted") is not None:
+        yield {"name": REFITTED, "heldout": best["refitted"], "difference": best["winner_minus_refitted"]}
     for row in result["baselines"]:
         name = POWER if row["name"] == "power" else row["name"]
         yield {"name": name, "heldout": row["heldout"], "difference": row.get("winner_minus_this")}

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from evoprune.fitness.latency_passes import Work
 from evoprune.fitness.part_merges import read_block
+from evoprune.search.replaying import REFIT_OPTION
 from evoprune.search.spaces.structure import shape_text
 from evoprune.search.tables import (
     COUNTED,
@@ -134,11 +135,14 @@ def _share(kept: int, count: int) -> Text:
 def ways_on(result: Mapping[str, Any], run: Path) -> list[Text]:
     """Where the files are, and commands to copy; one line each, however long."""
     quoted, file = shlex.quote(str(run)), run / "export" / "shape.json"
+    prune = f"evoprune prune {shlex.quote(result['model'])} --shape {shlex.quote(str(file))}"
+    refitted = result["best"].get("refitted") is not None
     ways = {
         "json": str(file),
         "report": f"evoprune report {quoted}",
         "show": f"evoprune show {quoted}",
         "go on": f"evoprune resume {quoted} --fork --set evaluations={2 * result['evaluations']}",
-        "prune": f"evoprune prune {shlex.quote(result['model'])} --shape {shlex.quote(str(file))} --out DIR",
+        "prune": f"{prune} --out DIR",
+        **({"refit": f"{prune}{REFIT_OPTION} --out DIR"} if refitted else {}),
     }
     return [Text.assemble((f"{name:<10}", "dim"), way) for name, way in ways.items()]

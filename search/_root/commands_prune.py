@@ -178,10 +178,10 @@ def prune(
         Literal["none", "path-refit"] | None,
         option(
             "--refit",
-            help="with --policy: solve every output matrix anew for the heads and neurons that stay, on the text that "
-            "the search read; the model card says what that brings",
+            help="with --shape or --policy: path-refit solves every output matrix anew for the heads and neurons that "
+            "stay, behind the cut blocks before it, on the text that the search read",
             panel=TARGET,
-            default="none",
+            default="as the shape says",
         ),
     ] = None,
     recovery: Annotated[
@@ -267,11 +267,8 @@ def prune(
             "--bit-levels": bit_levels,
         }
         refits = {} if refit is None else {"refit": refit}
-        if refits and policy is None:
-            raise InvalidInput(
-                "--refit goes with --policy: a shape says by itself how its weights are made, and single weights have "
-                "--compressor refit"
-            )
+        if refits and policy is None and shape is None:
+            raise InvalidInput("--refit goes with --shape or --policy: single weights have --compressor refit")
         text = given_calibration(calibration, calibration_sequences, calibration_window)
         if recipe is not None:
             beside |= {"--sparsity": sparsity, "--method": method, "--method-set": method_set, "--shape": shape}
@@ -296,13 +293,14 @@ def prune(
             prune_by_method(output, model, method, beside, target | training | loading)
             return
         if shape is not None or policy is not None:
-            # Only a recovery reads text here.
-            read = {"calibration": text.pop("calibration")} if recovery and calibration is not None else {}
+            # Only a recovery reads text here, and a refit of a shape.
+            reads = recovery or (shape is not None and refit == "path-refit")
+            read = {"calibration": text.pop("calibration")} if reads and calibration is not None else {}
             beside |= {"--sparsity": sparsity, "--method-set": method_set}
             beside |= {f"--{name.replace('_', '-')}": value for name, value in text.items()}
             options = written | read | training | loading
             if shape is not None:
-                prune_to_shape(output, model, shape, beside | {"--policy": policy}, options)
+                prune_to_shape(output, model, shape, beside | {"--policy": policy}, options | refits)
             elif policy is not None:
                 if tokens != "all":
                     beside["--tokens"] = tokens

@@ -19,7 +19,7 @@ from evoprune.fitness.numerics import torch_threads
 from evoprune.fitness.policy_file import LearnedPolicy, apply_policy, policy_shape, read_policy
 from evoprune.fitness.pruning import check_rule
 from evoprune.fitness.samples import n_tokens
-from evoprune.fitness.structure_weights import RefitRecipe, with_text
+from evoprune.fitness.structure_weights import RefitRecipe, path_refit_recipe, with_text
 from evoprune.fitness.units import BlockUnits, find_units
 from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.files import content_hash
@@ -29,9 +29,8 @@ from evoprune.outcomes import CutModel, MeasuredRefit, Pruned, measured_summary
 from evoprune.recipe_file import StoredRecipe, of_policy
 from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
-from evoprune.shapes import CutPlan, cut_and_written, dense_model, edit_of
+from evoprune.shapes import REFITS, CutPlan, cut_and_written, dense_model, edit_of
 
-REFITS: tuple[str, ...] = ("none", "path-refit")
 """What output matrices may become, by the names that shapes have for it."""
 FOREIGN = "the policy was found on other weights of this class"
 _UNEVEN = "it keeps different numbers of query heads in the KV groups of a block"
@@ -141,7 +140,7 @@ def _refit_recipe(policy: LearnedPolicy) -> RefitRecipe:
         raise InvalidInput(
             "the policy does not say what text it was found on ('calibration' is null): leave out --refit"
         )
-    return RefitRecipe("path-refit", "dense", text.text, text.sequences, text.window, text.seed, text.threads)
+    return path_refit_recipe(text.text, text.sequences, text.window, text.seed, text.threads)
 
 
 def _refit_measured(

@@ -23,10 +23,18 @@ from evoprune.fitness.numerics import processor_name, torch_threads
 from evoprune.fitness.path_refit import path_refits
 from evoprune.fitness.pruning import PrunedLayer
 from evoprune.fitness.structure_build import build_structure_database
-from evoprune.fitness.structure_weights import RefitRecipe, merges_in, refitted_outputs, text_of, with_text
+from evoprune.fitness.structure_weights import (
+    RefitRecipe,
+    merges_in,
+    merging_in,
+    path_refit_recipe,
+    refitted_outputs,
+    text_of,
+    with_text,
+)
 from evoprune.fitness.surgeon import Surgeon
 from evoprune.fitness.units import BlockUnits, PartName, find_units
-from evoprune.metrics.errors import InvalidInput
+from evoprune.metrics.errors import InvalidInput, UnknownName
 from evoprune.metrics.files import content_hash
 from evoprune.metrics.parameters import parameters_of
 from evoprune.metrics.shape import BlockShape, Shape
@@ -34,6 +42,8 @@ from evoprune.metrics.shape_file import read_shape, to_json
 from evoprune.outcomes import CutModel, MeasuredRefit
 from evoprune.recipe_file import StoredRecipe, of_method, of_shape
 from evoprune.recoveries import Begun, given_recovery
+
+REFITS: tuple[str, ...] = ("none", "path-refit")
 
 TIMING_SECONDS = 15.0
 """For the time of a pass, about: of a large model on a slow device fewer turns are taken."""
@@ -44,11 +54,12 @@ def prune_shape(
     shape: str | Path | Shape = "shape.json",
     *,
     form: str = "auto",
+    refit: str | None = None,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
     recovery_loss: str | None = None,
     recovery_parameters: Mapping[str, Any] | None = None,
-    calibration: str = "corpus",
+    calibration: str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     latency: bool = True,
@@ -64,8 +75,12 @@ def prune_shape(
             blocks are gone), ``padded`` (the same, blocks filled up with zeros to one width), ``compact`` (every block
             as small as it is; evoprune loads it, transformers with ``trust_remote_code=True``), ``masked`` (zeros,
             nothing smaller); ``auto`` is plain if the shape allows it, else compact.
+        refit: ``path-refit`` solves every output matrix for the units that stay, on what the cut blocks before it hand
+            on (`evoprune.fitness.path_refit`), whatever the shape says of its weights; ``none`` leaves the weights that
+            stay as they are in the dense model; None does as the shape says.
         recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
-        calibration, seed: the text that a recovery learns from, and the seed of what it draws; nothing else reads them.
+        calibration, seed: the text that a path refit reads, unless given that which the shape names, and that a
+            recovery learns from, with the seed of what is drawn; where nobody names one, ``corpus``.
         out: a new or empty folder; None writes nothing.
         latency: measure, where a checkpoint is written, how long the dense model and what stays of it take for prefill
             and for one more token, for the model card; on a CPU with one thread.
@@ -77,11 +92,16 @@ def prune_shape(
     """
     if out is not None:
         check_out_dir(out)
+    source = calibration or "corpus"
     recovers = given_recovery(
-        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=calibration, seed=seed, out=out
+        recovery, recovery_tokens, recovery_loss, recovery_parameters, source=source, seed=seed, out=out
     )
     given = shape if isinstance(shape, Shape) else read_shape(shape)
+    if refit is not None and refit not in REFITS:
+        raise UnknownName("refit", refit, REFITS)
     language_model = dense_model(model, loading, progress)
+    if refit is not None:
+        given = _with_refit(given, refit, language_model, calibration, seed)
     units = find_units(language_model)
     given.check(type(language_model.model).__name__, [block.widths for block in units])
     chosen = form_of(language_model, units, given.blocks, form)
@@ -90,7 +110,7 @@ def prune_shape(
     refitted_on = text_of(given)
     said = given if refitted_on is None else with_text(given, public_name(refitted_on))
     recipe = {"shape": to_json(said), "form": chosen}
-    read = None if recovers is None else calibration
+    read = None if recovers is None else source
     stored = of_shape(language_model, loading, said, form=chosen, seed=seed, text=read)
     foreign = given.fingerprint != language_model.fingerprint
     plan = CutPlan(
@@ -196,6 +216,29 @@ def prune_structure(
     )
     done = cut_and_written(plan, begun, out, latency=latency, progress=progress)
     return replace(done, method=method, found=edit.found)
+
+
+def _with_refit(shape: Shape, refit: str, language_model: LanguageModel, text: str | None, seed: int) -> Shape:
+    """The same shape, whose weights are made in this way, whatever it says.
+
+    Args:
+        refit: one of `REFITS`.
+        text, seed: what a path refit reads; where there is no text, what the shape names.
+
+    Raises:
+        InvalidInput: parts are merged, of which there is no path refit.
+    """
+    if any(map(any, merging_in(shape))):
+        raise InvalidInput("what is merged has no other refit than that of the shape: leave out --refit")
+    if refit == "none":
+        return replace(shape, weights={"method": "none"})
+    if text is None and text_of(shape) is not None:
+        said = RefitRecipe.read(shape.weights, shape.widths)
+        recipe = path_refit_recipe(said.text, said.sequences, said.window, said.seed, said.threads)
+    else:
+        window, threads = default_window(language_model, None), torch.get_num_threads()
+        recipe = path_refit_recipe(text or "corpus", TEXT.calibration_sequences, window, seed, threads)
+    return replace(shape, weights=recipe.to_json())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +366,7 @@ def edit_of(shape: Shape, language_model: LanguageModel, units: list[BlockUnits]
         windows = recipe.windows(language_model)
         if recipe.method == "path-refit":
             progress("refitting output matrices", 0, 1)
-            refits = path_refits(language_model, units, windows, shape.blocks)
+            refits = path_refits(language_model, units, windows, shape.blocks, recipe.correction)
             outputs = refitted_outputs(units, shape.blocks, lambda block, part, kept: refits[block][part].to(dtype))
             return ModelEdit(shape.blocks, outputs=outputs)
         database = build_structure_database(
@@ -332,6 +375,7 @@ def edit_of(shape: Shape, language_model: LanguageModel, units: list[BlockUnits]
             windows,
             mode=recipe.accumulation,
             path=recipe.path,
+            correction=recipe.correction,
             progress=lambda done, total: progress("building the structured database", done, total),
         )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evoprune.metrics.files import write_atomically
 from evoprune.search.calibration import calibration_facts, calibration_options
 from evoprune.search.engine.durable import disk_errors
-from evoprune.search.replaying import NOTE, OPTION
+from evoprune.search.replaying import NOTE, OPTION, REFIT_NOTE
 from evoprune.search.report import canvas, numbers
 from evoprune.search.report.latex_table import latex_table
 from evoprune.search.report.names import label, reason_text
@@ -162,6 +162,7 @@ def heldout_caption(data: RunData[Any], removed: str) -> str:
         "Loss and KL are in nats per token. "
         f"Standard errors are over windows; differences are paired, window by window."
         + (f" {NOTE}" if data.contender("replayed") is not None else "")
+        + (f" {REFIT_NOTE}" if data.contender("refitted") is not None else "")
         + ("" if data.identity.get("bit_reproducible", True) else f" This run is {NOT_REPRODUCIBLE}.")
     )
 

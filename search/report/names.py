@@ -9,6 +9,7 @@ _LABELS = {
     "dense": "Dense",
     "winner": "Winner",
     "replayed": "Winner, replayed",
+    "refitted": "Winner, path refit",
     "power": "Tuned power product",
     "random": "Random",
     "magnitude": "Magnitude",

@@ -86,6 +86,8 @@ class RunData(ABC, Generic[Config]):
         rows = [Contender("winner", self.what(best), best["heldout"])]
         if best.get("replayed") is not None:
             rows.append(Contender("replayed", self.what(best), best["replayed"], best["winner_minus_replayed"]))
+        if best.get("refitted") is not None:
+            rows.append(Contender("refitted", self.what(best), best["refitted"], best["winner_minus_refitted"]))
         rows += [
             Contender(row["name"], self.what(row), row["heldout"], row["winner_minus_this"])
             for row in self.result["baselines"]

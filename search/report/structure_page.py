@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evoprune.search.config_structure import StructureTarget
+from evoprune.search.replaying import REFIT_OPTION
 from evoprune.search.report import document, figures_generation, figures_result, figures_structure, generation_page
 from evoprune.search.report.structure_data import StructureData
 from evoprune.search.rundir import RunDirectory
@@ -63,8 +64,11 @@ def commands(data: StructureData) -> dict[str, str]:
     """Command lines to go on from here, by what they do."""
     run, model = shlex.quote(str(data.run.path)), shlex.quote(data.config.model.name)
     file, target = shlex.quote(str(data.run.path / "export" / "shape.json")), data.config.target
+    prune = f"evoprune prune {model} --shape {file}"
+    refit = {"Write it with a path refit": f"{prune}{REFIT_OPTION} --out small"}
     with_winner = {
-        "Write the smaller model": f"evoprune prune {model} --shape {file} --out small",
+        "Write the smaller model": f"{prune} --out small",
+        **(refit if data.contender("refitted") is not None else {}),
         "Measure it": f"evoprune eval small --dense {model}",
         **document.search_on(data),
         "Start another search of this model from the winner": (

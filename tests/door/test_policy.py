@@ -135,7 +135,7 @@ def test_what_has_no_refit_is_told_so(
     document = json.loads(uneven.read_text())
     uneven.write_text(json.dumps(document | {"calibration": said}))
     assert "which has no refit" in refused("prune", tiny, "--policy", uneven, "--out", "out", *REFIT)
-    assert "--refit goes with --policy" in refused("prune", tiny, "--out", "out", *REFIT)
+    assert "--refit goes with --shape or --policy" in refused("prune", tiny, "--out", "out", *REFIT)
     with pytest.raises(InvalidInput, match="no refit 'all'"):
         evoprune.prune_policy(dense, told, refit="all")
 

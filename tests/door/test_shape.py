@@ -13,6 +13,7 @@ import torch
 
 import evoprune
 from evoprune.fitness.models import load_model
+from evoprune.fitness.structure_weights import with_merges
 from evoprune.fitness.units import find_units
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.shape import Shape
@@ -152,6 +153,8 @@ def test_shapes_that_do_not_fit(
     }  # fmt: skip
     said = told(document | {"weights": along})
     assert "the 'path' in the shape's 'weights': the neurons of block 0 have '0-99', which is not" in said
+    refit = {**along, "method": "path-refit", "accumulation": "dense", "correction": 2}
+    assert "'weights' have correction '2': give a number from 0 to 1" in told(document | {"weights": refit})
     document["blocks"][0]["neurons"] = "40-48"
     assert "the neurons of block 0 have '40-48', which is not ascending from 0 to 47" in told(document)
     assert "no file 'nowhere.json'; give a shape's .json" in refused(
@@ -172,3 +175,32 @@ def test_models_that_cannot_be_cut(refused: Callable[..., str], run: Run, tiny: 
     assert "does not say num_attention_heads, num_key_value_heads, intermediate_size" in refused("eval", "small")
     with pytest.raises(InvalidInput, match="a shape's"):
         evoprune.prune_shape(str(tiny), "nowhere")
+
+
+def test_another_refit_than_that_of_the_shape(
+    run: Run, refused: Callable[..., str], tiny: Path, story: Path, file: Path, uneven: Shape, place: Path
+) -> None:
+    words = ("prune", tiny, "--shape", file, "--form", "padded", "--out")
+    assert run(*words, "plain").code == 0
+    done = run(*words, "refitted", "--refit", "path-refit", "--calibration", story, "--seed", 3, "--json")
+    assert done.code == 0, done.err
+    said = json.loads((place / "refitted" / "evoprune.json").read_text())["recipe"]["shape"]["weights"]
+    assert (said["method"], said["correction"], said["seed"]) == ("path-refit", 0.5, 3)
+    assert said["calibration"]["text"] == story.name
+    lines = evoprune.evaluate(place / "refitted", dense=tiny, data=str(story), window=32, tokens=256)
+    before = evoprune.evaluate(place / "plain", dense=tiny, data=str(story), window=32, tokens=256)
+    assert lines.held_out.kl < before.held_out.kl
+    # As the weights of the dense model are, whatever the shape says of them.
+    recipe = {"text": str(story), "sequences": 4, "window": 32}
+    database = {"method": "database", "accumulation": "dense", "calibration": recipe, "seed": 0, "threads": 1}
+    write_shape(replace(uneven, weights=database), file)
+    assert run(*words, "none", "--refit", "none").code == 0
+    one, other = (place / name / "model.safetensors" for name in ("none", "plain"))
+    assert one.read_bytes() == other.read_bytes()
+    # Without another text, that of the shape.
+    assert run(*words, "own", "--refit", "path-refit").code == 0
+    own = json.loads((place / "own" / "evoprune.json").read_text())["recipe"]["shape"]["weights"]
+    assert own["calibration"] == {**recipe, "text": story.name}
+    merged = replace(uneven, weights=with_merges(database, [(False, False), (False, True)]))
+    write_shape(replace(merged, blocks=(uneven.blocks[0], replace(uneven.blocks[1], neurons=()))), file)
+    assert "what is merged has no other refit" in refused(*words, "out", "--refit", "path-refit")

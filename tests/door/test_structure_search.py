@@ -80,27 +80,32 @@ def study(folder: Path) -> optuna.Study:
 def test_a_search_from_the_command_line(
     run: Run, tiny: Path, story: Path, shapes: Path, structured: Path, place: Path
 ) -> None:
-    """And the command that it prints at its end: it makes the model that was measured."""
+    """And the commands that it prints at its end: they make the models that were measured."""
     done = run("search", "structure", tiny, "--config", shapes, "--executor", "inline", "--seed", 1)
     assert done.code == 0, done.err
     folder = Path(done.out.strip())
     assert folder.parent == Path("runs") and "-structure-" in folder.name
     assert (folder / "history.jsonl").read_bytes() == (structured / "history.jsonl").read_bytes()
-    for text in ("dense", "evolved winner", "uniform", "flap alone", "25% fewer parameters in heads and MLPs",
-                 "KV groups", "in the whole model", "20 evaluations, seed 1"):  # fmt: skip
+    for text in ("dense", "evolved winner", "winner, path refit", "uniform", "flap alone",
+                 "25% fewer parameters in heads and MLPs", "KV groups", "in the whole model",
+                 "20 evaluations, seed 1"):  # fmt: skip
         assert text in " ".join(done.err.split()), text
     first = result_of(structured)
     assert {**result_of(folder), "run": ""} == {**first, "run": ""}
 
-    (command,) = [line for line in done.err.splitlines() if line.startswith("prune ")]
-    words = shlex.split(command.partition("evoprune ")[2].replace("DIR", "out"))
-    pruned = run(*words, "--json")
-    assert pruned.code == 0, pruned.err
-    assert pruned.json["parameters"] == first["best"]["cost"] + first["rest_cost"]
-    words = ["eval", "out", "--dense", tiny, "--data", story, "--window", 32, "--tokens", 4 * 32, "--json"]
-    measured = run(*words).json
-    assert measured["loss"] == pytest.approx(first["best"]["heldout"]["loss"], rel=1e-5)
-    assert measured["kl"] == pytest.approx(first["best"]["heldout"]["kl"], rel=1e-3)
+    assert first["best"]["refitted"] != first["best"]["heldout"]
+    for head, out, expected in (("prune ", "out", "heldout"), ("refit ", "refitted", "refitted")):
+        (command,) = [line for line in done.err.splitlines() if line.startswith(head)]
+        words = shlex.split(command.partition("evoprune ")[2].replace("DIR", out))
+        pruned = run(*words, "--json")
+        assert pruned.code == 0, pruned.err
+        assert pruned.json["parameters"] == first["best"]["cost"] + first["rest_cost"]
+        words = ["eval", out, "--dense", tiny, "--data", story, "--window", 32, "--tokens", 4 * 32, "--json"]
+        measured = run(*words).json
+        assert measured["loss"] == pytest.approx(first["best"][expected]["loss"], rel=1e-5)
+        assert measured["kl"] == pytest.approx(first["best"][expected]["kl"], rel=1e-3)
+    assert run("prune", tiny, "--recipe", "refitted", "--calibration", story, "--out", "again").code == 0
+    assert (Path("again") / "model.safetensors").read_bytes() == (Path("refitted") / "model.safetensors").read_bytes()
 
     listed = run("runs", "--json").json
     assert (listed[0]["run"], listed[0]["kind"], listed[0]["state"]) == (folder.name, "structure", "finished")
@@ -180,7 +185,7 @@ def test_show_for_people(width: int, run: Run, structured: Path, monkeypatch: py
     table, _, rest = done.out.partition("\nfitness ")
     assert max(len(line.rstrip()) for line in table.splitlines()) <= width
     losses = [float(loss) for loss in re.findall(r"\d\.\d\d +(\d+\.\d{4}) ± \d", table)]
-    assert losses == sorted(losses) and len(losses) == 8
+    assert losses == sorted(losses) and len(losses) == 9
     for block, (groups, each, neurons) in enumerate(result_of(structured)["best"]["shape"]):
         heads = rf"{groups} of 2 +{groups * each} of 4" if groups else "dropped +dropped"
         assert re.search(rf"\n +{block} +{heads} +{f'{neurons} of 48' if neurons else 'dropped'} *\n", table)
@@ -261,7 +266,7 @@ def test_the_resolved_configuration_can_be_used_again(run: Run, place: Path) -> 
         "sparsity": 0.25, "cost": "flops", "batch": 1, "sequence": None, "decode": False, "speedup": None,
         "table": None, "pareto": None, "sparsity_range": None,
         "heads": "both", "serving_safe": False, "step": None, "drop": "parts", "merge": False,
-        "accumulation": "expectation",
+        "accumulation": "expectation", "correction": 0.5,
     }  # fmt: skip
     timed = run("search", "structure", "--dry-run", "--minutes", 5, "--json").json
     assert (timed["evaluations"], timed["minutes"]) == (None, 5.0)
@@ -325,7 +330,7 @@ def test_a_search_in_python(tiny: Path, shapes: Path, place: Path, capfd: pytest
     assert run.best is not None and run.result is not None
     assert "query heads" in repr(run)
     assert all(each == 2 and groups and neurons for groups, each, neurons in run.best["shape"])
-    assert run.table().row_count == 6
+    assert run.table().row_count == 7
     small = evoprune.prune_shape(str(tiny), run.export("winner.json"))
     assert small.parameters == run.best["cost"] + run.result["rest_cost"]
     # What the newest run found is where the next one starts, and says so once and for all.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evoprune.fitness import structure_build
 from evoprune.fitness.adapters import SiteModule
+from evoprune.fitness.block_hooks import hidden_output
 from evoprune.fitness.block_walk import BlockWalk
 from evoprune.fitness.gram import damped
 from evoprune.fitness.models import LanguageModel
@@ -204,9 +205,9 @@ def test_a_path_is_the_model_cut_so_far(family: str, drop: bool) -> None:
     if drop:
         shapes[0] = BlockShape((), (), shapes[0].neurons)
         shapes[1] = BlockShape(shapes[1].groups, shapes[1].heads, ())
-    database = build_structure_database(language_model, units, WINDOWS, mode="path", path=shapes)
+    database = build_structure_database(language_model, units, WINDOWS, mode="path", path=shapes, correction=0)
     before = weights(language_model)
-    refits = path_refits(language_model, units, WINDOWS, shapes)
+    refits = path_refits(language_model, units, WINDOWS, shapes, correction=0)
     assert all(map(torch.equal, before, weights(language_model)))
     for block, shape in zip(there, shapes, strict=True):
         for part, bound, columns in (
@@ -225,8 +226,82 @@ def test_a_path_is_the_model_cut_so_far(family: str, drop: bool) -> None:
             bound.weight().copy_(weight)
     # Blocks before the first change of the path are those of before.
     other = [*shapes[:2], BlockShape((), (), ())]
-    again = build_structure_database(language_model, units, WINDOWS, mode="path", path=other)
+    again = build_structure_database(language_model, units, WINDOWS, mode="path", path=other, correction=0)
     assert again.manifest["blocks"][:2] == database.manifest["blocks"][:2]
+
+
+def streams(language_model: LanguageModel, block: BlockUnits) -> tuple[Tensor, Tensor]:
+    """[tokens, hidden] float64 each: the hidden states behind the attention of a block, and behind the block."""
+    heard: list[Tensor] = []
+    at = language_model.model.get_submodule(block.name)
+    handles = [
+        at.register_forward_pre_hook(
+            lambda module, args, named: heard.append(args[0] if args else named["hidden_states"]), with_kwargs=True
+        ),
+        block.attention.output.module.register_forward_hook(lambda module, args, output: heard.append(output)),
+        at.register_forward_hook(lambda module, args, output: heard.append(hidden_output(output))),
+    ]
+    with torch.no_grad():
+        language_model.model(input_ids=WINDOWS)
+    for handle in handles:
+        handle.remove()
+    before, attention, behind = (states.flatten(0, -2).double() for states in heard)
+    return before + attention, behind
+
+
+def towards(bound: SiteModule, inputs: Tensor, columns: Sequence[int], missing: Tensor) -> Tensor:
+    """The best weight on these columns where an output should be what it is and `missing`, [tokens, out], beside."""
+    gram, weight = inputs.T @ inputs / len(inputs), bound.weight().double()
+    pull = (damped(gram) - gram).diagonal().sqrt().diag()
+    rows = torch.cat([inputs / len(inputs) ** 0.5, pull])
+    wanted = torch.cat([(inputs @ weight.T + missing) / len(inputs) ** 0.5, pull @ weight.T])
+    return torch.linalg.lstsq(rows[:, list(columns)], wanted).solution.T
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi"])
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_path_makes_up_for_what_was_cut(family: str, drop: bool) -> None:
+    language_model, cut, dense = (tiny_language_model(family, **THREE.get(family, {})) for _ in range(3))
+    for model in (language_model.model, cut.model, dense.model):
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.constant_(parameter, 0.3)
+    units, there = find_units(language_model), find_units(cut)
+    orders = build_structure_database(language_model, units, WINDOWS, mode="dense")
+    shapes = [halved(orders, block) for block in units]
+    if drop:
+        shapes[0] = BlockShape((), (), shapes[0].neurons)
+        shapes[1] = BlockShape(shapes[1].groups, shapes[1].heads, units[1].widths.whole.neurons)
+    before = weights(language_model)
+    database = build_structure_database(language_model, units, WINDOWS, mode="path", path=shapes, correction=0.4)
+    refits = path_refits(language_model, units, WINDOWS, shapes, correction=0.4)
+    assert all(map(torch.equal, before, weights(language_model)))
+    for block, shape, known in zip(there, shapes, find_units(dense), strict=True):
+        for part, bound, columns, number in (
+            ("attention", block.attention.output, block.attention.columns(shape.heads), 0),
+            ("mlp", block.mlp.output, list(shape.neurons), 1),
+        ):
+            weight = torch.zeros_like(bound.weight(), dtype=torch.float64)
+            if len(columns) == bound.site.in_features:
+                assert torch.equal(refits[block.block][part], bound.weight())
+                continue
+            if columns:
+                missing = streams(dense, known)[number] - streams(cut, block)[number]
+                weight[:, columns] = towards(bound, inputs_of(cut, bound), columns, 0.4 * missing)
+                assert close(refits[block.block][part], weight[:, columns])
+                assert close(database.output(block.block, part, shape), weight[:, columns])
+            elif (bias := bound.bias()) is not None:
+                bias.zero_()
+            bound.weight().copy_(weight)
+
+
+def test_outputs_that_are_normalised_before_they_are_added_make_up_for_nothing() -> None:
+    language_model = tiny_language_model("gemma2")
+    units = find_units(language_model)
+    shapes = [block.widths.first(1, 1, 16) for block in units]
+    with_it, without = (path_refits(language_model, units, WINDOWS, shapes, share) for share in (1.0, 0.0))
+    for found, expected in zip(with_it, without, strict=True):
+        assert all(torch.equal(found[part], expected[part]) for part in ("attention", "mlp"))
 
 
 @pytest.mark.parametrize("mode", ["dense", "expectation"])
@@ -237,11 +312,11 @@ def test_a_build_that_was_stopped_goes_on(mode: Any, cache: Path, monkeypatch: p
     built: list[str] = []
     made = structure_build.mlp_tensors
 
-    def stopping(part: Any, gram: Tensor) -> Any:
+    def stopping(part: Any, *sums: Any) -> Any:
         built.append(part.output.site.name)
         if len(built) == 2:
             raise KeyboardInterrupt
-        return made(part, gram)
+        return made(part, *sums)
 
     monkeypatch.setattr(structure_build, "mlp_tensors", stopping)
     with pytest.raises(KeyboardInterrupt):

@@ -317,7 +317,7 @@ def test_heldout_losses_and_the_dense_model(tried: Tried) -> None:
 def asked_after(method: str, loss: str = "kl") -> dict[str, Any]:
     """What a job is told of a recovery."""
     training = {"tokens": 320, "batch_tokens": 64, "trainable": "outputs", "loss": loss, "learning_rate": 1e-3}
-    return {"method": method, **({"training": training} if method == "training-aware" else {})}
+    return {"method": method, **({"training": training} if method == "training-aware" else {"correction": 0.0})}
 
 
 @torch.no_grad()
