@@ -12,14 +12,19 @@ from evoprune.search.report.data import ReportData
 from evoprune.search.report.maps import draw_map, write_cells
 from evoprune.search.report.names import label, shortened
 from evoprune.search.report.numbers import compact
-from evoprune.search.report.run_data import Contender, RunData
+from evoprune.search.report.run_data import OF_WINNER, Contender, RunData
 from evoprune.search.site_names import attention_first
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {"winner": canvas.WINNER, "power": canvas.POWER, "uniform": canvas.POWER, "dense": canvas.INK}
+_COLOURS = {
+    **dict.fromkeys(OF_WINNER, canvas.WINNER),
+    "power": canvas.POWER,
+    "uniform": canvas.POWER,
+    "dense": canvas.INK,
+}
 _MARKERS = {"winner": "D", "power": "s", "uniform": "s"}
 
 

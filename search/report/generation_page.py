@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.search.report import document
 from evoprune.search.report.generation_data import Generation, GenerationData
 from evoprune.search.report.names import label
+from evoprune.search.report.run_data import OF_WINNER
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -86,7 +87,7 @@ def verdicts(data: GenerationData[Any, Any]) -> list[str]:
         found.append(f"{subject} {change} the held-out loss between uniform and dense")
     elif data.contender(data.reference):
         found.append(f"{subject} has a held-out loss {document.beside(data.reference, data)}")
-    told = {"dense", "winner", data.reference, seed}
+    told = {"dense", *OF_WINNER, data.reference, seed}
     told |= {name for names in data.alike if told.intersection(names) for name in names}
     rivals = [row.name for row in data.contenders if row.name not in told]
     if rivals:

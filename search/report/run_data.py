@@ -18,6 +18,9 @@ from evoprune.search.rundir import RunDirectory
 # Outcomes that depend on the machine; another run of the same seed need not repeat them.
 MACHINE_REASONS = ("TIMEOUT", "OOM", "WORKER_LOST", "ERROR")
 
+OF_WINNER = ("winner", "replayed", "refitted")
+"""Rows of the held-out table that are the winner, whatever becomes of its weights."""
+
 Config = TypeVar("Config", bound=SearchConfig)
 
 
@@ -26,7 +29,7 @@ class Contender:
     """A row of the held-out table.
 
     Attributes:
-        name: ``dense``, ``winner`` or a baseline's name.
+        name: ``dense``, one of `OF_WINNER`, or a baseline's name.
         what: a metric's expression, or the range of an allocation; empty for the dense model.
         heldout: loss, perplexity, kl, stderr and tokens, on text C.
         difference: loss of the winner minus loss of this one, over the same windows, and its standard error.
