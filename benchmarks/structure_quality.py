@@ -5,10 +5,10 @@
 
 A seed draws texts A and B and the search; text C is fixed, at least 50,000 tokens, and read only for the result. All
 entrants have the same parameters to within one neuron. FLAP, Wanda-sp and LLM-Pruner choose and compensate as
-published; ZipLM is its structured SPDY, one shot, on a database of dense activations, and also on that of the search,
-with as many candidates as the search has, each measured on as much text as the last stage reads. The uniform shape is
-measured on both databases. Adds to
-benchmarks/out/structure_quality.json, and prints a table.
+published; ZipLM is its structured SPDY, one shot, on a database of dense activations, its candidates measured on the
+text of the last stage, and on as many tokens in all as those of the search. The uniform shape is measured on both
+databases. Winner, ZipLM and uniform are measured after a path refit as well, and the winner and the uniform shape also
+after one as published, without the correction. Adds to benchmarks/out/structure_quality.json, and prints a table.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.dense_stream import CORRECTION
 from evoprune.fitness.structure_worker import StructureWorker
 from evoprune.fitness.unit_costs import MlpCost, UnitCosts
 from evoprune.search.config import resolve_as
@@ -28,6 +29,7 @@ from evoprune.search.config_structure import DEFAULT_SEEDS, StructureSearchConfi
 from evoprune.search.dynamic_program import Spdy
 from evoprune.search.result import paired_difference, summary
 from evoprune.search.rundir import RunDirectory
+from evoprune.search.search_run import generation_plan
 from evoprune.search.session import start_search
 from evoprune.search.spaces.structure import StructureSpace
 from evoprune.search.structure_result import ALONE, UNIFORM, choice
@@ -41,6 +43,7 @@ HELDOUT_WINDOWS = 200
 PUBLISHED = ("flap", "wanda-sp", "llm-pruner")
 # Candidates that SPDY proposes at a time.
 BATCH = 16
+REFITTED, AS_PUBLISHED = ", path refit", ", path refit as published"
 
 
 def configured(model: str, sparsity: float, seed: int, evaluations: int, heldout: int) -> StructureSearchConfig:
@@ -101,9 +104,15 @@ class Entrants:
         asked = choice(self.costs, self._fraction, criterion, None)
         return self._worker.handle("heldout", {**self._payloads["dense"], **asked})
 
-    def ziplm(self, accumulation: str, evaluations: int) -> dict[str, Any]:
+    def refitted(self, shape: list[list[int]], correction: float) -> dict[str, Any]:
+        """Of the model cut to a shape, with the weights of a path refit."""
+        selection = {"method": "path-refit", "correction": correction}
+        asked = {**self._payloads["expectation"], "shape": shape, "selection": selection}
+        return {**self._worker.handle("heldout", asked), "kept": shape}
+
+    def ziplm(self, evaluations: int) -> dict[str, Any]:
         """Of the best shape that SPDY finds."""
-        payload, windows = self._payloads[accumulation], self._config.searcher.stages[-1].windows
+        payload, windows = self._payloads["dense"], self._config.searcher.stages[-1].windows
         errors = errors_of_choices(self._space, self._worker.handle("errors", payload)["errors"])
         spdy, measured = Spdy(self._space, errors, self._config.seed), 0
         while measured < evaluations and (genomes := spdy.propose(min(BATCH, evaluations - measured))):
@@ -114,21 +123,30 @@ class Entrants:
             spdy.tell(values)
             measured += len(genomes)
         assert spdy.best is not None
-        return {**self.losses(accumulation, self._space.spelled(spdy.best)), "evaluations": measured}
+        return {**self.losses("dense", self._space.spelled(spdy.best)), "evaluations": measured}
 
 
 def compared(config: StructureSearchConfig, label: str) -> dict[str, Any]:
     """One search, and everybody beside its winner."""
     result, entrants = search(config, label), Entrants(config)
-    evaluations = config.evaluations
-    assert evaluations is not None
+    searcher, window = config.searcher, config.data.window
+    assert config.evaluations is not None
+    tokens = config.evaluations * generation_plan(searcher, window).per_candidate
     winner = entrants.losses("expectation", result["best"]["shape"])
     found = {
         UNIFORM: entrants.losses("expectation", entrants.uniform()),
         **{name + ALONE: entrants.published(name) for name in PUBLISHED},
-        "ziplm": entrants.ziplm("dense", evaluations),
-        "ziplm on the search's database": entrants.ziplm("expectation", evaluations),
+        "ziplm": entrants.ziplm(round(tokens / (searcher.stages[-1].windows * window))),
     }
+    refits = {}
+    for name, kept in (
+        ("winner", winner["kept"]),
+        (UNIFORM, found[UNIFORM]["kept"]),
+        ("ziplm", found["ziplm"]["kept"]),
+    ):
+        refits[name + REFITTED] = entrants.refitted(kept, CORRECTION)
+        if name != "ziplm":
+            refits[name + AS_PUBLISHED] = entrants.refitted(kept, 0.0)
     dense_built = entrants.losses("dense", entrants.uniform())
     parameters = [entrants.costs.of([tuple(kept) for kept in entry["kept"]]) for entry in (winner, *found.values())]
     neuron = max(mlp.per_neuron for mlp in entrants.costs.mlp if isinstance(mlp, MlpCost))
@@ -138,6 +156,10 @@ def compared(config: StructureSearchConfig, label: str) -> dict[str, Any]:
         "rivals": {
             name: {**summary(losses), "shape": losses["kept"], "winner_minus_this": paired_difference(winner, losses)}
             for name, losses in found.items()
+        },
+        "refits": {
+            name: {**summary(losses), "winner_minus_this": paired_difference(winner, losses)}
+            for name, losses in refits.items()
         },
         "neurons apart": (max(parameters) - min(parameters)) / neuron,
         "expectation_minus_dense": paired_difference(found[UNIFORM], dense_built),
@@ -157,10 +179,12 @@ def verdict(head: str, rows: list[dict[str, Any]]) -> list[str]:
             f"{gaps[nearest]['loss']:+.4f} ± {gaps[nearest]['stderr']:.4f}; {row['neurons apart']:.2f} neurons apart; "
             f"uniform by expectation minus by dense {built['loss']:+.4f} ± {built['stderr']:.4f}"
         )
-    for name in rows[0]["rivals"]:
-        losses = [row["rivals"][name]["winner_minus_this"]["loss"] for row in rows]
-        spread = f" (from {min(losses):+.4f} to {max(losses):+.4f})"
-        lines.append(f"{head}, mean over {len(rows)} seeds, minus {name}: {statistics.mean(losses):+.4f}{spread}")
+    for name in [*rows[0]["rivals"], *rows[0]["refits"]]:
+        found = [{**row["rivals"], **row["refits"]}[name] for row in rows]
+        losses, apart = [one["loss"] for one in found], [one["winner_minus_this"]["loss"] for one in found]
+        spread = f"from {min(apart):+.4f} to {max(apart):+.4f}"
+        mean = f"loss {statistics.mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+        lines.append(f"{head}, {len(rows)} seeds, {name}: {mean}, winner minus this {spread}")
     return lines
 
 
