@@ -139,11 +139,8 @@ def compared(config: StructureSearchConfig, label: str) -> dict[str, Any]:
         "ziplm": entrants.ziplm(round(tokens / (searcher.stages[-1].windows * window))),
     }
     refits = {}
-    for name, kept in (
-        ("winner", winner["kept"]),
-        (UNIFORM, found[UNIFORM]["kept"]),
-        ("ziplm", found["ziplm"]["kept"]),
-    ):
+    for name in ("winner", UNIFORM, "ziplm"):
+        kept = (found[name] if name in found else winner)["kept"]
         refits[name + REFITTED] = entrants.refitted(kept, CORRECTION)
         if name != "ziplm":
             refits[name + AS_PUBLISHED] = entrants.refitted(kept, 0.0)
