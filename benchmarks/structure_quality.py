@@ -140,7 +140,7 @@ def compared(config: StructureSearchConfig, label: str) -> dict[str, Any]:
     }
     refits = {}
     for name in ("winner", UNIFORM, "ziplm"):
-        kept = (found[name] if name in found else winner)["kept"]
+        kept = found.get(name, winner)["kept"]
         refits[name + REFITTED] = entrants.refitted(kept, CORRECTION)
         if name != "ziplm":
             refits[name + AS_PUBLISHED] = entrants.refitted(kept, 0.0)
