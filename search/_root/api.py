@@ -137,9 +137,10 @@ def prune(
             apart, in modules that `load_model` loads and nothing else; ``plain`` gives every layer their product, which
             plain transformers loads and which has no zeros. ``auto`` is ``modules`` for these, else ``plain``. With a
             `policy` it is that of `prune_policy`.
-        out: a new or empty folder for a checkpoint, which plain transformers loads unless its form is ``modules``; None
-            writes nothing. Its ``recipe.yaml`` makes it again, see `prune_recipe`. While a recovery runs, its own
-            checkpoints are in ``<out>.recovery``: after a kill the same call goes on from the last.
+        out: a new or empty folder for a checkpoint, or that of an evoprune checkpoint, which is replaced; None writes
+            nothing. Plain transformers loads it unless its form is ``modules``. Its ``recipe.yaml`` makes it again, see
+            `prune_recipe`. While a recovery runs, its own checkpoints are in ``<out>.recovery``: after a kill the same
+            call goes on from the last.
         calibration, calibration_sequences, calibration_window, tokens, seed: text A; see `collect_statistics`. Not
             read if the criterion needs no statistics.
         progress: told what runs and how far it is.

@@ -427,6 +427,7 @@ def prune(
             output.json(document)
         else:
             words = ["evoprune", "eval", document["out"], "--dense", model]
+            words += [] if memory is None else ["--memory", memory]
             hint = f"try it: {shlex.join(words)}"
             if pipeline:
                 hint = "load it with DiffusionPipeline.from_pretrained"

@@ -68,7 +68,7 @@ def prune_policy(
         recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
         calibration, seed: the text that a recovery learns from, and the seed of what it draws. Masks of matrices are
             made from the text that the search read, which the policy names.
-        out: a new or empty folder; None writes nothing.
+        out: a new or empty folder, or an evoprune checkpoint, which is replaced; None writes nothing.
         latency: of what gets smaller; see `prune_shape`.
         progress: told what runs.
         loading: further arguments of `load_model`, where `model` is a name.

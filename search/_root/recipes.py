@@ -41,7 +41,7 @@ def prune_recipe(
         recipe: a file, the folder of a checkpoint, or the `recipe` of what was pruned in this process.
         model: a folder, a Hub id, or a loaded model; None takes the one that the recipe names. Other weights than those
             of the recipe are pruned too, and `doubt` of the result says so.
-        out: a new or empty folder; None writes nothing.
+        out: a new or empty folder, or an evoprune checkpoint, which is replaced; None writes nothing.
         calibration: where the text lies that the recipe names by the last part of its path.
         device: in place of the recipe's.
         latency: of what gets smaller; see `prune_shape`.

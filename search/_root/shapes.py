@@ -81,7 +81,7 @@ def prune_shape(
         recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
         calibration, seed: the text that a path refit reads, unless given that which the shape names, and that a
             recovery learns from, with the seed of what is drawn; where nobody names one, ``corpus``.
-        out: a new or empty folder; None writes nothing.
+        out: a new or empty folder, or an evoprune checkpoint, which is replaced; None writes nothing.
         latency: measure, where a checkpoint is written, how long the dense model and what stays of it take for prefill
             and for one more token, for the model card; on a CPU with one thread.
         progress: told what runs.

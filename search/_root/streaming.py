@@ -88,7 +88,7 @@ def prune_streamed(
         model: `reference`, a folder, or a Hub id.
         memory: bytes, or words such as ``2GiB``, by which the process grows at most: weights, statistics and what is
             computed with them. Reading the text is not in it.
-        out: a new or empty folder for the checkpoint.
+        out: a new or empty folder for the checkpoint, or an evoprune checkpoint, which is replaced.
         metric, sparsity, pattern, group, allocation_parameters, compressor, accumulation: as of `prune`.
         allocation, budgets: as of `prune`; an allocation has to be given, or ``uniform``: allocators look at the whole
             model.
