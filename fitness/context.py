@@ -28,6 +28,8 @@ class EvaluationContext:
         calibration_sequences, calibration_window: text A.
         statistics: names that candidates may read.
         objective: name of the measure.
+        top_k: on text B the KL is over so many of the dense model's most likely tokens; None takes all. Text C and
+            trainings always have all.
         sparsity, pattern, group: the mask rule.
         allocation: the document of an `Allocation`, if matrices lose different fractions; the mask rule is then its
             budget, by row.
@@ -53,6 +55,7 @@ class EvaluationContext:
     calibration_window: int = 256
     statistics: tuple[str, ...] = ()
     objective: str = "kl"
+    top_k: int | None = None
     sparsity: float | None = 0.6
     pattern: tuple[int, int] | None = None
     group: Group = "row"

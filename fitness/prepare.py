@@ -27,7 +27,7 @@ from evoprune.fitness.pruning import check_allocation, check_rule
 from evoprune.fitness.samples import Samples, Sequences, n_predictions, n_tokens
 from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
 from evoprune.fitness.statistics_store import KNOWN, stored_names
-from evoprune.fitness.teacher import Teacher, build_teacher, linear_head, window_losses
+from evoprune.fitness.teacher import Teacher, build_teacher, check_top_k, linear_head, window_losses
 from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
@@ -132,7 +132,7 @@ def prepare(
 
     Raises:
         InvalidInput: a text is too short, a statistic does not exist, the width does not fit the pattern, the
-            allocation is of another model, or the disk is full or read-only.
+            allocation is of another model, `top_k` exceeds the vocabulary, or the disk is full or read-only.
     """
     check_widths(language_model, context)
     windows = {
@@ -151,6 +151,7 @@ def prepare(
         "windows": {side: _content(sequences) for side, sequences in windows.items()},
         "probe": sorted(needs),
         "sparsity": context.rule.fraction,
+        **({} if context.top_k is None else {"top_k": context.top_k}),
     }
     prefix = f"prepared-{content_hash(identity)[:24]}"
     known = find(prefix)
@@ -162,10 +163,11 @@ def prepare(
     with disk_errors(cache_folder()), packing(prefix) as packed:
         folder = packed.folder
         taught = {"search": context.rungs[-1], "heldout": None}  # finalists are compared by loss, without a teacher
+        most_likely = {"search": context.top_k, "heldout": None}  # what is reported is comparable between runs
         head = linear_head(language_model.model, windows["search"])
         for side, sequences in windows.items():
             progress(f"teacher on {side} text", 0, len(sequences))
-            teacher = build_teacher(language_model.model, head, sequences[: taught[side]])
+            teacher = build_teacher(language_model.model, head, sequences[: taught[side]], top_k=most_likely[side])
             save_file(teacher.tensors(), folder / f"{side}-teacher.safetensors")
             tensors = sequences.tensors() if isinstance(sequences, Samples) else {"windows": sequences}
             save_file(tensors, folder / f"{side}.safetensors")
@@ -257,9 +259,11 @@ def check_widths(language_model: LanguageModel, context: EvaluationContext) -> N
     """Refuse what the model's shape cannot do.
 
     Raises:
-        InvalidInput: see `check_rule`; an allocation of another model; a window longer than the model's context.
+        InvalidInput: see `check_rule` and `check_top_k`; an allocation of another model; a window longer than the
+            model's context.
     """
     check_rule(language_model, context.rule, context.compressor)
+    check_top_k(language_model.model, context.top_k)
     if context.allocation is not None:
         check_allocation(language_model, from_json(context.allocation))
     longest = language_model.context

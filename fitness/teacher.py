@@ -7,6 +7,12 @@ With p the teacher's distribution and z = h E^T the candidate's logits over outp
 so the teacher is known by one number (sum p log p) and one vector (p E, its expected output embedding) per token. That
 is smaller than log-probabilities by a factor of vocabulary over width, and exact. A model whose logits are not linear
 in the last hidden state (Gemma 2 caps them) keeps the teacher's log-probabilities instead.
+
+Either can be reduced to the teacher's K most likely tokens: with T these and both distributions renormalised over them,
+
+    KL_T = sum_T p log p - sum_T p z + logsumexp_T(z).
+
+Source: `sparse_kl` of DarwinLM (Tang et al. 2025, arXiv:2502.07780, released code).
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ CHUNK = 512
 BATCH = 4
 """Windows in a forward pass, unless the caller says otherwise. Another number may change the last bit of a loss."""
 
-# Memory for cached log-probabilities, per text, where the expected embedding does not apply.
+# Memory for cached log-probabilities and the tokens that they are of, per text, where expected embeddings do not apply.
 MAX_LOG_PROBABILITY_BYTES = 4 << 30
 
 
@@ -36,16 +42,19 @@ class Teacher:
     """What is kept of the dense model over n sequences of up to m predictions, behind which there are zeros.
 
     Attributes:
-        negative_entropy: [n, m] float32, sum over the vocabulary of p log p.
-        embedding: [n, m, hidden] float32, expected output embedding; None if logits are not linear.
-        offset: [n, m] float32, expected output bias; None without a bias.
-        log_probabilities: [n, m, vocabulary] float32 or float16; None if logits are linear.
+        negative_entropy: [n, m] float32, sum of p log p over the vocabulary, or over `tokens` where these are kept.
+        embedding: [n, m, hidden] float32, expected output embedding; None if logits are not linear, or with `tokens`.
+        offset: [n, m] float32, expected output bias; None without a bias, or with `tokens`.
+        log_probabilities: [n, m, vocabulary] float32 or float16; None if logits are linear. With `tokens` [n, m, K],
+            renormalised over these.
+        tokens: [n, m, K] int32, the K most likely tokens of each prediction; None for the whole vocabulary.
     """
 
     negative_entropy: Tensor
     embedding: Tensor | None = None
     offset: Tensor | None = None
     log_probabilities: Tensor | None = None
+    tokens: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by attribute name."""
@@ -54,6 +63,7 @@ class Teacher:
             "embedding": self.embedding,
             "offset": self.offset,
             "log_probabilities": self.log_probabilities,
+            "tokens": self.tokens,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -74,7 +84,8 @@ class WindowLosses:
     """Means over the predictions of each sequence, float64, in nats per token.
 
     Attributes:
-        kl: [n], divergence from the teacher's distribution to the model's; None without a teacher.
+        kl: [n], divergence from the teacher's distribution to the model's, over the tokens that the teacher keeps; None
+            without a teacher.
         nll: [n], negative log-likelihood of the next token.
     """
 
@@ -148,42 +159,90 @@ def _chunks(model: PreTrainedModel, head: nn.Linear | None, batch: Batch, longes
             yield _Chunk(where, flat[part].float(), head(flat[part]).float(), targets[part])
 
 
+def check_top_k(model: PreTrainedModel, top_k: int | None) -> None:
+    """Refuse more tokens than there are.
+
+    Raises:
+        InvalidInput: `top_k` exceeds the model's vocabulary.
+    """
+    vocabulary = _vocabulary(model)
+    if top_k is not None and top_k > vocabulary:
+        raise InvalidInput(
+            f"top_k {top_k} exceeds the vocabulary of {vocabulary} tokens: give a smaller one, or none for all of them"
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _empty_log_probabilities(n: int, longest: int, vocabulary: int, top_k: int | None) -> tuple[Tensor, Tensor | None]:
+    """([n, longest, vocabulary] zeros, None), or ([n, longest, top_k] zeros, as many tokens).
+
+    Raises:
+        InvalidInput: see `build_teacher`.
+    """
+    width = top_k or vocabulary
+    token_bytes = 0 if top_k is None else torch.int32.itemsize
+    size = n * longest * width
+    fitting = [
+        dtype
+        for dtype in (torch.float32, torch.float16)
+        if size * (dtype.itemsize + token_bytes) <= MAX_LOG_PROBABILITY_BYTES
+    ]
+    if not fitting:
+        kept, way_out = f"a vocabulary of {vocabulary}", "on text B of a search only the most likely tokens (top_k=512)"
+        if top_k is not None:
+            kept, way_out = f"their {top_k} most likely tokens", "a smaller top_k"
+        raise InvalidInput(
+            f"log-probabilities of {n * longest} predictions for {kept} take more than "
+            f"{MAX_LOG_PROBABILITY_BYTES >> 30} GiB: use fewer or shorter windows of text, or {way_out}"
+        )
+    tokens = None if top_k is None else torch.zeros(n, longest, width, dtype=torch.int32)
+    return torch.zeros(n, longest, width, dtype=fitting[0]), tokens
+
+
 @torch.no_grad()
 def build_teacher(
-    model: PreTrainedModel, head: nn.Linear | None, sequences: Sequences, *, batch: int = BATCH
+    model: PreTrainedModel,
+    head: nn.Linear | None,
+    sequences: Sequences,
+    *,
+    batch: int = BATCH,
+    top_k: int | None = None,
 ) -> Teacher:
     """Run the dense model over `sequences` and keep what `window_losses` needs.
 
     Args:
         sequences: on any device.
         head: what `linear_head` found.
+        top_k: keep the distribution over so many of the most likely tokens; None keeps that over all.
 
     Raises:
-        InvalidInput: log-probabilities are needed and exceed `MAX_LOG_PROBABILITY_BYTES` even in half precision.
+        InvalidInput: `top_k` exceeds the vocabulary, or log-probabilities are needed and exceed
+            `MAX_LOG_PROBABILITY_BYTES` even in half precision.
     """
+    check_top_k(model, top_k)
     counts = n_predictions(sequences)
     n, longest = len(counts), int(counts.max())
     negative_entropy = torch.zeros(n, longest)
-    embedding = offset = log_probabilities = None
-    if head is not None:
+    embedding = offset = log_probabilities = tokens = None
+    if head is not None and top_k is None:
         embedding = torch.zeros(n, longest, head.in_features)
         if head.bias is not None:
             offset = torch.zeros(n, longest)
     else:
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        dtype = torch.float32 if n * longest * vocabulary * 4 <= MAX_LOG_PROBABILITY_BYTES else torch.float16
-        if n * longest * vocabulary * 2 > MAX_LOG_PROBABILITY_BYTES:
-            raise InvalidInput(
-                f"log-probabilities of {n * longest} tokens for a vocabulary of {vocabulary} take more than "
-                f"{MAX_LOG_PROBABILITY_BYTES >> 30} GiB: use fewer or shorter windows of text"
-            )
-        log_probabilities = torch.zeros(n, longest, vocabulary, dtype=dtype)
-    teacher = Teacher(negative_entropy, embedding, offset, log_probabilities)
+        log_probabilities, tokens = _empty_log_probabilities(n, longest, _vocabulary(model), top_k)
+    teacher = Teacher(negative_entropy, embedding, offset, log_probabilities, tokens)
     first = 0
     for given in forward_batches(sequences, batch, model.device):
         local = teacher[slice(first, first + given.rows)].flat()
         for chunk in _chunks(model, head, given, longest):
-            log_p = chunk.logits.log_softmax(1)
+            logits = chunk.logits
+            if top_k is not None and local.tokens is not None:
+                logits, likely = logits.topk(top_k)
+                local.tokens[chunk.places] = likely.int().cpu()
+            log_p = logits.log_softmax(1)
             p = log_p.exp()
             local.negative_entropy[chunk.places] = (p * log_p).sum(1).cpu()
             if local.embedding is not None:
@@ -284,7 +343,11 @@ def _divergence(teacher: Teacher, chunk: _Chunk, normaliser: Tensor) -> Tensor:
     negative_entropy = teacher.negative_entropy[chunk.places].to(device)
     if teacher.log_probabilities is not None:
         log_p = teacher.log_probabilities[chunk.places].to(device).float()
-        return negative_entropy - (log_p.exp() * chunk.logits).sum(1) + normaliser
+        logits = chunk.logits
+        if teacher.tokens is not None:
+            logits = logits.gather(1, teacher.tokens[chunk.places].to(device).long())
+            normaliser = logits.logsumexp(1)
+        return negative_entropy - (log_p.exp() * logits).sum(1) + normaliser
     assert chunk.hidden is not None and teacher.embedding is not None
     expected = (chunk.hidden * teacher.embedding[chunk.places].to(device)).sum(1)
     if teacher.offset is not None:

@@ -199,7 +199,7 @@ class AllocationComparison:
         found, sites, sparsity = result["formula"], self._search.space.sites, self._config.target.sparsity
         formula = AllocationFormula.from_text(found["expression"], found["spread"])
         model = public_name(result["model"])
-        provenance = {name: result[name] for name in ("run", "metric", "target", "seed")}
+        provenance = {name: result[name] for name in ("run", "metric", "target", "seed", "top_k") if name in result}
         title = f"How much each matrix loses, found by evoprune for {model} at a sparsity of {sparsity:g}."
         source = allocation_source(formula, self._statistics, sites, sparsity, title=title)
         write_atomically(folder / "allocation.py", source)

@@ -14,6 +14,7 @@ from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
 from evoprune.search.mask_words import metric_counts
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.policy_search import PolicySearch
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.removal import PLAIN
@@ -49,8 +50,9 @@ def searching_note(
     if best is None:
         return "\n".join(["## Searching", "", *_table(("", ""), rows)])
     tokens = config.racing.rungs[len(best.rungs) - 1] * config.data.window
+    over = over_most_likely(config.top_k)
     rows = [
-        ("fitness", f"{best.value:.5f} ({config.objective} on text B, {tokens:,} tokens; lower is better)"),
+        ("fitness", f"{best.value:.5f} ({config.objective}{over} on text B, {tokens:,} tokens; lower is better)"),
         ("from", f"birth {best.birth} ({best.origin}), complexity {best.complexity}"),
         *rows,
     ]
@@ -75,6 +77,7 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
         artifacts: names of the study's artifacts; pictures among them are shown.
     """
     best = result["best"]
+    over = over_most_likely(result.get("top_k"))
     rows = [
         tuple(f"**{cell}**" if cell else "" for cell in row) if row[0] in WINNERS else row
         for row in heldout_rows(result)
@@ -90,8 +93,8 @@ def finished_note(result: Mapping[str, Any], winner: Expression, artifacts: Coll
             heldout_caption(result),
             "",
             f"Found as birth {best['birth']} ({best['origin']}) in {result['evaluations']:,} evaluations of "
-            f"{result['births']:,} births, seed {result['seed']}; fitness {best['fitness']:.5f} ({result['objective']} "
-            f"on text B), complexity {best['complexity']}. Metric and report are among the study's artifacts.",
+            f"{result['births']:,} births, seed {result['seed']}; fitness {best['fitness']:.5f} ({result['objective']}"
+            f"{over} on text B), complexity {best['complexity']}. Metric and report are among the study's artifacts.",
             "",
             *_picture("convergence.svg", "best so far by evaluations", artifacts),
             *_picture("front.svg", "fitness against complexity", artifacts),
@@ -117,13 +120,15 @@ def searching_generations_note(
     ]
     if search.leader is not None:
         fitness, words = search.leader
-        rows = [("fitness", f"{fitness:.5f} (KL on text B; lower is better)"), ("best", words), *rows]
+        over = over_most_likely(config.top_k)
+        rows = [("fitness", f"{fitness:.5f} (KL{over} on text B; lower is better)"), ("best", words), *rows]
     return "\n".join(["## Searching", "", *_table(("", ""), rows)])
 
 
 def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
     """What an allocation search has found: everyone on held-out text; arguments as in `finished_note`."""
     best = result["best"]
+    over = over_most_likely(result.get("top_k"))
     return "\n".join(
         [
             f"## Winner: {result['model']} at {target_text(result)}",
@@ -131,8 +136,8 @@ def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[st
             *_picture("allocation.svg", "sparsity by matrix", artifacts),
             *_heldout(result),
             f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
-            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). The allocation and the report are "
-            "among the study's artifacts.",
+            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL{over} on text B). The allocation and the "
+            "report are among the study's artifacts.",
             "",
             *_picture("convergence.svg", "best so far by evaluations", artifacts),
         ]
@@ -142,6 +147,7 @@ def finished_allocation_note(result: Mapping[str, Any], artifacts: Collection[st
 def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
     """What a structure search has found: everyone on held-out text; arguments as in `finished_note`."""
     best = result["best"]
+    over = over_most_likely(result.get("top_k"))
     rows = [
         (
             str(block),
@@ -156,8 +162,8 @@ def finished_structure_note(result: Mapping[str, Any], artifacts: Collection[str
             "",
             *_heldout(result),
             f"Found in generation {best['generation']} ({best['origin']}) in {result['evaluations']:,} evaluations, "
-            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL on text B). Gone is {removed_text(result)}. The "
-            "shape and the report are among the study's artifacts.",
+            f"seed {result['seed']}; fitness {best['fitness']:.5f} (KL{over} on text B). Gone is "
+            f"{removed_text(result)}. The shape and the report are among the study's artifacts.",
             "",
             *_picture("shape.svg", "what every block keeps", artifacts),
             *_table(("block", "KV groups", "query heads", "neurons"), rows),
@@ -174,13 +180,15 @@ def searching_policy_note(config: SearchConfig, search: PolicySearch, evaluation
     rows = [("evaluations", f"{evaluations:,}{budget}{time}"), ("step", f"{search.step:,}")]
     if search.leader is not None:
         fitness, words = search.leader
-        rows = [("fitness", f"{fitness:.5f} ({config.objective} on text B; lower is better)"), ("best", words), *rows]
+        said = f"{config.objective}{over_most_likely(config.top_k)} on text B"
+        rows = [("fitness", f"{fitness:.5f} ({said}; lower is better)"), ("best", words), *rows]
     return "\n".join(["## Searching", "", *_table(("", ""), rows)])
 
 
 def finished_policy_note(result: Mapping[str, Any], artifacts: Collection[str] = ()) -> str:
     """What a policy search has found: everyone on held-out text; arguments as in `finished_note`."""
     best = result["best"]
+    over = over_most_likely(result.get("top_k"))
     counts = best["policy"].get("metrics")
     kept = [] if counts is None else [*_table(("metric", "matrices"), _counted(counts.values())), ""]
     return "\n".join(
@@ -189,8 +197,8 @@ def finished_policy_note(result: Mapping[str, Any], artifacts: Collection[str] =
             "",
             *_heldout(result),
             f"Found {found_text(result)}, in {result['evaluations']:,} evaluations, seed {result['seed']}; fitness "
-            f"{best['fitness']:.5f} ({result['objective']} on text B). Gone is {removed_policy_text(result)}. The "
-            "policy and the report are among the study's artifacts.",
+            f"{best['fitness']:.5f} ({result['objective']}{over} on text B). Gone is {removed_policy_text(result)}. "
+            "The policy and the report are among the study's artifacts.",
             "",
             *kept,
             *_picture("kept.svg", "what every block keeps", artifacts),

@@ -302,6 +302,7 @@ class AllocationSearchConfig(SearchConfig):
             calibration_window=self.data.calibration_window,
             statistics=tuple(sorted(needs)),
             objective=self.objective,
+            top_k=self.top_k,
             sparsity=self.target.sparsity,
             group="row",
             threads=self.threads,

@@ -133,7 +133,7 @@ class JointSearchConfig(SearchConfig):
     def _common(self, step: int) -> dict[str, Any]:
         """What all steps have, and this one's part of the budget. One seed for all: they read the same texts."""
         shared = self.model_dump(
-            mode="json", include={"model", "data", "objective", "seed", "threads", "deadline", "numerics"}
+            mode="json", include={"model", "data", "objective", "top_k", "seed", "threads", "deadline", "numerics"}
         )
         return {
             **shared,

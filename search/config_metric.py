@@ -183,6 +183,7 @@ class MetricSearchConfig(SearchConfig):
             calibration_window=self.data.calibration_window,
             statistics=self.statistics,
             objective=self.objective,
+            top_k=self.top_k,
             sparsity=rule.sparsity,
             pattern=rule.pattern,
             group=rule.group,

@@ -219,6 +219,7 @@ class PolicySearchConfig(SearchConfig):
             calibration_window=self.data.calibration_window,
             statistics=tuple(sorted(needs)),
             objective="kl",
+            top_k=self.top_k,
             sparsity=self.target.sparsity,
             pattern=pattern,
             group="row",

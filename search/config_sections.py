@@ -107,6 +107,12 @@ class SearchConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: str = Field("kl", description="a name from `evoprune list objectives`")
+    top_k: int | None = Field(
+        None,
+        ge=2,
+        description="with the objective kl: compare by the KL over so many of the dense model's most likely tokens, "
+        "both distributions renormalised over these; none takes the whole vocabulary. Held-out text always has all",
+    )
     evaluations: int | None = Field(
         250,
         ge=1,
@@ -136,6 +142,15 @@ class SearchConfig(Section):
     def _ends(self) -> SearchConfig:
         if self.evaluations is None and self.minutes is None:
             raise ValueError("a search needs an end: give --evaluations, --minutes or both")
+        return self
+
+    @model_validator(mode="after")
+    def _divergence(self) -> SearchConfig:
+        if self.top_k is not None and self.objective != "kl":
+            raise ValueError(
+                f"top_k={self.top_k} says over which tokens the KL is, and the objective is {self.objective}: leave it "
+                "out, or give objective=kl"
+            )
         return self
 
     @property

@@ -319,6 +319,7 @@ class StructureSearchConfig(SearchConfig):
             calibration_window=self.data.calibration_window,
             statistics=tuple(sorted(needs)),
             objective=self.objective,
+            top_k=self.top_k,
             # No mask is made by it; where time is the budget it is anything.
             sparsity=self.target.sparsity or DEFAULT_SPARSITY,
             group="row",

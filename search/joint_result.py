@@ -21,6 +21,7 @@ from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.joint_steps import Step
 from evoprune.search.kinds.joint import KIND
 from evoprune.search.metric_result import criterion_json
+from evoprune.search.objective_words import objective_facts
 from evoprune.search.replaying import replay_job, replayed_facts
 from evoprune.search.result import failure, paired_difference, standard_error, summary
 from evoprune.search.rundir import RunDirectory
@@ -160,7 +161,7 @@ class JointComparison:
             "model": config.model.name,
             "target": f"{config.target.sparsity:g}",
             "compressor": config.target.compressor,
-            "objective": config.objective,
+            **objective_facts(config),
             "seed": config.seed,
             "rounds": config.rounds,
             "evaluations": sum(one["evaluations"] for one in self._found),

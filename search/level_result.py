@@ -14,6 +14,7 @@ from evoprune.metrics.records import LEVELS
 from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_allocation import AllocationSearchConfig
 from evoprune.search.engine.executor import Job
+from evoprune.search.objective_words import objective_facts
 from evoprune.search.pooled_search import PooledSearch
 from evoprune.search.spaces.ladder import Genome
 from evoprune.search.spaces.levels import LevelSpace
@@ -54,7 +55,7 @@ def run_facts(
         "granularity": config.target.granularity,
         "drop": config.target.drop,
         "drop_only": config.target.drop_only,
-        "objective": config.objective,
+        **objective_facts(config),
         "seed": config.seed,
         "evaluations": evaluations,
         "births": search.births,

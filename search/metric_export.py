@@ -12,6 +12,7 @@ from evoprune.metrics.expression import Expression, parse
 from evoprune.metrics.records import Group
 from evoprune.search.config_metric import MetricSearchConfig
 from evoprune.search.identity import versions
+from evoprune.search.objective_words import objective_facts, over_most_likely
 from evoprune.search.removal import PLAIN, compressor_option, followed_by
 from evoprune.search.replaying import NOTE, OPTION, REPLAYED
 from evoprune.search.result import measured_on
@@ -65,7 +66,8 @@ def winner_export(
             },
             "seed": config.seed,
             "compressor": config.target.compressor,
-            "fitness": f"{config.objective} {best['fitness']:.5f} ± {best['stderr']:.5f} on {tokens[-1]} tokens",
+            "fitness": f"{config.objective} {best['fitness']:.5f} ± {best['stderr']:.5f}"
+            f"{over_most_likely(config.top_k)} on {tokens[-1]} tokens",
             "evaluations": result["evaluations"],
             "parents": best["parents"],
             "config": config.identity,
@@ -74,7 +76,7 @@ def winner_export(
         },
         results={
             "fitness": {
-                "objective": config.objective,
+                **objective_facts(config),
                 "rungs": [{"tokens": n, "value": value} for n, value in zip(tokens, best["rungs"], strict=True)],
                 "stderr": best["stderr"],
             },

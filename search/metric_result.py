@@ -23,6 +23,7 @@ from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.level_result import write_whole
 from evoprune.search.metric_export import readme, winner_export
 from evoprune.search.metric_search import MetricSearch
+from evoprune.search.objective_words import objective_facts
 from evoprune.search.replaying import replay_job, replayed_facts
 from evoprune.search.result import failure, measured_facts, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -168,7 +169,7 @@ class MetricComparison:
             "group": self._rule.group,
             "allocation": None if self._allocation is None else described_allocation(self._allocation),
             "compressor": config.target.compressor,
-            "objective": config.objective,
+            **objective_facts(config),
             "seed": config.seed,
             "evaluations": evaluations,
             "births": search.births,

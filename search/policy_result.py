@@ -16,6 +16,7 @@ from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.mask_words import spelled
+from evoprune.search.objective_words import objective_facts
 from evoprune.search.policy_search import INITIALISATION, Mode, PolicySearch
 from evoprune.search.result import failure, paired_difference, summary
 from evoprune.search.rundir import RunDirectory
@@ -100,7 +101,7 @@ class PolicyComparison:
             "budget": config.target.budget,
             "masker": config.masker,
             "units": {"n": table.n, "hash": table.hash, "rows": rows},
-            "objective": config.objective,
+            **objective_facts(config),
             "searcher": searcher.name,
             "prior": searcher.prior,
             "samples": searcher.samples,

@@ -9,6 +9,7 @@ from evoprune.search.config_sections import SearchConfig
 from evoprune.search.engine.board import Board
 from evoprune.search.engine.journal import EvaluationLog
 from evoprune.search.kinds import BoardKind, board_kind_of, config_of
+from evoprune.search.objective_words import objective_facts
 from evoprune.search.rundir import RunDirectory
 
 
@@ -34,7 +35,7 @@ def describe(board: Board, run: RunDirectory, config: SearchConfig) -> None:
         {
             "model": config.model.name,
             "target": config.aim,
-            "objective": config.objective,
+            **objective_facts(config),
             "seed": config.seed,
             "code": identity.get("code"),
             "commit": identity.get("git"),

@@ -19,6 +19,7 @@ from evoprune.search.calibration import calibration_facts
 from evoprune.search.config_structure import StructureSearchConfig
 from evoprune.search.engine.executor import Job, Outcome
 from evoprune.search.generation_search import GenerationSearch
+from evoprune.search.objective_words import objective_facts
 from evoprune.search.pooled_search import Member, PooledSearch
 from evoprune.search.replaying import REFITTED
 from evoprune.search.result import failure, paired_difference, summary
@@ -91,7 +92,7 @@ def run_facts(
         "cost": config.target.cost,
         "accumulation": config.target.accumulation,
         "selection": config.searcher.selection,
-        "objective": config.objective,
+        **objective_facts(config),
         "seed": config.seed,
         "evaluations": evaluations,
         "births": search.births,

@@ -19,6 +19,7 @@ from rich.text import Text
 from evoprune.search.calibration import calibration_options
 from evoprune.search.config_sections import SearchConfig
 from evoprune.search.kinds import kind_of
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.progress import clock
 from evoprune.search.removal import PLAIN, compressor_option, followed_by, removed_by
 from evoprune.search.replaying import NOTE, OPTION, REFIT_NOTE, REFITTED, REPLAYED
@@ -126,8 +127,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         {
             "winner": Text(best["expression"], style="bold green"),
             "formula": Text(to_text(parse(best["expression"]))),
-            "fitness": f"{best['fitness']:.5f} ({result['objective']} on text B, "
-            f"{result['rung_tokens'][len(best['rungs']) - 1]:,} tokens), complexity {best['complexity']}",
+            "fitness": f"{best['fitness']:.5f} ({result['objective']}{over_most_likely(result.get('top_k'))} on "
+            f"text B, {result['rung_tokens'][len(best['rungs']) - 1]:,} tokens), complexity {best['complexity']}",
             **_power(result),
             **_finals(result),
             "search": f"{result['evaluations']} evaluations of {result['births']} births, "

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evoprune.search.calibration import calibration_options
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.removal import PLAIN, removal_options
 from evoprune.search.result import closed_gap
 from evoprune.search.site_names import grid
@@ -30,7 +31,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     numerics = {} if result.get("bit_reproducible", True) else {"numerics": Text(NOT_REPRODUCIBLE, style="yellow")}
     winner = facts_table(
         {
-            "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B",
+            "fitness": f"KL {best['fitness']:.5f}{over_most_likely(result.get('top_k'))} on {result['final_tokens']:,} "
+            "tokens of text B",
             "removed": f"{best['removed']:,} of {result['prunable']:,} prunable weights "
             f"({best['removed'] / result['prunable']:.3%})",
             "found": f"generation {best['generation']} of {result['generations']} ({best['origin']})",

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from evoprune.search import tables_allocation, tables_structure
 from evoprune.search.kinds import kind_of
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.result import measured_on, member_name
 from evoprune.search.spaces.levels import reference_name
 from evoprune.search.spaces.structure import shape_text
@@ -154,7 +155,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
         "front": f"{len(result['front'])} {winner}s, {span(result)}",
         winner: f"the one nearest to a sparsity of {result['target']}: removed {best['removed']:,} of {whole:,} "
         f"({best['sparsity']:.3%}) {of}",
-        "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B",
+        "fitness": f"KL {best['fitness']:.5f}{over_most_likely(result.get('top_k'))} on {result['final_tokens']:,} "
+        "tokens of text B",
         "search": f"{result['evaluations']} evaluations in {result['generations']} generations, seed {result['seed']}",
         **numerics,
     }

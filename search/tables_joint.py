@@ -15,6 +15,7 @@ from evoprune.metrics.emit import to_text
 from evoprune.metrics.expression import parse
 from evoprune.search.calibration import calibration_options
 from evoprune.search.joint_steps import FOLDER
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.removal import compressor_option
 from evoprune.search.tables import NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box, prune_ways
 from evoprune.search.tables_allocation import map_table
@@ -29,7 +30,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
             "winner": f"round {best['round']} of {result['rounds']}",
             "metric": Text(best["expression"], style="bold green"),
             "formula": Text(to_text(parse(best["expression"]))),
-            "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B, least of all rounds",
+            "fitness": f"KL {best['fitness']:.5f}{over_most_likely(result.get('top_k'))} on {result['final_tokens']:,} "
+            "tokens of text B, least of all rounds",
             "removed": f"{best['removed']:,} of {result['prunable']:,} prunable weights "
             f"({best['removed'] / result['prunable']:.3%})",
             "search": f"{result['evaluations']} evaluations in {len(result['steps'])} steps, seed {result['seed']}",

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evoprune.search.mask_words import counts_text, metric_counts
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.spaces.structure import shape_text
 from evoprune.search.tables import COUNTED, NOT_REPRODUCIBLE, facts_table, heldout_table, plain_box
 
@@ -38,7 +39,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     numerics = {} if result.get("bit_reproducible", True) else {"numerics": Text(NOT_REPRODUCIBLE, style="yellow")}
     facts = facts_table(
         {
-            "fitness": f"{best['fitness']:.5f} ({result['objective']} on {result['final_tokens']:,} tokens of text B)",
+            "fitness": f"{best['fitness']:.5f} ({result['objective']}{over_most_likely(result.get('top_k'))} on "
+            f"{result['final_tokens']:,} tokens of text B)",
             "keeps": policy_text(best),
             **({"removed": removed_text(result)} if "sparsity" not in best else {}),
             "found": found_text(result),
@@ -67,7 +69,7 @@ def unfinished_facts(
     if note.get("loss") is not None:
         spread = "" if note.get("loss_std") is None else f" ± {note['loss_std']:.4f}"
         tokens = config.searcher.batch * config.data.window
-        losses = f"{note['loss']:.4f}{spread} ({config.objective} on {tokens:,} tokens)"
+        losses = f"{note['loss']:.4f}{spread} ({config.objective}{over_most_likely(config.top_k)} on {tokens:,} tokens)"
         facts["last step"] = f"number {last['step'] + 1:,}, mean loss of its masks {losses}"
     if note.get("undecided") is not None:
         facts["undecided"] = f"{note['undecided']:.0%} of the units that may go (keep probability from 0.05 to 0.95)"

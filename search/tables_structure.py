@@ -14,6 +14,7 @@ from rich.text import Text
 
 from evoprune.fitness.latency_passes import Work
 from evoprune.fitness.part_merges import read_block
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.replaying import REFIT_OPTION
 from evoprune.search.spaces.structure import shape_text
 from evoprune.search.tables import (
@@ -35,7 +36,8 @@ def result_view(result: Mapping[str, Any], run: Path) -> list[RenderableType]:
     unit = "nanoseconds" if result["cost"] == "latency" else result["cost"]
     facts = facts_table(
         {
-            "fitness": f"KL {best['fitness']:.5f} on {result['final_tokens']:,} tokens of text B",
+            "fitness": f"KL {best['fitness']:.5f}{over_most_likely(result.get('top_k'))} on {result['final_tokens']:,} "
+            "tokens of text B",
             "keeps": f"{shape_text(best['shape'])}: {best['cost']:,} of {result['dense_cost']:,} {unit} of "
             f"heads and MLPs ({best['cost'] / result['dense_cost']:.2%}), {left:,} in the whole model",
             "removed": removed_text(result),

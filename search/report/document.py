@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from evoprune.metrics.files import write_atomically
 from evoprune.search.calibration import calibration_facts, calibration_options
 from evoprune.search.engine.durable import disk_errors
+from evoprune.search.objective_words import over_most_likely
 from evoprune.search.replaying import NOTE, OPTION, REFIT_NOTE
 from evoprune.search.report import canvas, numbers
 from evoprune.search.report.latex_table import latex_table
@@ -134,6 +135,7 @@ def fill(
         figures={name: Markup(canvas.inline(svg, name)) for name, svg in drawn.items()},
         target=removed,
         entrant=entrant,
+        over=over_most_likely(data.config.top_k),
         table=latex_table(data.contenders, caption, entrant) if data.contenders else "",
         caption=caption,
         **values,

@@ -68,7 +68,7 @@ def front(data: ReportData) -> Figure | None:
                 label=needs,
             )
     axes.set_xlabel("complexity: weighted nodes, plus a price for the dearest statistic")
-    axes.set_ylabel(f"{objective_text(data.config.objective)} on text B")
+    axes.set_ylabel(f"{objective_text(data.config)} on text B")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.06)
     note_beyond(axes, above)
@@ -105,7 +105,7 @@ def fronts(data: ReportData) -> Figure | None:
     axes.set_xlim(right=last + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("complexity")
-    axes.set_ylabel(f"{objective_text(data.config.objective)} on text B")
+    axes.set_ylabel(f"{objective_text(data.config)} on text B")
     best = {needs: some[-1][1] for needs, some in points.items()}
     names = [
         (f"{needs_text(needs)}  {nats(level)}", level, canvas.FRONT_COLOURS[needs]) for needs, level in best.items()
@@ -131,7 +131,7 @@ def _progress(axes: Axes, data: ReportData, rung: int, levels: Sequence[float] =
     axes.set_xlim(0, last * 1.01 + 1)
     axes.set_title(f"{count(data.rung_tokens[rung])} tokens, {len(some)} candidates")
     axes.set_xlabel("evaluations")
-    axes.set_ylabel(objective_text(data.config.objective))
+    axes.set_ylabel(objective_text(data.config))
     return above
 
 

@@ -12,7 +12,7 @@ from evoprune.search.report import canvas
 from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, plain_numbers
 from evoprune.search.report.front_data import AnyFrontData, Place
 from evoprune.search.report.labels import annotate_points
-from evoprune.search.report.names import label, shortened
+from evoprune.search.report.names import label, objective_text, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +103,7 @@ def candidates(data: AnyFrontData[Any, Any]) -> Figure | None:
     axes.step(*columns(best), where="pre", color=canvas.WINNER, linewidth=1.2)
     axes.scatter(*columns(best), s=18, marker="D", color=canvas.WINNER, linewidth=0, zorder=3, label="not beaten")
     axes.set_xlabel(_saved(data))
-    axes.set_ylabel("KL to dense, nats per token")
+    axes.set_ylabel(f"{objective_text(data.config)}, nats per token")
     plain_numbers(axes.xaxis)
     note_beyond(axes, above)
     figure.legend(loc="outside lower center", ncols=3, handletextpad=0.3, columnspacing=1.5)
@@ -142,7 +142,7 @@ def times(data: AnyFrontData[Any, Any]) -> Figure | None:
         [data.saved(row["cost"]) for row in values], saved, c=[row["fitness"] for row in values], cmap="cividis",
         s=26, linewidth=0,
     )  # fmt: skip
-    figure.colorbar(points, label="KL to dense on text B, nats per token")
+    figure.colorbar(points, label=f"{objective_text(data.config)} on text B, nats per token")
     axes.set_xlabel(_saved(data))
     axes.set_ylabel("time saved, %")
     plain_numbers(axes.xaxis)

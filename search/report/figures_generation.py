@@ -12,7 +12,7 @@ from evoprune.search.report import canvas
 from evoprune.search.report.axes import ceiling, columns, limit, note_beyond, plain_numbers
 from evoprune.search.report.generation_data import GenerationData
 from evoprune.search.report.labels import name_levels
-from evoprune.search.report.names import label, shortened
+from evoprune.search.report.names import label, objective_text, shortened
 from evoprune.search.report.numbers import nats
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def convergence(data: GenerationData[Any, Any]) -> Figure | None:
     _mark_seeds(axes, named, data.reference)
     axes.set_xlim(0, last * 1.01 + 1)
     axes.set_xlabel("evaluations")
-    axes.set_ylabel("KL to dense, nats per token")
+    axes.set_ylabel(f"{objective_text(data.config)}, nats per token")
     note_beyond(axes, beyond)
     figure.legend(loc="outside lower center", ncols=3, handletextpad=0.4, columnspacing=1.5)
     return figure

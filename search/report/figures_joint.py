@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from evoprune.search.report import canvas
 from evoprune.search.report.axes import ceiling, columns, limit, note_beyond
 from evoprune.search.report.joint_data import JointData
+from evoprune.search.report.names import objective_text
 from evoprune.search.report.numbers import nats
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def course(data: JointData) -> Figure | None:
         axes.annotate(nats(fitness), (at, fitness), (-4, 5), textcoords="offset points", ha="right", fontsize=7.5)
     axes.set_xlim(0, data.n_evaluations * 1.01 + 1)
     axes.set_xlabel("evaluations, all steps")
-    axes.set_ylabel("KL to dense, nats per token")
+    axes.set_ylabel(f"{objective_text(data.config)}, nats per token")
     note_beyond(axes, beyond)
     figure.legend(loc="outside lower center", ncols=2, handlelength=1.6, columnspacing=1.5)
     return figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evoprune.search.report import canvas
 from evoprune.search.report.axes import columns, limit, note_beyond, plain_numbers, without_outliers
 from evoprune.search.report.maps import draw_map
-from evoprune.search.report.names import shortened
+from evoprune.search.report.names import objective_text, shortened
 from evoprune.search.report.policy_data import PolicyData
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OBJECTIVES = {
-    "kl": "KL to dense, nats per token",
-    "ce": "cross entropy, nats per token",
-    "ce-residual": "cross entropy above dense, nats per token",
-}
 DIAGNOSTICS = {
     "entropy": "entropy of a unit, nats",
     "undecided": "share of undecided units",
@@ -105,7 +100,7 @@ def convergence(data: PolicyData) -> Figure | None:
     last = max(x for x, _ in (*dots, *modes, *means, *finals, (1, 0)))
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.set_xlabel("steps done")
-    axes.set_ylabel(OBJECTIVES[data.config.objective])
+    axes.set_ylabel(f"{objective_text(data.config)}, nats per token")
     note_beyond(axes, beyond)
     figure.legend(loc="outside lower center", ncols=4, handletextpad=0.4, columnspacing=1.5)
     return figure

@@ -40,9 +40,7 @@ def origins(data: ReportData) -> Figure | None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     fit_scale(axes, "x", everything)
-    axes.set_xlabel(
-        f"{objective_text(data.config.objective)} on the first {count(data.rung_tokens[0])} tokens of text B"
-    )
+    axes.set_xlabel(f"{objective_text(data.config)} on the first {count(data.rung_tokens[0])} tokens of text B")
     return figure
 
 
@@ -112,6 +110,6 @@ def lineage(data: ReportData) -> Figure | None:
         axes.annotate(name, (entry.birth, entry.rungs[0]), (4, 4), textcoords="offset points", fontsize=8)
     fit_scale(axes, "y", heights)
     axes.set_xlabel("birth")
-    axes.set_ylabel(f"{objective_text(data.config.objective)} at the first rung")
+    axes.set_ylabel(f"{objective_text(data.config)} at the first rung")
     axes.legend(loc="upper right")
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evoprune.metrics.reasons import REASONS
+from evoprune.search.config_sections import SearchConfig
 from evoprune.search.structure_result import ALONE
 
 _LABELS = {
@@ -57,7 +58,13 @@ _NEEDS = {
     "any": "anything",
 }
 
-_OBJECTIVES = {"kl": "KL to dense", "perplexity": "loss", "reconstruction": "relative output error"}
+_OBJECTIVES = {
+    "kl": "KL to dense",
+    "perplexity": "loss",
+    "reconstruction": "relative output error",
+    "ce": "cross entropy",
+    "ce-residual": "cross entropy above dense",
+}
 
 
 def label(name: str) -> str:
@@ -84,6 +91,7 @@ def needs_text(name: str) -> str:
     return _NEEDS[name]
 
 
-def objective_text(name: str) -> str:
-    """What a fitness measures, for axes and captions."""
-    return _OBJECTIVES.get(name, name)
+def objective_text(config: SearchConfig) -> str:
+    """What a fitness measures, for axes and captions; the page says in full what the K of a top-K KL are."""
+    text = _OBJECTIVES.get(config.objective, config.objective)
+    return text if config.top_k is None else f"top-{config.top_k} {text}"

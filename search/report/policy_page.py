@@ -12,7 +12,7 @@ from evoprune.metrics.records import parse_pattern
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.policy_search import INITIALISATION
 from evoprune.search.report import document, figures_policy, figures_probabilities, figures_result
-from evoprune.search.report.names import label
+from evoprune.search.report.names import label, objective_text
 from evoprune.search.report.policy_data import PolicyData
 from evoprune.search.rundir import RunDirectory
 from evoprune.search.tables import COUNTED
@@ -52,7 +52,7 @@ def render(data: PolicyData, drawn: dict[str, str]) -> str:
         verdicts=verdicts(data),
         commands=commands(data),
         counted=COUNTED[data.config.target.cost].capitalize(),
-        fitness=figures_policy.OBJECTIVES[data.config.objective].partition(",")[0],
+        fitness=objective_text(data.config),
         called=figures_policy.DIAGNOSTICS,
         first=data.contender(INITIALISATION),
         by_unit=data.by_unit,
