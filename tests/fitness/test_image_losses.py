@@ -53,7 +53,8 @@ def test_losses_are_those_of_the_text(family: str) -> None:
     assert head is not None
     teacher = build_teacher(dense.model, head, samples)
     losses = window_losses(pruned.model, linear_head(pruned.model, samples), samples, teacher)
-    assert losses.kl is not None
+    reduced = window_losses(pruned.model, head, samples, build_teacher(dense.model, head, samples, top_k=9))
+    assert losses.kl is not None and reduced.kl is not None
     before, after = (text_log_probabilities(model, samples) for model in (dense, pruned))
     for sample, ((log_p, targets), (log_q, _)) in enumerate(zip(before, after, strict=True)):
         kl = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
@@ -61,6 +62,9 @@ def test_losses_are_those_of_the_text(family: str) -> None:
         assert kl > 0.001
         assert losses.kl[sample].item() == pytest.approx(kl, abs=1e-4)
         assert losses.nll[sample].item() == pytest.approx(nll, abs=1e-4)
+        top = log_p.topk(9).indices
+        p, q = (values.gather(1, top).softmax(1) for values in (log_p, log_q))
+        assert reduced.kl[sample].item() == pytest.approx((p * (p / q).log()).sum(1).mean().item(), abs=1e-5)
     part = window_losses(pruned.model, head, samples[1:3], teacher[slice(1, 3)])
     assert torch.equal(part.nll, losses.nll[1:3])
     assert part.kl is not None
