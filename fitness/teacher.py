@@ -8,9 +8,13 @@ so the teacher is known by one number (sum p log p) and one vector (p E, its exp
 is smaller than log-probabilities by a factor of vocabulary over width, and exact. A model whose logits are not linear
 in the last hidden state (Gemma 2 caps them) keeps the teacher's log-probabilities instead.
 
-Either can be reduced to the teacher's K most likely tokens: with T these and both distributions renormalised over them,
+With `top_k` only the teacher's K most likely tokens are kept, whatever the head: with T these, and both distributions
+renormalised over them,
 
     KL_T = sum_T p log p - sum_T p z + logsumexp_T(z).
+
+That takes 8 K bytes a token, so it is smaller than log-probabilities, and than an expected embedding if K is below half
+the width.
 
 Source: `sparse_kl` of DarwinLM (Tang et al. 2025, arXiv:2502.07780, released code).
 """
