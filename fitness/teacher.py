@@ -169,8 +169,7 @@ def check_top_k(model: PreTrainedModel, top_k: int | None) -> None:
     Raises:
         InvalidInput: `top_k` exceeds the model's vocabulary.
     """
-    vocabulary = _vocabulary(model)
-    if top_k is not None and top_k > vocabulary:
+    if top_k is not None and top_k > (vocabulary := _vocabulary(model)):
         raise InvalidInput(
             f"top_k {top_k} exceeds the vocabulary of {vocabulary} tokens: give a smaller one, or none for all of them"
         )
