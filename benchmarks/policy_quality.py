@@ -9,7 +9,8 @@ and KV groups, query heads and blocks of 64 neurons of the reference model; how 
 after so many evaluations, beside the released update; in the small model also with the policy cp.
 structured: held-out loss of the winner, of the initialisation, of uniform Wanda-sp, of random search over the same
 groups and of the released update (single neurons and KV groups, as published) at as many evaluations, and of the
-structure search at as many tokens, with and without its refit; and of a policy that starts from its shape.
+structure search at as many tokens, with and without its refit; of a policy that starts from its shape; and of both
+after a path refit.
 pattern: 2:4 everywhere, the metric of each matrix learned; beside every metric in all matrices.
 
 A seed draws texts A and B, the policy and what is planted; text C is fixed. Writes benchmarks/out/policy_quality.json.
@@ -32,13 +33,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evoprune
+from evoprune import CutModel, Pruned
 from evoprune.fitness.adapters import rebind
 from evoprune.fitness.mask_units import unit_columns, unit_table
 from evoprune.fitness.maskers import ByUnits
 from evoprune.fitness.models import LanguageModel, load_model
 from evoprune.fitness.units import find_units
 from evoprune.metrics.packed import unpacked
-from evoprune.metrics.shape_file import read_shape
 from evoprune.search.config import resolve_as
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.config_structure import StructureSearchConfig
@@ -265,7 +266,13 @@ def compared(entrants: Mapping[str, RunDirectory], sparsity: float, seed: int) -
             **{name: paired_difference(losses["policy"], found) for name, found in losses.items() if name != "policy"},
             **{name: row["winner_minus_this"] for name, row in baselines.items()},
         },
-        "shape without its refit": masked_loss(entrants["structure search"], ours),
+        "refits": {
+            "shape without its refit": shape_loss(entrants["structure search"], "none", ours),
+            "shape, path refit": shape_loss(entrants["structure search"], "path-refit", ours),
+            "policy, path refit": loss_of(
+                evoprune.prune_policy("reference", entrants["policy"].path, refit="path-refit", latency=False), ours
+            ),
+        },
     }
 
 
@@ -282,12 +289,17 @@ def heldout_of(run: RunDirectory, entry: Mapping[str, Any]) -> Mapping[str, Any]
     raise SystemExit(f"{run.path} does not hold the held-out losses of its winner")
 
 
-def masked_loss(run: RunDirectory, like: Mapping[str, Any]) -> float:
-    """Of the model cut to the shape of a run, with the weights that stay as they were."""
-    shape = replace(read_shape(run.path / "export" / "shape.json"), weights={"method": "none"})
+def shape_loss(run: RunDirectory, refit: str, like: Mapping[str, Any]) -> float:
+    """Of the model cut to the shape of a run, with weights made in this way."""
+    shape = run.path / "export" / "shape.json"
+    return loss_of(evoprune.prune_shape("reference", shape, refit=refit, latency=False), like)
+
+
+def loss_of(smaller: CutModel | Pruned, like: Mapping[str, Any]) -> float:
+    """Of a smaller model, on the held-out text of a result."""
     window = like["window"]
     tokens = like["dense"]["heldout"]["tokens"] // (window - 1) * window
-    return evoprune.evaluate(evoprune.prune_shape("reference", shape).language_model, window=window, tokens=tokens).loss
+    return evoprune.evaluate(smaller.language_model, window=window, tokens=tokens).loss
 
 
 # Patterns
