@@ -295,6 +295,21 @@ def test_a_path_makes_up_for_what_was_cut(family: str, drop: bool) -> None:
             bound.weight().copy_(weight)
 
 
+def test_padding_makes_up_for_nothing() -> None:
+    language_model = tiny_language_model()
+    units = find_units(language_model)
+    shapes = [block.widths.first(1, 1, 16) for block in units]
+    padded = {"input_ids": torch.cat([WINDOWS, WINDOWS], dim=1), "attention_mask": torch.ones(6, 48, dtype=torch.long)}
+    padded["attention_mask"][:, 24:] = 0
+    texts: list[Sequence[Sequences]] = [
+        [Samples([padded], language_model.model.config)], [WINDOWS[:2], WINDOWS[2:]], [WINDOWS]
+    ]  # fmt: skip
+    *others, expected = (path_refits(language_model, units, text, shapes) for text in texts)
+    for found in others:
+        for block, known in zip(found, expected, strict=True):
+            assert all(close(block[part], known[part].double()) for part in known)
+
+
 def test_outputs_that_are_normalised_before_they_are_added_make_up_for_nothing() -> None:
     language_model = tiny_language_model("gemma2")
     units = find_units(language_model)
