@@ -104,10 +104,10 @@ class Entrants:
         asked = choice(self.costs, self._fraction, criterion, None)
         return self._worker.handle("heldout", {**self._payloads["dense"], **asked})
 
-    def refitted(self, shape: list[list[int]], correction: float) -> dict[str, Any]:
-        """Of the model cut to a shape, with the weights of a path refit."""
+    def refitted(self, accumulation: str, shape: list[list[int]], correction: float) -> dict[str, Any]:
+        """Of the model cut to a shape, with the units of a database and the weights of a path refit."""
         selection = {"method": "path-refit", "correction": correction}
-        asked = {**self._payloads["expectation"], "shape": shape, "selection": selection}
+        asked = {**self._payloads[accumulation], "shape": shape, "selection": selection}
         return {**self._worker.handle("heldout", asked), "kept": shape}
 
     def ziplm(self, evaluations: int) -> dict[str, Any]:
@@ -141,9 +141,10 @@ def compared(config: StructureSearchConfig, label: str) -> dict[str, Any]:
     refits = {}
     for name in ("winner", UNIFORM, "ziplm"):
         kept = found.get(name, winner)["kept"]
-        refits[name + REFITTED] = entrants.refitted(kept, CORRECTION)
+        accumulation = "dense" if name == "ziplm" else "expectation"
+        refits[name + REFITTED] = entrants.refitted(accumulation, kept, CORRECTION)
         if name != "ziplm":
-            refits[name + AS_PUBLISHED] = entrants.refitted(kept, 0.0)
+            refits[name + AS_PUBLISHED] = entrants.refitted(accumulation, kept, 0.0)
     dense_built = entrants.losses("dense", entrants.uniform())
     parameters = [entrants.costs.of([tuple(kept) for kept in entry["kept"]]) for entry in (winner, *found.values())]
     neuron = max(mlp.per_neuron for mlp in entrants.costs.mlp if isinstance(mlp, MlpCost))

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evoprune.fitness.dense_stream import CORRECTION
 from evoprune.fitness.short_training import Training
 from evoprune.fitness.structure_worker import StructureWorker
 from evoprune.fitness.unit_costs import UnitCosts
@@ -95,6 +96,9 @@ class Bench:
         return kl, time.process_time() - began
 
 
+PATH_REFIT = {"method": "path-refit", "correction": CORRECTION}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=16)
@@ -104,7 +108,7 @@ def main() -> None:
     bench = Bench()
     trainings = {name: Training(tokens, 2048, "outputs", "kl", rate) for name, (tokens, rate) in SHORT.items()}
     trainings["recovery"] = Training(options.recovery_tokens, 2048, "all", "kl", LONG_RATE)
-    selections: dict[str, dict[str, Any] | None] = {"one-shot": None, "path-refit": {"method": "path-refit"}}
+    selections: dict[str, dict[str, Any] | None] = {"one-shot": None, "path-refit": PATH_REFIT}
     selections |= {
         name: {"method": "training-aware", "training": training.to_json()} for name, training in trainings.items()
     }

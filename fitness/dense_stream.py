@@ -3,14 +3,17 @@
 A part that is refitted on what the cut model gives it keeps at best its own output there; what the parts before it got
 wrong stays in the hidden states. With d the difference between the hidden state behind a part in the dense model and
 that which the whole part would leave, E[d xᵀ] over its present inputs x says how much of it the part can make up for,
-see `evoprune.fitness.removal_order.Problem.of`.
+see `evoprune.fitness.removal_order.Problem.of`. Blocks that normalise or scale what their parts put out before they add
+it (Gemma 2) are passed by: their parts keep their own outputs.
 Source: Li et al. 2025 (GPTAQ, arXiv:2504.02692) aims at the output of the dense layer; here it is the hidden state
 behind it, so that what earlier parts added counts too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -20,7 +23,8 @@ from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.samples import Sequences
 from evoprune.fitness.statistics_forward import InputSums
 from evoprune.fitness.structure_parts import Part
-from evoprune.fitness.units import BlockUnits
+from evoprune.fitness.units import BlockUnits, PartName
+from evoprune.metrics.errors import InvalidInput
 
 CORRECTION = 0.5
 """How much of what they can make up for parts do: with all of it, little of the text being known, they fit its noise.
@@ -30,6 +34,19 @@ On the reference model cut evenly by half, seed 0, held-out loss below that of t
 
 # Parts whose outputs are normalised or scaled before they are added differ by far more from what they add.
 _TOLERANCE = 1e-3
+
+
+def dense_stream(
+    language_model: LanguageModel, units: Sequence[BlockUnits], texts: Sequence[Sequences], correction: float
+) -> DenseStream | None:
+    """The stream of a correction; None for 0. Arguments as of `DenseStream`.
+
+    Raises:
+        InvalidInput: the correction is not in [0, 1].
+    """
+    if not 0 <= correction <= 1:
+        raise InvalidInput(f"correction {correction:g} is not in [0, 1]: give 0 for none, 1 for all of it")
+    return DenseStream(language_model, units, texts, correction) if correction else None
 
 
 class DenseStream:
@@ -46,18 +63,16 @@ class DenseStream:
     """
 
     def __init__(
-        self,
-        language_model: LanguageModel,
-        units: Sequence[BlockUnits],
-        texts: Sequence[Sequences],
-        correction: float = CORRECTION,
+        self, language_model: LanguageModel, units: Sequence[BlockUnits], texts: Sequence[Sequences], correction: float
     ) -> None:
         self._correction = correction
+        self._dtype = language_model.model.dtype
         self._walk = BlockWalk(language_model, [block.name for block in units], texts)
         self._walk.run({}, to=0)
         self._before = self._hidden()
-        self._dtype = language_model.model.dtype
-        self._plain = True
+        self._parts: dict[PartName, Part] = {}
+        self._outputs: dict[PartName, list[Tensor]] = {}
+        self._added = False
 
     def start(self, cut: BlockWalk) -> None:
         """Let the walk through the cut model begin where this one does."""
@@ -65,20 +80,15 @@ class DenseStream:
 
     def enter(self, block: BlockUnits) -> None:
         """Go through a block, the next one, as it is in the dense model, and remember what its parts put out."""
-        self._block, self._before = block, self._hidden()
-        self._outputs: dict[int, list[Tensor]] = {0: [], 1: []}
-        parts: tuple[Part, Part] = (block.attention, block.mlp)
-
-        def put(number: int) -> Callable[[Tensor], None]:
-            part = parts[number]
-            return lambda rows: self._outputs[number].append(_put_out(part, rows).to("cpu", self._dtype))
-
-        see = {part.output.module: put(number) for number, part in enumerate(parts)}
+        self._before = self._hidden()
+        self._parts = {"attention": block.attention, "mlp": block.mlp}
+        self._outputs = {name: [] for name in self._parts}
+        see = {part.output.module: partial(self._remember, name) for name, part in self._parts.items()}
         self._walk.run(see, block.block + 1)
-        self._plain = self._adds()
+        self._added = self._adds()
 
     def sums(self, cut: BlockWalk, part: Part) -> tuple[Tensor, Tensor | None]:
-        """What a part of the block that was entered is refitted by, once the parts before it have been cut.
+        """What a part of the block that was entered is refitted by, once the part before it has been cut.
 
         Args:
             cut: the text in the cut model, before this block.
@@ -89,37 +99,33 @@ class DenseStream:
             d xᵀ times the correction; None where the block does more with what its parts put out than add it to the
             hidden states.
         """
-        output, attention = part.output, self._block.attention
-        width, device = output.site.in_features, output.weight().device
-        inputs = InputSums(width, device, frozenset({"H"}))
-        missing = torch.zeros(output.site.out_features, width, device=device)
-        heard: dict[int, Tensor] = {}
-        numbers = [0] if part is attention else [0, 1]
-        batch, tokens = 0, 0
+        site, device = part.output.site, part.output.weight().device
+        inputs = InputSums(site.in_features, device, frozenset({"H"}))
+        missing = torch.zeros(site.out_features, site.in_features, device=device)
+        names: list[PartName] = ["attention"] if part is self._parts["attention"] else ["attention", "mlp"]
+        heard: dict[PartName, Tensor] = {}
+        batches = count()
+        tokens = 0
 
-        def hear(number: int) -> Callable[[Tensor], None]:
-            def taken(rows: Tensor) -> None:
-                heard[number] = rows
-                if len(heard) == len(numbers):
-                    add()
-
-            return taken
-
-        def add() -> None:
-            nonlocal batch, tokens
-            lag = self._lag(cut, batch, device)
-            for number in numbers:
-                of = (attention, self._block.mlp)[number]
-                lag += self._outputs[number][batch].to(device).float() - _put_out(of, heard[number])
-            rows = heard[numbers[-1]]
-            inputs.add(rows)
-            missing.addmm_(lag.T, rows.float())
-            batch, tokens = batch + 1, tokens + len(rows)
+        def hear(name: PartName, rows: Tensor) -> None:
+            # Attention and MLP of a block may come in either order.
+            nonlocal tokens
+            heard[name] = rows
+            if len(heard) < len(names):
+                return
+            lag = self._lag(cut, batch := next(batches), device)
+            for one in names:
+                lag += self._outputs[one][batch].to(device).float() - _put_out(self._parts[one], heard[one])
+            inputs.add(heard[names[-1]])
+            missing.addmm_(lag.T, heard[names[-1]].float())
+            tokens += len(lag)
             heard.clear()
 
-        modules = (attention.output.module, self._block.mlp.output.module)
-        cut.run({modules[number]: hear(number) for number in numbers})
-        return inputs.results(1)["H"], self._correction / tokens * missing if self._plain else None
+        cut.run({self._parts[name].output.module: partial(hear, name) for name in names})
+        return inputs.results(1)["H"], self._correction / tokens * missing if self._added else None
+
+    def _remember(self, name: PartName, rows: Tensor) -> None:
+        self._outputs[name].append(_put_out(self._parts[name], rows).to("cpu", self._dtype))
 
     def _hidden(self) -> States:
         hidden = self._walk.hidden
@@ -135,7 +141,7 @@ class DenseStream:
     def _adds(self) -> bool:
         """Whether what the parts put out is what the block adds to the hidden states, but for rounding."""
         before, behind = (self._walk.rows(0, states[0]).float() for states in (self._before, self._hidden()))
-        added = self._outputs[0][0].float() + self._outputs[1][0].float()
+        added = self._outputs["attention"][0].float() + self._outputs["mlp"][0].float()
         allowed = _TOLERANCE * added.norm() + torch.finfo(self._dtype).eps * behind.norm()
         return bool((behind - before - added).norm() <= allowed)
 

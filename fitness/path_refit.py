@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.block_walk import BlockWalk
-from evoprune.fitness.dense_stream import CORRECTION, DenseStream
+from evoprune.fitness.dense_stream import CORRECTION, DenseStream, dense_stream
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.refit import Factor
 from evoprune.fitness.samples import Sequences
@@ -45,12 +45,12 @@ def path_refits(
         correction: as of `evoprune.fitness.structure_build.build_structure_database`.
 
     Raises:
-        InvalidInput: shapes that do not fit, or a Gram matrix that cannot be inverted even damped.
+        InvalidInput: no such correction, shapes that do not fit, or a Gram matrix that cannot be inverted even damped.
     """
     check_path(units, path)
     texts = texts_of(windows)
     walk = BlockWalk(language_model, [block.name for block in units], texts)
-    stream = DenseStream(language_model, units, texts, correction) if correction else None
+    stream = dense_stream(language_model, units, texts, correction)
     if stream is not None:
         stream.start(walk)
     found: list[dict[PartName, Tensor]] = []

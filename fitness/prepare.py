@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from evoprune.fitness.cache import cache_folder, disk_errors
 from evoprune.fitness.compressors import compressor_of
@@ -27,7 +28,7 @@ from evoprune.fitness.pruning import check_allocation, check_rule
 from evoprune.fitness.samples import Samples, Sequences, n_predictions, n_tokens
 from evoprune.fitness.statistics import Statistics, statistics_for, statistics_key
 from evoprune.fitness.statistics_store import KNOWN, stored_names
-from evoprune.fitness.teacher import Teacher, build_teacher, check_top_k, linear_head, window_losses
+from evoprune.fitness.teacher import Teacher, build_teacher, check_teacher, check_top_k, linear_head, window_losses
 from evoprune.metrics.allocation_file import from_json
 from evoprune.metrics.errors import InvalidInput
 from evoprune.metrics.files import content_hash
@@ -165,6 +166,7 @@ def prepare(
         taught = {"search": context.rungs[-1], "heldout": None}  # finalists are compared by loss, without a teacher
         most_likely = {"search": context.top_k, "heldout": None}  # what is reported is comparable between runs
         head = linear_head(language_model.model, windows["search"])
+        _check_teachers(language_model, head, windows["search"][: taught["search"]], windows["heldout"], context.top_k)
         for side, sequences in windows.items():
             progress(f"teacher on {side} text", 0, len(sequences))
             teacher = build_teacher(language_model.model, head, sequences[: taught[side]], top_k=most_likely[side])
@@ -193,6 +195,25 @@ def prepare(
         }
         (folder / "prepared.json").write_text(json.dumps(facts, indent=1))
     return Prepared.open(packed.name)
+
+
+def _check_teachers(
+    language_model: LanguageModel, head: nn.Linear | None, search: Sequences, heldout: Sequences, top_k: int | None
+) -> None:
+    """Refuse, before either is built, a teacher of text B or C that takes too much memory.
+
+    Raises:
+        InvalidInput: it does; says what would take less.
+    """
+    fewer = "or top_k=512" if top_k is None else "or a smaller top_k"
+    for text, sequences, most, way_out in (
+        ("B", search, top_k, fewer),
+        ("C", heldout, None, "such as data.heldout_windows=30"),
+    ):
+        try:
+            check_teacher(language_model.model, head, sequences, most)
+        except InvalidInput as error:
+            raise InvalidInput(f"text {text}: {error}, {way_out}") from None
 
 
 def _evaluated(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from evoprune.fitness.block_walk import BlockWalk
-from evoprune.fitness.dense_stream import CORRECTION, DenseStream
+from evoprune.fitness.dense_stream import CORRECTION, DenseStream, dense_stream
 from evoprune.fitness.models import LanguageModel
 from evoprune.fitness.parcels import deliver, find
 from evoprune.fitness.samples import Samples, Sequences
@@ -61,9 +61,9 @@ def build_structure_database(
 ) -> StructureDatabase:
     """Order and factor the units of all blocks, or find that it was done before, here or in the cluster.
 
-    What an interrupted build has finished is not done again. Two blocks' hidden states of the whole text, along a path
-    six times as much, and the matrices of one part at a time, are in memory beside the model, whose weights are as
-    before at the end.
+    What an interrupted build has finished is not done again. The hidden states of the whole text before and behind a
+    block, along a path six such, and the matrices of one part at a time, are in memory beside the model, whose weights
+    are as before at the end.
 
     Args:
         language_model: the dense model.
@@ -72,12 +72,12 @@ def build_structure_database(
         mode: what a block reads; see above.
         path: what is kept of each block, with the mode ``path`` and with no other.
         correction: along a path, how much of what outputs can make up for they do, in [0, 1]; with 0 each keeps its own
-            output, as published. See `evoprune.fitness.dense_stream`.
+            output, as published. See `evoprune.fitness.dense_stream`, also for what blocks it passes by.
         progress: called with (done, total) in blocks.
 
     Raises:
-        InvalidInput: no such mode, shapes that do not fit, a Gram matrix that cannot be inverted even damped, or the
-            disk is full or read-only.
+        InvalidInput: no such mode or correction, shapes that do not fit, a Gram matrix that cannot be inverted even
+            damped, or the disk is full or read-only.
     """
     texts = texts_of(windows)
     _check_mode(mode, path)
@@ -101,7 +101,7 @@ def build_structure_block(
     Arguments and errors as there; `block` is the index.
     """
     texts = texts_of(windows)
-    recipe = structure_recipe(language_model, units, texts, "dense", None)
+    recipe = structure_recipe(language_model, units, texts, "dense", None, 0.0)
     return _build(language_model, units, texts, recipe, None, range(block, block + 1), lambda done, total: None)[0]
 
 
@@ -149,8 +149,7 @@ def _build(
         if recipe["mode"] == "dense":
             made = _independent(walk, units, missing)
         else:
-            share = recipe.get("correction")
-            stream = None if share is None else DenseStream(language_model, units, texts, share)
+            stream = dense_stream(language_model, units, texts, recipe.get("correction", 0.0))
             made = _accumulated(walk, units, found, missing[-1], path, stream)
         # Closed whatever happens, so that the model's weights are its own again.
         with closing(made):

@@ -91,14 +91,15 @@ class StructureDatabase:
     ) -> Tensor:
         """[out, kept] float32: what the output matrix of a part becomes, columns ascending.
 
-        Of a part that stays whole this is the dense weight but for rounding, and with zeros for inputs that were always
-        zero.
+        Of a part that stays whole this is the best of all weights, with zeros for inputs that were always zero: the
+        dense weight but for rounding, unless outputs make up for what was changed before them.
 
         Args:
             block, part: which.
             shape: what stays of the block, whether the orders would keep it or not.
             device: where it is computed, and returned.
-            weight: [out, in] that is refitted on the inputs of the dense part, in place of the dense weight.
+            weight: [out, in] that is refitted on the inputs of the dense part, in place of the dense weight, and makes
+                up for nothing else.
         """
         stored = self._tensors(block, part, "order", "lower", "target")
         factor = Factor(*(stored[name].to(device) for name in ("order", "lower", "target")))
@@ -108,6 +109,8 @@ class StructureDatabase:
 
     def errors(self, block: int, part: PartName) -> Tensor:
         """Output error at every width, float64, of 1 for nothing kept and 0 for all, on the damped inputs.
+
+        It is measured from what the best of all weights puts out.
 
         Of an MLP [neurons + 1], by neurons kept; of an attention [groups + 1, heads of each + 1], by KV groups kept and
         query heads kept in each.
@@ -136,7 +139,7 @@ def structure_recipe(
     texts: Sequence[Sequences],
     mode: Mode,
     path: Sequence[BlockShape] | None,
-    correction: float = 0.0,
+    correction: float,
 ) -> dict[str, Any]:
     """All that decides a database, as JSON values; arguments as in `evoprune.fitness.structure_build`."""
     device = language_model.device.type
@@ -149,7 +152,7 @@ def structure_recipe(
         "dampings": list(DAMPINGS),
         "device": device,
         "threads": None if device == "cuda" else torch.get_num_threads(),
-        **({"correction": correction} if path is not None and correction else {}),
+        **({} if path is None else {"correction": correction}),
     }
 
 

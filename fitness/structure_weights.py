@@ -41,8 +41,8 @@ class RefitRecipe:
         method: by the structure database, or `evoprune.fitness.path_refit` of this very shape. Of merged parts too it
             is the database; `with_merges` says what is merged.
         accumulation: mode of the build of the database, which a path refit has no need of.
-        correction: along a path, and of a path refit: how much of what they can make up for outputs do; see
-            `evoprune.fitness.dense_stream`.
+        correction: along a path, and of a path refit of this shape whoever asks for it: how much of what they can make
+            up for outputs do; see `evoprune.fitness.dense_stream`.
         text: source of text A; `sequences` windows of `window` tokens of it, drawn by `seed`.
         threads: of torch.
         path: what is kept of each block, with the mode ``path`` and with no other.
@@ -67,7 +67,7 @@ class RefitRecipe:
             "seed": self.seed,
             "threads": self.threads,
             **({} if self.path is None else {"path": to_rows(self.path)}),
-            **({"correction": self.correction} if self.correction else {}),
+            "correction": self.correction,
         }
 
     @classmethod
@@ -118,9 +118,11 @@ class RefitRecipe:
         return read_side(language_model, self.text, "A", window=self.window, count=self.sequences, seed=self.seed)
 
 
-def path_refit_recipe(text: str, sequences: int, window: int, seed: int, threads: int) -> RefitRecipe:
+def path_refit_recipe(
+    text: str, sequences: int, window: int, seed: int, threads: int, correction: float = CORRECTION
+) -> RefitRecipe:
     """The recipe of a path refit on a text A; arguments as of `RefitRecipe`."""
-    return RefitRecipe("path-refit", "dense", text, sequences, window, seed, threads, correction=CORRECTION)
+    return RefitRecipe("path-refit", "dense", text, sequences, window, seed, threads, correction=correction)
 
 
 def text_of(shape: Shape) -> str | None:

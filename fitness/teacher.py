@@ -179,30 +179,32 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
-def _empty_log_probabilities(n: int, longest: int, vocabulary: int, top_k: int | None) -> tuple[Tensor, Tensor | None]:
-    """([n, longest, vocabulary] zeros, None), or ([n, longest, top_k] zeros, as many tokens).
+def check_teacher(
+    model: PreTrainedModel, head: nn.Linear | None, sequences: Sequences, top_k: int | None = None
+) -> None:
+    """Refuse what `build_teacher` would; arguments and errors as there."""
+    check_top_k(model, top_k)
+    if head is None or top_k is not None:
+        counts = n_predictions(sequences)
+        _log_probability_dtype(len(counts) * int(counts.max()), _vocabulary(model), top_k)
+
+
+def _log_probability_dtype(predictions: int, vocabulary: int, top_k: int | None) -> torch.dtype:
+    """What log-probabilities are kept in.
 
     Raises:
         InvalidInput: see `build_teacher`.
     """
-    width = top_k or vocabulary
     token_bytes = 0 if top_k is None else torch.int32.itemsize
-    size = n * longest * width
-    fitting = [
-        dtype
-        for dtype in (torch.float32, torch.float16)
-        if size * (dtype.itemsize + token_bytes) <= MAX_LOG_PROBABILITY_BYTES
-    ]
-    if not fitting:
-        kept, way_out = f"a vocabulary of {vocabulary}", "on text B of a search only the most likely tokens (top_k=512)"
-        if top_k is not None:
-            kept, way_out = f"their {top_k} most likely tokens", "a smaller top_k"
-        raise InvalidInput(
-            f"log-probabilities of {n * longest} predictions for {kept} take more than "
-            f"{MAX_LOG_PROBABILITY_BYTES >> 30} GiB: use fewer or shorter windows of text, or {way_out}"
-        )
-    tokens = None if top_k is None else torch.zeros(n, longest, width, dtype=torch.int32)
-    return torch.zeros(n, longest, width, dtype=fitting[0]), tokens
+    each = top_k or vocabulary
+    for dtype in (torch.float32, torch.float16):
+        if predictions * each * (dtype.itemsize + token_bytes) <= MAX_LOG_PROBABILITY_BYTES:
+            return dtype
+    kept = f"a vocabulary of {vocabulary}" if top_k is None else f"their {top_k} most likely tokens"
+    raise InvalidInput(
+        f"log-probabilities of {predictions} predictions for {kept} take more than "
+        f"{MAX_LOG_PROBABILITY_BYTES >> 30} GiB: use fewer or shorter windows of text"
+    )
 
 
 @torch.no_grad()
@@ -235,7 +237,11 @@ def build_teacher(
         if head.bias is not None:
             offset = torch.zeros(n, longest)
     else:
-        log_probabilities, tokens = _empty_log_probabilities(n, longest, _vocabulary(model), top_k)
+        vocabulary = _vocabulary(model)
+        dtype = _log_probability_dtype(n * longest, vocabulary, top_k)
+        log_probabilities = torch.zeros(n, longest, top_k or vocabulary, dtype=dtype)
+        if top_k is not None:
+            tokens = torch.zeros(n, longest, top_k, dtype=torch.int32)
     teacher = Teacher(negative_entropy, embedding, offset, log_probabilities, tokens)
     first = 0
     for given in forward_batches(sequences, batch, model.device):

@@ -107,8 +107,8 @@ class StructureTarget(Section):
         CORRECTION,
         ge=0,
         le=1,
-        description="along a path, by accumulation or by a path refit, how much of what changed in the hidden states "
-        "before it each output makes up for; 0 as published",
+        description="along a path, by accumulation or by a path refit, how much of what it can make up for of changes "
+        "in the hidden states before it each output does; with 0, and in blocks that normalise or scale outputs, none",
     )
 
     @model_validator(mode="before")

@@ -33,7 +33,10 @@ REFITTED = "winner, path refit"
 """The shape that a structure search found, each of whose outputs is solved for behind the cut blocks before it."""
 REFIT_OPTION = " --refit path-refit"
 """Of a command line that cuts a model in this way."""
-REFIT_NOTE = "With a path refit every output is solved for once more, on what the cut blocks before it hand on."
+REFIT_NOTE = (
+    "With a path refit every output is solved for once more, on what the cut blocks before it hand on, towards the "
+    "hidden states of the dense model."
+)
 """What has to be known of a table with both of a shape."""
 
 

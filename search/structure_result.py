@@ -113,8 +113,10 @@ def refit_recipe(config: StructureSearchConfig) -> RefitRecipe:
     """How the weights that the search measures are made, before anything is rebuilt."""
     method: Method = "path-refit" if config.searcher.selection == "path-refit" else "database"
     data = calibration_facts(config.data)
-    recipe = RefitRecipe(method, config.first_accumulation, **data, seed=config.seed, threads=config.threads)
-    return replace(recipe, correction=config.target.correction) if method == "path-refit" else recipe
+    correction = config.target.correction
+    return RefitRecipe(
+        method, config.first_accumulation, **data, seed=config.seed, threads=config.threads, correction=correction
+    )
 
 
 def write_whole(
@@ -280,7 +282,7 @@ class StructureComparison:
                 "removed": space.removed(best.genome),
                 "heldout": summary(losses["winner"]),
                 **_trained(losses, "winner"),
-                **_refitted(losses),
+                **(_refitted(losses) if REFITTED in self._entrants else {}),
             },
             "front": [],
         }
@@ -311,7 +313,7 @@ class StructureComparison:
         recipe = refit_recipe(config)
         if self._best.rebuild and recipe.method == "database":
             path = from_rows(self._search.rebuilds[self._best.rebuild - 1]["path"], widths)
-            recipe = replace(recipe, accumulation="path", path=path, correction=config.target.correction)
+            recipe = replace(recipe, accumulation="path", path=path)
         merging = self._merged()
         write_whole(self._blocks, recipe, config, run, widths, target, folder / "shape.json", merging)
         if self._table is not None:
@@ -319,9 +321,9 @@ class StructureComparison:
 
 
 def _refitted(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What held-out text says of the winner after a path refit, if it went through one."""
+    """What held-out text says of the winner after a path refit; nothing but None where it failed."""
     if REFITTED not in losses:
-        return {}
+        return {"refitted": None}
     difference = paired_difference(losses["winner"], losses[REFITTED])
     return {"refitted": summary(losses[REFITTED]), "winner_minus_refitted": difference}
 

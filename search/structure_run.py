@@ -348,9 +348,11 @@ class StructureRun(ShapesRun[GenerationSearch[StructureSpace]]):
     def _recovery(self, method: str) -> int:
         """Tokens of forward passes that the recovery of one candidate, and its measurement, cost."""
         data = self.config.data
-        # Backwards through a pass takes twice as long; a refit goes through each block for its two outputs, and on.
+        # Backwards through a pass takes twice as long; a refit goes through each block for its two outputs, and on, and
+        # through the dense one for what it makes up for.
         refit = data.calibration_sequences * data.calibration_window
-        recovery = 3 * (self._training_tokens if method == "training-aware" else refit)
+        passes = 3 + bool(self.config.target.correction)
+        recovery = 3 * self._training_tokens if method == "training-aware" else passes * refit
         return recovery + self.config.searcher.windows * data.window
 
     def tokens_of(self, job: Job) -> int:

@@ -179,9 +179,9 @@ def prune(
         option(
             "--refit",
             help="with --shape or --policy: path-refit solves every output matrix anew for the heads and neurons that "
-            "stay, behind the cut blocks before it, on the text that the search read",
+            "stay, behind the cut blocks before it, on the text that the search read; a shape may have --calibration",
             panel=TARGET,
-            default="as the shape says",
+            default="as the shape says, none for a policy",
         ),
     ] = None,
     recovery: Annotated[
@@ -268,7 +268,10 @@ def prune(
         }
         refits = {} if refit is None else {"refit": refit}
         if refits and policy is None and shape is None:
-            raise InvalidInput("--refit goes with --shape or --policy: single weights have --compressor refit")
+            raise InvalidInput(
+                "--refit goes with --shape or --policy: a recipe or a method says by itself what weights become, and "
+                "single weights have --compressor refit"
+            )
         text = given_calibration(calibration, calibration_sequences, calibration_window)
         if recipe is not None:
             beside |= {"--sparsity": sparsity, "--method": method, "--method-set": method_set, "--shape": shape}

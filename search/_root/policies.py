@@ -10,6 +10,7 @@ from typing import Any
 from evoprune.calibration import Progress, collect_statistics, held_out_windows, silent
 from evoprune.fitness.card import public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
+from evoprune.fitness.dense_stream import CORRECTION
 from evoprune.fitness.forms import FORMS, form_of
 from evoprune.fitness.masked_model import MaskedModel
 from evoprune.fitness.maskers import ByUnits
@@ -31,7 +32,6 @@ from evoprune.recoveries import Begun, given_recovery
 from evoprune.search.given import policy_file
 from evoprune.shapes import REFITS, CutPlan, cut_and_written, dense_model, edit_of
 
-"""What output matrices may become, by the names that shapes have for it."""
 FOREIGN = "the policy was found on other weights of this class"
 _UNEVEN = "it keeps different numbers of query heads in the KV groups of a block"
 
@@ -42,6 +42,7 @@ def prune_policy(
     *,
     form: str = "auto",
     refit: str = "none",
+    correction: float = CORRECTION,
     recovery: str | None = None,
     recovery_tokens: int | None = None,
     recovery_loss: str | None = None,
@@ -65,6 +66,8 @@ def prune_policy(
             read (`evoprune.fitness.path_refit`), where a shape says what stays; ``none`` leaves the weights that stay
             as they were, which is what the search measured. What it brings on text C stands in the result and in the
             model card.
+        correction: of a path refit, how much of what they can make up for outputs do, in [0, 1]; see
+            `evoprune.fitness.dense_stream`.
         recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
         calibration, seed: the text that a recovery learns from, and the seed of what it draws. Masks of matrices are
             made from the text that the search read, which the policy names.
@@ -88,7 +91,7 @@ def prune_policy(
     given = policy if isinstance(policy, LearnedPolicy) else read_policy(policy_file(str(policy)))
     if given.pattern is not None and form not in ("auto", "masked"):
         raise InvalidInput(f"--form {form} is of what gets smaller, and an N:M policy keeps every width: leave it out")
-    refits = None if refit == "none" else _refit_recipe(given)
+    refits = None if refit == "none" else _refit_recipe(given, correction)
     language_model = dense_model(model, loading, progress)
     given.check(language_model)
     units = find_units(language_model) if isinstance(given.table.masker, ByUnits) else []
@@ -113,7 +116,8 @@ def prune_policy(
         measured = _refit_measured(language_model, units, given, refits, progress)
         edit = edit_of(shape, language_model, units, progress)
     recipe = {"shape": to_json(said), "form": chosen, "policy": summary}
-    stored = of_policy(language_model, loading, given, form=chosen, refit=None if refits is None else refit, **rest)
+    refitting = {} if refits is None else {"refit": refit, "correction": correction}
+    stored = of_policy(language_model, loading, given, form=chosen, **refitting, **rest)
     plan = CutPlan(
         language_model=language_model,
         units=units,
@@ -128,7 +132,7 @@ def prune_policy(
     return replace(done, foreign=given.fingerprint != language_model.fingerprint, policy=summary)
 
 
-def _refit_recipe(policy: LearnedPolicy) -> RefitRecipe:
+def _refit_recipe(policy: LearnedPolicy, correction: float) -> RefitRecipe:
     """A refit on the text that the search read.
 
     Raises:
@@ -140,7 +144,7 @@ def _refit_recipe(policy: LearnedPolicy) -> RefitRecipe:
         raise InvalidInput(
             "the policy does not say what text it was found on ('calibration' is null): leave out --refit"
         )
-    return path_refit_recipe(text.text, text.sequences, text.window, text.seed, text.threads)
+    return path_refit_recipe(text.text, text.sequences, text.window, text.seed, text.threads, correction)
 
 
 def _refit_measured(

@@ -157,6 +157,7 @@ class Recipe(Part):
     method: MethodPart | None = None
     policy: Attached | None = None
     refit: Literal["path-refit"] | None = None
+    correction: float | None = Field(None, ge=0, le=1)
     form: str = "auto"
     calibration: TextPart | None = None
     recovery: RecoveryPart | None = None
@@ -169,8 +170,10 @@ class Recipe(Part):
         if len(told) != 1:
             has = " and ".join(told) or "none"
             raise ValueError(f"one section says what goes, {', '.join(KINDS[:-1])} or {KINDS[-1]}: this has {has}")
-        if self.refit is not None and self.policy is None:
-            raise ValueError("refit goes with a policy: what else says what goes says by itself what weights become")
+        if (self.refit is not None or self.correction is not None) and self.policy is None:
+            raise ValueError(
+                "refit and correction go with a policy: what else says what goes says by itself what weights become"
+            )
         return self
 
 
@@ -189,7 +192,8 @@ class StoredRecipe:
     def files(self) -> dict[str, str]:
         """Text of all files of a checkpoint that this is, by name."""
         values = self.recipe.model_dump(mode="json")
-        told = {name: value for name, value in values.items() if name not in (*KINDS, "refit") or value is not None}
+        optional = {*KINDS, "refit", "correction"}
+        told = {name: value for name, value in values.items() if name not in optional or value is not None}
         return {FILE: _HEAD + yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120), **self.attached}
 
     def document(self, attached: Attached) -> Any:
@@ -380,7 +384,10 @@ def of_shape(language_model: LanguageModel, loading: Mapping[str, Any], shape: S
 def of_policy(
     language_model: LanguageModel, loading: Mapping[str, Any], policy: LearnedPolicy, **rest: Any
 ) -> StoredRecipe:
-    """The recipe of what a policy keeps; `rest` as of `of_shape`, and `refit`. Where its text lies is left out."""
+    """The recipe of what a policy keeps; `rest` as of `of_shape`, and `refit` with `correction`.
+
+    Where its text lies is left out.
+    """
     said = policy.calibration
     if said is not None:
         policy = replace(policy, calibration=replace(said, text=public_name(said.text)))

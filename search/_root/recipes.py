@@ -104,7 +104,14 @@ def prune_recipe(
                 said = policy.calibration
                 if said.text == public_name(calibration):
                     policy = replace(policy, calibration=replace(said, text=calibration))
-            done = prune_policy(source, policy, refit=document.refit or "none", latency=latency, **options)
+            done = prune_policy(
+                source,
+                policy,
+                refit=document.refit or "none",
+                correction=document.correction or 0.0,  # as recipes that do not say it meant
+                latency=latency,
+                **options,
+            )
     doubt = _doubt(document, done)
     return done if doubt is None else replace(done, doubt=doubt)
 

@@ -14,6 +14,7 @@ from evoprune.api import own_copy
 from evoprune.calibration import TEXT, Progress, default_window, loaded, silent
 from evoprune.fitness.card import Cut, PassTimes, public_name
 from evoprune.fitness.checkpoint import check_out_dir, write_checkpoint
+from evoprune.fitness.dense_stream import CORRECTION
 from evoprune.fitness.examples import read_side
 from evoprune.fitness.forms import form_of, running_shapes
 from evoprune.fitness.latency_passes import Work, shape_latencies
@@ -44,6 +45,7 @@ from evoprune.recipe_file import StoredRecipe, of_method, of_shape
 from evoprune.recoveries import Begun, given_recovery
 
 REFITS: tuple[str, ...] = ("none", "path-refit")
+"""What output matrices may become, by the names that shapes have for it."""
 
 TIMING_SECONDS = 15.0
 """For the time of a pass, about: of a large model on a slow device fewer turns are taken."""
@@ -79,8 +81,9 @@ def prune_shape(
             on (`evoprune.fitness.path_refit`), whatever the shape says of its weights; ``none`` leaves the weights that
             stay as they are in the dense model; None does as the shape says.
         recovery, recovery_tokens, recovery_loss, recovery_parameters: training of what is left; see `prune`.
-        calibration, seed: the text that a path refit reads, unless given that which the shape names, and that a
-            recovery learns from, with the seed of what is drawn; where nobody names one, ``corpus``.
+        calibration, seed: the text that a path refit reads (None: that which the shape names), and that a recovery
+            learns from, with the seed of what is drawn; where nobody names one, ``corpus``. Of the text that a shape
+            was refitted on as many windows are drawn as the shape says, by its seed, wherever the text lies now.
         out: a new or empty folder, or an evoprune checkpoint, which is replaced; None writes nothing.
         latency: measure, where a checkpoint is written, how long the dense model and what stays of it take for prefill
             and for one more token, for the model card; on a CPU with one thread.
@@ -223,21 +226,24 @@ def _with_refit(shape: Shape, refit: str, language_model: LanguageModel, text: s
 
     Args:
         refit: one of `REFITS`.
-        text, seed: what a path refit reads; where there is no text, what the shape names.
+        text: that a path refit reads; None is that of the shape, or ``corpus``.
+        seed: that draws windows of it, where the shape names no text.
 
     Raises:
-        InvalidInput: parts are merged, of which there is no path refit.
+        InvalidInput: parts are merged.
     """
     if any(map(any, merging_in(shape))):
-        raise InvalidInput("what is merged has no other refit than that of the shape: leave out --refit")
+        raise InvalidInput("what is merged is refitted as the shape says: leave out --refit")
     if refit == "none":
         return replace(shape, weights={"method": "none"})
-    if text is None and text_of(shape) is not None:
-        said = RefitRecipe.read(shape.weights, shape.widths)
-        recipe = path_refit_recipe(said.text, said.sequences, said.window, said.seed, said.threads)
+    if text_of(shape) is None:
+        sequences, window = TEXT.calibration_sequences, default_window(language_model, None)
+        recipe = path_refit_recipe(text or "corpus", sequences, window, seed, torch.get_num_threads())
     else:
-        window, threads = default_window(language_model, None), torch.get_num_threads()
-        recipe = path_refit_recipe(text or "corpus", TEXT.calibration_sequences, window, seed, threads)
+        said = RefitRecipe.read(shape.weights, shape.widths)
+        correction = said.correction if "correction" in shape.weights else CORRECTION
+        drawn = said.sequences, said.window, said.seed, said.threads
+        recipe = path_refit_recipe(text or said.text, *drawn, correction)
     return replace(shape, weights=recipe.to_json())
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from evoprune.metrics.records import parse_pattern
 from evoprune.search.config_policy import PolicySearchConfig
 from evoprune.search.policy_search import INITIALISATION
+from evoprune.search.replaying import REFIT_OPTION
 from evoprune.search.report import document, figures_policy, figures_probabilities, figures_result
 from evoprune.search.report.names import label, objective_text
 from evoprune.search.report.policy_data import PolicyData
@@ -109,7 +110,7 @@ def commands(data: PolicyData) -> dict[str, str]:
     smaller = f"evoprune prune {model} --policy {file}"
     with_winner = {"Write the smaller model": f"{smaller} --out small"}
     if data.result is not None and data.result["best"]["shape"] is not None:
-        with_winner["Or with its output matrices refitted to what stays"] = f"{smaller} --refit path-refit --out small"
+        with_winner["Or with its output matrices refitted to what stays"] = f"{smaller}{REFIT_OPTION} --out small"
     with_winner |= {
         "Measure it": f"evoprune eval small --dense {model}",
         **document.search_on(data),

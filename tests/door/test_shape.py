@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -192,15 +193,21 @@ def test_another_refit_than_that_of_the_shape(
     assert lines.held_out.kl < before.held_out.kl
     # As the weights of the dense model are, whatever the shape says of them.
     recipe = {"text": str(story), "sequences": 4, "window": 32}
-    database = {"method": "database", "accumulation": "dense", "calibration": recipe, "seed": 0, "threads": 1}
+    database = {"method": "database", "accumulation": "dense", "calibration": recipe, "seed": 7, "threads": 1}
+    database |= {"correction": 0.2}
     write_shape(replace(uneven, weights=database), file)
     assert run(*words, "none", "--refit", "none").code == 0
     one, other = (place / name / "model.safetensors" for name in ("none", "plain"))
     assert one.read_bytes() == other.read_bytes()
-    # Without another text, that of the shape.
-    assert run(*words, "own", "--refit", "path-refit").code == 0
-    own = json.loads((place / "own" / "evoprune.json").read_text())["recipe"]["shape"]["weights"]
-    assert own["calibration"] == {**recipe, "text": story.name}
+    # The windows that the shape says, of its text or of another, and its correction.
+    shutil.copy(story, "moved.txt")
+    for out, more, text in (("own", (), story.name), ("moved", ("--calibration", "moved.txt"), "moved.txt")):
+        assert run(*words, out, "--refit", "path-refit", *more).code == 0
+        own = json.loads((place / out / "evoprune.json").read_text())["recipe"]["shape"]["weights"]
+        assert own["calibration"] == {**recipe, "text": text}
+        assert (own["seed"], own["correction"]) == (7, 0.2)
+    one, other = (place / name / "model.safetensors" for name in ("own", "moved"))
+    assert one.read_bytes() == other.read_bytes()
     merged = replace(uneven, weights=with_merges(database, [(False, False), (False, True)]))
     write_shape(replace(merged, blocks=(uneven.blocks[0], replace(uneven.blocks[1], neurons=()))), file)
-    assert "what is merged has no other refit" in refused(*words, "out", "--refit", "path-refit")
+    assert "what is merged is refitted as the shape says" in refused(*words, "out", "--refit", "path-refit")

@@ -15,13 +15,14 @@ from evoprune.fitness.context import EvaluationContext
 from evoprune.fitness.models import load_model
 from evoprune.fitness.prepare import Prepared, prepare
 from evoprune.fitness.teacher import build_teacher, linear_head, window_losses
+from evoprune.metrics.errors import InvalidInput
 from evoprune.search.board_note import finished_allocation_note
 from evoprune.search.config import CONFIGS
 from evoprune.search.config_joint import JointSearchConfig
 from evoprune.search.report import write_report
 from evoprune.search.rundir import RunDirectory
 from tests.door.conftest import Run, tree
-from tests.models import VOCABULARY
+from tests.models import VOCABULARY, save_tiny
 
 K = 8
 OVER = f"over the dense model's {K} most likely tokens"
@@ -93,6 +94,23 @@ def test_the_teacher_of_the_search_text_alone_is_reduced(tiny: Path, story: Path
         windows, teacher = again.text("heldout")
         assert teacher.tokens is None
         assert window_losses(model.model, head, windows, teacher).kl.abs().max() < 1e-5  # type: ignore[union-attr]
+
+
+def test_teachers_that_do_not_fit_are_refused_by_text(
+    place: Path, story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that caps its logits, before either is built."""
+    model = load_model(str(save_tiny(place / "capped", "gemma2", final_logit_softcapping=2.0)))
+    few: dict[str, Any] = {"window": 32, "rungs": (1, 2), "heldout_windows": 2, "data": str(story)}
+    few |= {"calibration": str(story), "calibration_sequences": 2, "calibration_window": 32}
+    predictions, limit = 2 * 31, "evoprune.fitness.teacher.MAX_LOG_PROBABILITY_BYTES"
+    monkeypatch.setattr(limit, predictions * VOCABULARY * 2)
+    prepare(model, EvaluationContext(**few))
+    monkeypatch.setattr(limit, predictions * VOCABULARY * 2 - 1)
+    with pytest.raises(InvalidInput, match=rf"text B: .* for a vocabulary of {VOCABULARY} .* text, or top_k=512"):
+        prepare(model, EvaluationContext(**few, seed=1))
+    with pytest.raises(InvalidInput, match=r"text C: .* windows of text, such as data.heldout_windows=30"):
+        prepare(model, EvaluationContext(**few, seed=1, top_k=K))
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))

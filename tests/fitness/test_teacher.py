@@ -173,10 +173,8 @@ def test_the_most_likely_tokens_take_the_memory_of_as_many(monkeypatch):
         assert half.log_probabilities.dtype == torch.float16
         assert window_losses(model, head, WINDOWS, half).kl.abs().max() < 1e-3
         monkeypatch.setattr(limit, predictions * 5 * 6 - 1)
-        with pytest.raises(InvalidInput, match=r"for their 5 most likely tokens .* or a smaller top_k"):
+        with pytest.raises(InvalidInput, match=r"for their 5 most likely tokens take more"):
             build_teacher(model, head, WINDOWS, top_k=5)
-    with pytest.raises(InvalidInput, match=r"only the most likely tokens \(top_k=512\)"):
-        build_teacher(capped, None, WINDOWS)
 
 
 def test_more_tokens_than_there_are():
