@@ -254,7 +254,7 @@ def _sizes(counts: WeightCounts, cut: Cut | None) -> list[str]:
           for name, dense, here, ratio in rows),
         "",
         *([f"Times are medians of turns that both models took on {cut.place}.", ""] if cut.times else []),
-        "Whole heads, neurons or blocks are gone, so the model takes less memory and less time everywhere.",
+        "Whole heads, neurons or blocks are gone, so the model takes less memory and does less work everywhere.",
     ]  # fmt: skip
 
 
