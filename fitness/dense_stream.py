@@ -37,16 +37,28 @@ _TOLERANCE = 1e-3
 
 
 def dense_stream(
-    language_model: LanguageModel, units: Sequence[BlockUnits], texts: Sequence[Sequences], correction: float
+    language_model: LanguageModel,
+    units: Sequence[BlockUnits],
+    texts: Sequence[Sequences],
+    correction: float,
+    cut: BlockWalk,
 ) -> DenseStream | None:
-    """The stream of a correction; None for 0. Arguments as of `DenseStream`.
+    """The stream of a correction; None for 0.
+
+    Args:
+        language_model, units, texts, correction: as of `DenseStream`.
+        cut: the same text on its way through the cut model, which then begins where the stream does.
 
     Raises:
         InvalidInput: the correction is not in [0, 1].
     """
     if not 0 <= correction <= 1:
         raise InvalidInput(f"correction {correction:g} is not in [0, 1]: give 0 for none, 1 for all of it")
-    return DenseStream(language_model, units, texts, correction) if correction else None
+    if not correction:
+        return None
+    stream = DenseStream(language_model, units, texts, correction)
+    stream.start(cut)
+    return stream
 
 
 class DenseStream:

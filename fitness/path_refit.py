@@ -50,9 +50,7 @@ def path_refits(
     check_path(units, path)
     texts = texts_of(windows)
     walk = BlockWalk(language_model, [block.name for block in units], texts)
-    stream = dense_stream(language_model, units, texts, correction)
-    if stream is not None:
-        stream.start(walk)
+    stream = dense_stream(language_model, units, texts, correction, walk)
     found: list[dict[PartName, Tensor]] = []
     for block, shape in zip(units, path, strict=True):
         found.append({})

@@ -149,7 +149,7 @@ def _build(
         if recipe["mode"] == "dense":
             made = _independent(walk, units, missing)
         else:
-            stream = dense_stream(language_model, units, texts, recipe.get("correction", 0.0))
+            stream = dense_stream(language_model, units, texts, recipe.get("correction", 0.0), walk)
             made = _accumulated(walk, units, found, missing[-1], path, stream)
         # Closed whatever happens, so that the model's weights are its own again.
         with closing(made):
@@ -181,8 +181,6 @@ def _accumulated(
     stream: DenseStream | None,
 ) -> Generator[tuple[int, dict[PartName, Stored]], None, None]:
     """The parts of the missing blocks up to the last, each of which reads what is left of those before it."""
-    if stream is not None:
-        stream.start(walk)
     for block in range(last + 1):
         name, shape = found[block], path[block] if path is not None else None
         known = read_block(name) if name is not None else {}

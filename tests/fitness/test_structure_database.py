@@ -64,6 +64,14 @@ def weights(language_model: LanguageModel) -> list[Tensor]:
     return [parameter.clone() for parameter in language_model.model.parameters()]
 
 
+def fill_biases(*models: torch.nn.Module) -> None:
+    """Let biases matter, which are zeros at first."""
+    for model in models:
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.constant_(parameter, 0.3)
+
+
 def halved(database: StructureDatabase, block: BlockUnits) -> BlockShape:
     """Half of the KV groups, all of their heads, and a third of the neurons."""
     widths = block.widths
@@ -195,10 +203,7 @@ def test_the_expectation_is_the_mean_over_widths(family: str) -> None:
 @pytest.mark.parametrize("drop", [False, True])
 def test_a_path_is_the_model_cut_so_far(family: str, drop: bool) -> None:
     language_model, cut = (tiny_language_model(family, **THREE[family]) for _ in range(2))
-    for model in (language_model.model, cut.model):
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.constant_(parameter, 0.3)
+    fill_biases(language_model.model, cut.model)
     units, there = find_units(language_model), find_units(cut)
     dense = build_structure_database(language_model, units, WINDOWS, mode="dense")
     shapes = [halved(dense, block) for block in units]
@@ -262,10 +267,7 @@ def towards(bound: SiteModule, inputs: Tensor, columns: Sequence[int], missing: 
 @pytest.mark.parametrize("drop", [False, True])
 def test_a_path_makes_up_for_what_was_cut(family: str, drop: bool) -> None:
     language_model, cut, dense = (tiny_language_model(family, **THREE.get(family, {})) for _ in range(3))
-    for model in (language_model.model, cut.model, dense.model):
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.constant_(parameter, 0.3)
+    fill_biases(language_model.model, cut.model, dense.model)
     units, there = find_units(language_model), find_units(cut)
     orders = build_structure_database(language_model, units, WINDOWS, mode="dense")
     shapes = [halved(orders, block) for block in units]
